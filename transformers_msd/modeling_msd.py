@@ -1,0 +1,175 @@
+"""The MSD draft: one decoder layer on the target's features, text and visual tokens decoupled."""
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.tree import TreeConfig
+
+
+if TYPE_CHECKING:
+    from transformers_msd.drafters.msd import MSDCandidateGenerator
+
+
+def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> torch.Tensor:
+    """
+    Mark the tokens that stand for image and video features.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            Prompt of the target, every image expanded to its number of features by the processor.
+        visual_token_ids (`list[int]`):
+            Ids of the placeholders, as in `MSDConfig.visual_token_ids`.
+    """
+    return torch.isin(input_ids, torch.tensor(visual_token_ids, dtype=input_ids.dtype, device=input_ids.device))
+
+
+class MSDDraftModel(PreTrainedModel):
+    """
+    Draft model of MSD (arXiv 2505.14260): predicts the target's next feature from a token and the feature before it.
+
+    A visual token enters as its embedding alone, any other as the fusion of its embedding with the target's feature
+    at the token before. Embeddings and head are the target's and are not stored here.
+    """
+
+    config: MSDConfig
+    config_class = MSDConfig
+    base_model_prefix = "model"
+    main_input_name = "inputs_embeds"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MSDConfig):
+        super().__init__(config)
+        text_config = config.get_text_config()
+        # A text config may name a dtype of its own, which must not differ from that of `fc`.
+        self.model = AutoModel.from_config(text_config, dtype=torch.get_default_dtype())
+        del self.model.embed_tokens
+        self.model.norm = nn.Identity()
+        if not config.input_layernorm:
+            self.model.layers[0].input_layernorm = nn.Identity()
+        self.fc = nn.Linear(2 * text_config.hidden_size, text_config.hidden_size, bias=config.fc_bias)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.fc:
+            # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    @property
+    def tree_config(self) -> TreeConfig:
+        """Tree to draft with; it is saved with the model."""
+        return TreeConfig(**(self.config.tree_config or {}))
+
+    @tree_config.setter
+    def tree_config(self, tree_config: TreeConfig) -> None:
+        self.config.tree_config = asdict(tree_config)
+
+    def candidate_generator(self, target: PreTrainedModel, inputs: dict[str, Any]) -> "MSDCandidateGenerator":
+        """
+        Make the drafter of one `generate` call.
+
+        Args:
+            target (`PreTrainedModel`):
+                Model whose tokens are drafted.
+            inputs (`dict[str, Any]`):
+                Inputs of the call.
+        """
+        # The generator is built on this class, so the one import that points upward waits until the call.
+        from transformers_msd.drafters.msd import MSDCandidateGenerator
+
+        return MSDCandidateGenerator(self, target, inputs)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        visual_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """
+        Predict the target's features, each of which its head turns into logits.
+
+        Row `r` pairs token `r + 1` with the feature at token `r`, predicts the feature at token `r + 1`, and so the
+        logits of token `r + 2`. Its position is `r`.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Input embeddings of tokens `r + 1` in the target, visual features merged in.
+            features (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Last hidden states of the target at tokens `r`, after its final norm, or the draft's own predictions.
+            visual_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Whether tokens `r + 1` are visual. None is when it is not given.
+            attention_mask (`torch.Tensor`, *optional*):
+                Either 1 for real and 0 for padding, of shape `(batch_size, past_length + sequence_length)`, or an
+                additive float mask of shape `(batch_size, 1, sequence_length, past_length + sequence_length)`.
+            position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions; targets with several position axes get the same on each. They continue the cache when not
+                given.
+            past_key_values (`Cache`, *optional*):
+                Cache of the rows before.
+            use_cache (`bool`, *optional*):
+                Whether to make a cache when none is given.
+        """
+        self._check_inputs(inputs_embeds, features, visual_mask, attention_mask)
+        hidden_states = self.fc(torch.cat([inputs_embeds, features], dim=-1))
+        if visual_mask is not None:
+            hidden_states = torch.where(visual_mask[..., None], inputs_embeds, hidden_states)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length
+            position_ids = position_ids.expand(hidden_states.shape[:2])
+        return self.model(
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+    def _check_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        visual_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        hidden_size = self.config.get_text_config().hidden_size
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` must have shape `(batch_size, sequence_length, {hidden_size})`, got "
+                f"{tuple(inputs_embeds.shape)}. Pass the embeddings of the target this draft was made for."
+            )
+        if features.shape != inputs_embeds.shape:
+            raise ValueError(
+                f"`features` must have the shape of `inputs_embeds`, {tuple(inputs_embeds.shape)}, got "
+                f"{tuple(features.shape)}. Pair each embedding with the feature at the token before it."
+            )
+        if visual_mask is not None and visual_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`visual_mask` must have shape {tuple(inputs_embeds.shape[:2])}, one value per embedding, got "
+                f"{tuple(visual_mask.shape)}. Cut it to the same rows as `inputs_embeds`."
+            )
+        if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"A 4-D `attention_mask` must be an additive float mask, got {attention_mask.dtype}. Use 0 where a row "
+                "may look and the lowest value of the dtype elsewhere."
+            )
+
+
+__all__ = ["MSDDraftModel", "visual_token_mask"]
