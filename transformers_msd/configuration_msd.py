@@ -69,8 +69,8 @@ class MSDConfig(PreTrainedConfig):
         unknown = sorted(set(overrides) - set(own_names) - set(fields))
         if unknown:
             raise ValueError(
-                f"`from_target` expected overrides among the fields of `MSDConfig` and `{type(text_config).__name__}`, "
-                f"got {unknown}. Check the spelling, or set them on the returned config."
+                f"Overrides must be fields of `MSDConfig` or `{type(text_config).__name__}`, got {unknown}. "
+                "Check the spelling, or set them on the returned config."
             )
         if overrides.get("hidden_size", text_config.hidden_size) != text_config.hidden_size:
             raise ValueError(

@@ -167,8 +167,8 @@ class MSDDraftModel(PreTrainedModel):
             )
         if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
             raise ValueError(
-                f"A 4-D `attention_mask` must be an additive float mask, got {attention_mask.dtype}. Use 0 where a row "
-                "may look and the lowest value of the dtype elsewhere."
+                f"A 4-D `attention_mask` must be an additive float mask, got {attention_mask.dtype}. Use 0 where a "
+                "row may look and the lowest value of the dtype elsewhere."
             )
 
 
