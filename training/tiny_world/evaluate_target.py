@@ -1,0 +1,80 @@
+"""Measure whether the target reads the picture: `python -m training.tiny_world.evaluate_target`."""
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from training.tiny_world.target import CHECKPOINT, answer_prompts, load_target
+from training.tiny_world.world import attribute_questions
+
+
+logger = logging.getLogger(__name__)
+
+
+def swap_pictures(questions: list[dict]) -> list[dict]:
+    """Give every question the picture of the next question of its kind."""
+    swapped = []
+    for i, question in enumerate(questions):
+        others = [other for other in questions[i + 1 :] + questions[:i] if other["kind"] == question["kind"]]
+        swapped.append(question | {"images": others[0]["images"]})
+    return swapped
+
+
+def accuracy(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[dict], batch_size: int = 50
+) -> dict[str, float]:
+    """Return the share of questions answered exactly right, by kind and over all."""
+    right = Counter()
+    for i in range(0, len(questions), batch_size):
+        part = questions[i : i + batch_size]
+        answers = answer_prompts(model, processor, part, max_new_tokens=12)
+        right.update(q["kind"] for q, answer in zip(part, answers, strict=True) if answer == q["answer"])
+    totals = Counter(question["kind"] for question in questions)
+    return {"all": right.total() / len(questions)} | {kind: right[kind] / totals[kind] for kind in totals}
+
+
+def chance(questions: list[dict]) -> dict[str, float]:
+    """Return the share that the commonest answer to each kind of question, pictures unseen, gets right.
+
+    Of the two shapes named in "further left" a blind guess finds one half of the time.
+    """
+    answers = {}
+    for question in questions:
+        answers.setdefault(question["kind"], Counter())[question["answer"]] += 1
+    shares = {kind: max(counts.values()) / counts.total() for kind, counts in answers.items()}
+    shares["further left"] = max(shares["further left"], 0.5)
+    totals = Counter(question["kind"] for question in questions)
+    return {"all": sum(shares[kind] * totals[kind] for kind in totals) / len(questions)} | shares
+
+
+@torch.no_grad()
+def evaluate(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_questions: int = 400
+) -> dict[str, dict[str, float]]:
+    """Return accuracies with the right pictures, with swapped ones, and by chance."""
+    model.eval()
+    questions = attribute_questions(num_questions)
+    return {
+        "right": accuracy(model, processor, questions),
+        "swapped": accuracy(model, processor, swap_pictures(questions)),
+        "chance": chance(questions),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=Path, default=CHECKPOINT)
+    parser.add_argument("--num-questions", type=int, default=400)
+    arguments = parser.parse_args()
+    figures = evaluate(*load_target(arguments.target), arguments.num_questions)
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
