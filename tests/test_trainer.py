@@ -1,0 +1,215 @@
+"""Training pairs rows as decoding does, and lowers the loss of the draft alone."""
+
+import pytest
+import torch
+
+
+pytest.importorskip("trl")
+
+from transformers import AutoConfig, AutoModel
+
+from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.world import training_dataset
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
+from transformers_msd.trainer.curriculum import RampSampler, visual_probability
+from transformers_msd.trainer.data import pair_rows, unroll_attention_mask
+from transformers_msd.trainer.losses import chunked_token_loss, feature_loss, token_loss
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(num_rows=200)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return training_dataset(24)
+
+
+@pytest.fixture(scope="module")
+def target(processor):
+    torch.manual_seed(0)
+    return build_model(processor, num_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def make_trainer(target, dataset, processor, output_dir, **settings):
+    torch.manual_seed(0)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, intermediate_size=32))
+    settings = {"max_steps": 1, "learning_rate": 3e-3, "lr_scheduler_type": "constant", **settings}
+    args = MSDTrainingConfig(
+        output_dir=str(output_dir),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        disable_tqdm=True,
+        **settings,
+    )
+    return MSDTrainer(
+        model=draft, target=target, args=args, train_dataset=dataset, processing_class=processor, eval_dataset=dataset
+    )
+
+
+def test_feature_loss_is_smooth_l1():
+    predicted = torch.tensor([[0.0, 0.5, 3.0], [1.0, 1.0, 1.0]])
+    assert feature_loss(predicted, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])).tolist() == pytest.approx(
+        [(0 + 0.125 + 2.5) / 3, 0]
+    )
+
+
+def test_token_loss_is_the_entropy_where_the_draft_is_right():
+    logits = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(token_loss(logits, logits), entropy)
+    assert (token_loss(logits.flip(0), logits) >= entropy).all()
+
+
+def test_chunks_change_no_loss_and_no_gradient():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(4, 9).requires_grad_(False)
+    predicted, target = torch.randn(7, 4, requires_grad=True), torch.randn(7, 4)
+    losses, agrees = chunked_token_loss(predicted, target, head, chunk_size=3)
+    expected = token_loss(head(predicted), head(target))
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(agrees, head(predicted).argmax(-1) == head(target).argmax(-1))
+    gradient, expected = (torch.autograd.grad(loss.sum(), predicted)[0] for loss in (losses, expected))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_probability_of_pictures_is_the_published_table():
+    # Epochs 1 to 40 of the published training: text in the first half, then 0.05, 0.10, ..., 0.95, 1.
+    expected = [0.0] * 20 + [step / 20 for step in range(1, 21)]
+    assert [visual_probability(epoch / 40) for epoch in range(1, 41)] == pytest.approx(expected)
+
+
+def test_ramp_goes_from_text_to_pictures_and_repeats_with_its_seed():
+    def draws(epoch):
+        sampler = RampSampler(list(range(100)), list(range(100, 250)), num_draws=400, seed=3)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    epochs = [draws(epoch) for epoch in range(4)]
+    shares = [sum(row >= 100 for row in rows) / len(rows) for rows in epochs]
+    assert [len(rows) for rows in epochs] == [100] * 4
+    assert shares[:2] == [0, 0]
+    assert shares[2] == pytest.approx(0.25, abs=0.1)
+    assert shares[3] == pytest.approx(0.75, abs=0.1)
+    assert draws(3) == epochs[3]
+    assert draws(0) != epochs[1]
+
+
+def test_rows_pair_tokens_with_the_feature_before_and_learn_the_assistant():
+    input_ids = torch.tensor([[1, 9, 9, 2, 3, 4, 5, 0], [0, 0, 1, 2, 3, 4, 5, 6]])
+    labels = torch.tensor([[-100, -100, -100, -100, 3, 4, 5, -100], [-100] * 4 + [3, 4, 5, 6]])
+    embeds = torch.arange(16.0).view(2, 8, 1)
+    rows = pair_rows(input_ids, labels, input_ids != 0, embeds, -embeds, visual_token_ids=[9])
+    assert rows.inputs_embeds[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert rows.features[0, :, 0].tolist() == [0, -1, -2, -3, -4, -5, -6]
+    assert rows.target_features[0, :, 0].tolist() == [-1, -2, -3, -4, -5, -6, -7]
+    assert rows.visual_mask.int().tolist() == [[1, 1, 0, 0, 0, 0, 0], [0] * 7]
+    assert rows.row_mask.int().tolist() == [[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1]]
+    assert rows.supervised.int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 5], [0, 0, 0, 1, 2, 3, 4]]
+
+
+def test_unrolled_rows_see_the_target_up_to_their_root_and_then_their_chain():
+    mask = unroll_attention_mask(torch.ones(1, 4, dtype=torch.bool), step=2, dtype=torch.float32)
+    assert (mask[0, 0] == 0).int().tolist() == [
+        # true features | step 1     | step 2
+        [0, 0, 0, 0] + [0, 0, 0, 0] + [1, 0, 0, 0],
+        [0, 0, 0, 0] + [1, 0, 0, 0] + [0, 1, 0, 0],
+        [1, 0, 0, 0] + [0, 1, 0, 0] + [0, 0, 1, 0],
+        [1, 1, 0, 0] + [0, 0, 1, 0] + [0, 0, 0, 1],
+    ]
+
+
+@torch.no_grad()
+def test_unrolled_training_equals_drafting_a_chain_with_a_cache(target, dataset, processor, tmp_path):
+    trainer = make_trainer(target, dataset, processor, tmp_path, stage="multimodal", num_unroll_steps=3)
+    seen = []
+    trainer.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    trainer.model.eval()
+    inputs = next(iter(trainer.get_eval_dataloader()))
+    trainer.compute_loss(trainer.model, dict(inputs))
+    unrolled = list(seen)
+
+    rows = trainer._target_rows(inputs)
+    sample, root = 1, int(rows.supervised[1].nonzero()[0])
+    part = (slice(sample, sample + 1), slice(0, root + 1))
+    outputs = trainer.model(rows.inputs_embeds[part], rows.features[part], rows.visual_mask[part], use_cache=True)
+    for step in range(3):
+        torch.testing.assert_close(
+            outputs.last_hidden_state[0, -1], unrolled[step][sample, root + step], atol=1e-4, rtol=0
+        )
+        next_embeds = rows.inputs_embeds[sample : sample + 1, root + step + 1 : root + step + 2]
+        cache = outputs.past_key_values
+        outputs = trainer.model(next_embeds, outputs.last_hidden_state[:, -1:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("num_unroll_steps", [1, 3])
+def test_training_lowers_the_loss_and_leaves_the_target_alone(target, dataset, processor, tmp_path, num_unroll_steps):
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    settings = {"stage": "multimodal", "max_steps": 16, "num_unroll_steps": num_unroll_steps}
+    trainer = make_trainer(target, dataset, processor, tmp_path, **settings)
+    name = f"eval_feature_loss_{num_unroll_steps}"
+    first = trainer.evaluate()[name]
+    trainer.train()
+    assert trainer.evaluate()[name] < 0.9 * first
+    assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
+    assert all(weight.grad is None for weight in target.parameters())
+
+
+def test_trained_draft_is_saved_and_loads(target, dataset, processor, tmp_path):
+    AutoConfig.register(MSDConfig.model_type, MSDConfig, exist_ok=True)
+    AutoModel.register(MSDConfig, MSDDraftModel, exist_ok=True)
+    trainer = make_trainer(target, dataset, processor, tmp_path, stage="text", save_strategy="no")
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.fc.weight, trainer.model.fc.weight)
+
+
+@pytest.mark.parametrize(("stage", "pictures"), [("text", [False]), ("multimodal", [False, True])])
+def test_stage_picks_the_rows(target, dataset, processor, tmp_path, stage, pictures):
+    trainer = make_trainer(target, dataset, processor, tmp_path, stage=stage)
+    assert sorted({bool(row["images"]) for row in trainer.train_dataset}) == pictures
+
+
+def test_ramp_turns_to_pictures_over_the_run(target, dataset, processor, tmp_path):
+    trainer = make_trainer(target, dataset, processor, tmp_path, stage="ramp", max_steps=-1, num_train_epochs=8)
+    batches = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: batches.append([bool(row["images"]) for row in rows]) or collate(rows)
+    trainer.train()
+    shares = [sum(batch) / len(batch) for batch in batches]
+    half = len(shares) // 2
+    assert sum(shares[: half - 1]) == 0
+    assert sum(shares[half:]) > 0
+    assert shares[-1] == 1
+
+
+def test_ramp_without_pictures_raises(target, dataset, processor, tmp_path):
+    with pytest.raises(ValueError, match="needs rows without pictures"):
+        make_trainer(target, dataset.filter(lambda row: not row["images"]), processor, tmp_path, stage="ramp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": "images"}, "`stage` must be one of"),
+        ({"num_unroll_steps": 0}, "`num_unroll_steps` must be at least 1, got 0"),
+        ({"num_unroll_steps": 2, "activation_checkpointing": True}, "drops the cache"),
+    ],
+)
+def test_wrong_settings_raise(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MSDTrainingConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)

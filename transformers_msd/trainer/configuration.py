@@ -1,0 +1,71 @@
+"""Settings of a training run."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+STAGES = ("text", "multimodal", "ramp")
+
+
+@dataclass
+class MSDTrainingConfig(SFTConfig):
+    r"""
+    Settings of an [`MSDTrainer`]. Those of [`~trl.SFTConfig`] that concern its loss are ignored.
+
+    Other defaults than there are MSD's (arXiv 2505.14260): `learning_rate=5e-5`, `adam_beta2=0.95`,
+    `max_grad_norm=0.5`, `max_length=2048`, `assistant_only_loss=True`; and `activation_checkpointing=False`, which
+    saves nothing in one layer.
+
+    Args:
+        feature_loss_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the smooth L1 loss between predicted and true features (MSD, arXiv 2505.14260).
+        token_loss_weight (`float`, *optional*, defaults to 0.1):
+            Weight of the cross-entropy between the draft's and the target's distributions (MSD). Small drafts learn
+            faster with 1.
+        feature_noise (`float`, *optional*, defaults to 0.2):
+            Width of the uniform noise on the target's features, scaled by 512 over the number of rows (EAGLE, arXiv
+            2401.15077). There is none in evaluation.
+        num_unroll_steps (`int`, *optional*, defaults to 1):
+            Forwards of the draft per step. From the second on it reads its own features, as in decoding (HASS, arXiv
+            2408.15766, uses 3). MSD trains with 1.
+        stage (`str`, *optional*, defaults to `"ramp"`):
+            `"text"` trains on the rows without pictures, `"multimodal"` on all rows as they come, `"ramp"` on text in
+            the first half, then on ever more rows with pictures, and on those alone at the end (MSD).
+        head_chunk_size (`int`, *optional*, defaults to 512):
+            Rows whose logits are in memory at a time.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Norm the gradient is clipped to."})
+    max_length: int | None = field(default=2048, metadata={"help": "Longer rows are cut."})
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens alone."})
+    activation_checkpointing: bool | None = field(
+        default=False, metadata={"help": "Recompute activations to save memory."}
+    )
+    feature_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."})
+    token_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."})
+    feature_noise: float = field(
+        default=0.2, metadata={"help": "Width of the uniform noise on the target's features, times 512 over the rows."}
+    )
+    num_unroll_steps: int = field(
+        default=1, metadata={"help": "Forwards of the draft per step; from the second on it reads its own features."}
+    )
+    stage: str = field(
+        default="ramp", metadata={"help": "Rows to train on: `text`, `multimodal` or `ramp`.", "choices": STAGES}
+    )
+    head_chunk_size: int = field(default=512, metadata={"help": "Rows whose logits are in memory at a time."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
+        for name in ("num_unroll_steps", "head_chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.activation_checkpointing and self.num_unroll_steps > 1:
+            raise ValueError(
+                "`activation_checkpointing` drops the cache that unrolled steps read, got "
+                f"`num_unroll_steps={self.num_unroll_steps}`. Turn one of them off."
+            )
