@@ -1,0 +1,205 @@
+"""Published checkpoints convert with every weight accounted for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig
+
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.convert import convert_msd_checkpoint
+from transformers_msd.modeling_msd import MSDDraftModel
+
+
+ROOT = Path(__file__).parents[1]
+# What the published folder says; its vocabulary lacks the 64 tokens that Transformers adds to the target's.
+PUBLISHED = {
+    "model_type": "llava",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "vocab_size": 32000,
+    "pad_token_id": 0,
+}
+TEXT_CONFIG = {
+    "vocab_size": 32064,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def llava_config():
+    vision_config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return LlavaConfig(vision_config=vision_config, text_config=LlamaConfig(**TEXT_CONFIG), image_token_index=32000)
+
+
+def published_weights(num_layers=1, input_layernorm=False, qkv_bias=False, vocab_size=32000):
+    torch.manual_seed(0)
+    shapes = {"embed_tokens.weight": (vocab_size, 32), "fc.weight": (32, 64), "fc.bias": (32,)}
+    for i in range(num_layers):
+        layer = f"layers.{i}"
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (32, 32) for name in "qkvo"}
+        if qkv_bias:
+            shapes |= {f"{layer}.self_attn.{name}_proj.bias": (32,) for name in "qkv"}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (48, 32) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj.weight": (32, 48), f"{layer}.post_attention_layernorm.weight": (32,)}
+        if input_layernorm or i > 0:
+            shapes[f"{layer}.input_layernorm.weight"] = (32,)
+        shapes[f"{layer}.self_attn.rotary_emb.inv_freq"] = (4,)
+    return {key: torch.randn(shape) for key, shape in shapes.items()}
+
+
+def write_checkpoint(folder, weights, file_name="pytorch_model.bin", **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**PUBLISHED, **config}))
+    if file_name.endswith(".bin"):
+        torch.save(weights, folder / file_name)
+    else:
+        save_file(weights, folder / file_name)
+
+
+def assert_same_weights(draft, weights):
+    names = {name: name.removeprefix("model.") for name in draft.state_dict()}
+    assert all(torch.equal(value, weights[names[name]]) for name, value in draft.state_dict().items())
+    dropped = weights.keys() - names.values()
+    assert all("embed_tokens" in name or "inv_freq" in name for name in dropped)
+
+
+@pytest.mark.parametrize("file_name", ["pytorch_model.bin", "model.safetensors"])
+def test_published_weights_keep_their_values(tmp_path, file_name):
+    weights = published_weights()
+    write_checkpoint(tmp_path, weights, file_name)
+    draft = convert_msd_checkpoint(tmp_path, llava_config())
+    assert_same_weights(draft, weights)
+    assert draft.config.get_text_config().vocab_size == 32064
+    assert draft.config.visual_token_ids == [32000]
+    assert not draft.config.input_layernorm
+
+
+@pytest.mark.parametrize("file_name", ["pytorch_model.bin", "model.safetensors"])
+def test_shards_are_read_through_their_index(tmp_path, file_name):
+    weights = published_weights()
+    names = sorted(weights)
+    stem, suffix = file_name.split(".")
+    shards = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+    for shard, keys in shards.items():
+        write_checkpoint(tmp_path, {key: weights[key] for key in keys}, shard)
+    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+    (tmp_path / f"{file_name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_weights(convert_msd_checkpoint(tmp_path, llava_config()), weights)
+
+
+def test_dtype_is_that_of_the_checkpoint(tmp_path):
+    write_checkpoint(tmp_path, {key: value.half() for key, value in published_weights().items()})
+    draft = convert_msd_checkpoint(tmp_path, llava_config())
+    assert {parameter.dtype for parameter in draft.parameters()} == {torch.float16}
+
+
+def test_several_layers_convert(tmp_path):
+    weights = published_weights(num_layers=2)
+    write_checkpoint(tmp_path, weights, num_hidden_layers=2)
+    assert_same_weights(convert_msd_checkpoint(tmp_path, llava_config()), weights)
+
+
+def test_qwen_drafts_keep_their_input_norm(tmp_path):
+    weights = published_weights(input_layernorm=True, qkv_bias=True, vocab_size=500)
+    write_checkpoint(tmp_path, weights, model_type="qwen2_vl", vocab_size=500, rope_theta=5e5)
+    rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    target_config = Qwen2VLConfig(text_config={**TEXT_CONFIG, "rope_parameters": rope_parameters})
+    draft = convert_msd_checkpoint(tmp_path, target_config)
+    assert_same_weights(draft, weights)
+    assert draft.config.input_layernorm
+    assert draft.config.get_text_config().rope_parameters["rope_theta"] == 5e5
+    assert draft.config.get_text_config().rope_parameters["mrope_section"] == [2, 1, 1]
+
+
+def test_fc_without_bias_converts(tmp_path):
+    weights = published_weights()
+    del weights["fc.bias"]
+    write_checkpoint(tmp_path, weights, bias=False)
+    assert convert_msd_checkpoint(tmp_path, llava_config()).fc.bias is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("fc.bias"), r"missing \['fc.bias'\], unexpected \[\]"),
+        (lambda weights: weights.update({"norm.weight": torch.ones(32)}), r"unexpected \['model.norm.weight'\]"),
+        (lambda weights: weights.update({"fc.weight": torch.ones(32, 32)}), r"'fc.weight': .* got \(32, 32\)"),
+    ],
+)
+def test_weights_that_do_not_fit_raise(tmp_path, change, message):
+    weights = published_weights()
+    change(weights)
+    write_checkpoint(tmp_path, weights)
+    with pytest.raises(ValueError, match=message):
+        convert_msd_checkpoint(tmp_path, llava_config())
+
+
+def test_another_hidden_size_than_the_target_raises(tmp_path):
+    write_checkpoint(tmp_path, published_weights(), hidden_size=64)
+    with pytest.raises(ValueError, match="`hidden_size` must be the target's, 32, got 64"):
+        convert_msd_checkpoint(tmp_path, llava_config())
+
+
+def test_a_folder_without_weights_raises(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    with pytest.raises(ValueError, match="Expected `model.safetensors` or `pytorch_model.bin`"):
+        convert_msd_checkpoint(tmp_path, llava_config())
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload",)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path, {"fc.weight": Payload()})
+    with pytest.raises(Exception, match="weights_only"):
+        convert_msd_checkpoint(tmp_path, llava_config())
+    assert not (tmp_path / "payload").exists()
+
+
+def run_command(*arguments):
+    code = "import sys; from transformers_msd.cli import main; main(); assert 'trl' not in sys.modules"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("file_name", ["pytorch_model.bin", "model.safetensors"])
+def test_command_writes_a_draft_that_loads(tmp_path, file_name):
+    weights = published_weights()
+    write_checkpoint(tmp_path / "published", weights, file_name)
+    llava_config().save_pretrained(tmp_path / "target")
+    result = run_command(
+        "convert", tmp_path / "published", "--target", tmp_path / "target", "--output", tmp_path / "draft"
+    )
+    assert result.returncode == 0, result.stderr
+    draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
+    assert isinstance(draft.config, MSDConfig)
+    assert_same_weights(draft, weights)
+
+
+def test_command_reports_errors_in_one_line(tmp_path):
+    llava_config().save_pretrained(tmp_path / "target")
+    write_checkpoint(tmp_path / "published", {"fc.weight": torch.ones(32, 64)})
+    result = run_command(
+        "convert", tmp_path / "published", "--target", tmp_path / "target", "--output", tmp_path / "draft"
+    )
+    assert result.returncode == 1
+    assert "missing ['fc.bias'" in result.stderr
+    assert "Traceback" not in result.stderr
