@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 
-from training.tiny_world.target import CHECKPOINT, load_target
+from training.tiny_world.target import CHECKPOINT, answer_prompts, load_target
 from training.tiny_world.world import FEATURES, evaluation_prompts, training_rows
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
@@ -36,27 +36,16 @@ class LogCallback(TrainerCallback):
         logger.info("step %d %s", state.global_step, values)
 
 
-@torch.no_grad()
 def answered_prompts(
     target: LlavaForConditionalGeneration, processor: LlavaProcessor, num_per_group: int = 16
 ) -> Dataset:
-    """Let the target answer held-out prompts, greedily."""
-    rows = []
-    prompts = evaluation_prompts(num_per_group)
-    for start in range(0, len(prompts), 16):
-        batch = prompts[start : start + 16]
-        texts = [processor.apply_chat_template(row["messages"], add_generation_prompt=True) for row in batch]
-        images = [image for row in batch for image in row["images"]]
-        inputs = processor(
-            text=texts, images=images or None, padding=True, add_special_tokens=False, return_tensors="pt"
-        )
-        outputs = target.generate(**inputs, max_new_tokens=160, do_sample=False)
-        answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, answer in zip(batch, answers, strict=True):
-            content = [{"type": "text", "text": answer.strip()}]
-            messages = [*row["messages"], {"role": "assistant", "content": content}]
-            rows.append({"messages": messages, "images": row["images"]})
-    return Dataset.from_list(rows, features=FEATURES)
+    """Let the target answer held-out prompts."""
+    rows = evaluation_prompts(num_per_group)
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = rows[start : start + BATCH_SIZE]
+        for row, answer in zip(batch, answer_prompts(target, processor, batch), strict=True):
+            row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return Dataset.from_list([{name: row[name] for name in FEATURES} for row in rows], features=FEATURES)
 
 
 def training_batches(stage: str, num_batches: int, batch_size: int, seed: int) -> Dataset:
@@ -74,10 +63,9 @@ def training_batches(stage: str, num_batches: int, batch_size: int, seed: int) -
 
 
 def row_length(row: dict) -> int:
-    """Return the length of a row in characters, of which a picture's tokens replace about 150."""
-    return sum(
-        len(content["text"] or "") for message in row["messages"] for content in message["content"]
-    ) + 150 * len(row["images"])
+    """Return the length of a row in characters, a picture counted like the 150 characters its tokens stand for."""
+    texts = [content["text"] or "" for message in row["messages"] for content in message["content"]]
+    return len("".join(texts)) + 150 * len(row["images"])
 
 
 def main() -> None:
