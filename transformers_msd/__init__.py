@@ -1,1 +1,36 @@
-"""Lossless speculative decoding for vision-language models."""
+"""Lossless speculative decoding for vision-language models, as a drop-in for Transformers' `generate()`."""
+
+from transformers import AutoConfig, AutoModel
+
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.convert import convert_msd_checkpoint
+from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
+from transformers_msd.hook import disable, enable
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.stats import SpeculativeStats
+from transformers_msd.target import Committed, Target
+from transformers_msd.tree import TokenTree, TreeConfig
+
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "CallInputs",
+    "Committed",
+    "MSDConfig",
+    "MSDDraftModel",
+    "SpeculativeDecoderOnlyOutput",
+    "SpeculativeStats",
+    "Target",
+    "TokenTree",
+    "TreeAssistant",
+    "TreeCandidateGenerator",
+    "TreeConfig",
+    "convert_msd_checkpoint",
+    "disable",
+    "enable",
+]
+
+AutoConfig.register(MSDConfig.model_type, MSDConfig, exist_ok=True)
+AutoModel.register(MSDConfig, MSDDraftModel, exist_ok=True)
+enable()

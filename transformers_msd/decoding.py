@@ -1,0 +1,93 @@
+"""The decoding loop: draft a tree, verify it in one forward of the target, keep what the target would have said."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_msd.cache import carry, check_cache, take_carried
+from transformers_msd.drafters.base import CallInputs, TreeAssistant
+from transformers_msd.emission import Emission
+from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.sampling import Sampler
+from transformers_msd.target import Target
+from transformers_msd.verify import NoiseTape, verify
+
+
+def tree_decoding(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    assistant: TreeAssistant,
+    arguments: dict[str, Any],
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> SpeculativeDecoderOnlyOutput | torch.Tensor:
+    """
+    Generate the tokens of plain greedy or sampled decoding, several per forward of the target.
+
+    Args:
+        model (`PreTrainedModel`):
+            The target.
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            Ids of the prompt, as far as there are any.
+        logits_processor (`LogitsProcessorList`):
+            Processors of the call.
+        stopping_criteria (`StoppingCriteriaList`):
+            Criteria of the call.
+        generation_config (`GenerationConfig`):
+            Settings of the call.
+        assistant (`TreeAssistant`):
+            What the user passed as `assistant_model`.
+        arguments (`dict[str, Any]`):
+            The keyword arguments of `generate` as the user passed them.
+        streamer (`BaseStreamer`, *optional*):
+            Streamer of the call.
+        model_kwargs (`dict[str, Any]`):
+            What `generate` prepared for the target's forward passes.
+    """
+    cache = model_kwargs["past_key_values"]
+    check_cache(cache)
+    carried = take_carried(cache)
+    target = Target(model, model_kwargs, generation_config)
+    emission = Emission(input_ids, stopping_criteria, generation_config, streamer)
+
+    # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
+    tree, outputs = target.prefill(input_ids)
+    noise = None
+    if generation_config.do_sample:
+        noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
+    sampler = Sampler(logits_processor, emission, noise)
+    candidates = assistant.candidate_generator(target, CallInputs(arguments, sampler, carried))
+    while True:
+        logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
+        choices, scores = sampler.choose(tree, logits)
+        acceptance = verify(tree, choices)
+        emission.emit(tree, acceptance, scores, logits, outputs.hidden_states)
+        committed = target.commit(tree, acceptance, outputs, emission.tokens)
+        if emission.is_done:
+            break
+        if noise is not None:
+            noise.free(min(emission.lengths))
+        tree = emission.pad(candidates.draft(committed))
+        outputs = target.forward_tree(tree)
+
+    stats = emission.finish()
+    if noise is not None:
+        noise.rewind(emission.num_steps)
+    if generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False):
+        carry(cache, candidates.carry(committed, target))
+    if not generation_config.return_dict_in_generate:
+        return emission.sequences
+    return SpeculativeDecoderOnlyOutput(
+        sequences=emission.sequences,
+        scores=emission.outputs.scores,
+        logits=emission.outputs.logits,
+        hidden_states=emission.outputs.hidden_states,
+        past_key_values=cache,
+        speculative_stats=stats,
+    )

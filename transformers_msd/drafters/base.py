@@ -1,0 +1,73 @@
+"""The two roles of drafting: an assistant, which the user passes, makes a candidate generator for each call."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from transformers import PreTrainedModel
+from transformers.generation import CandidateGenerator
+
+from transformers_msd.sampling import Sampler
+from transformers_msd.target import Committed, Target
+from transformers_msd.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """
+    What a call gives its candidate generator besides the target.
+
+    Args:
+        arguments (`dict[str, Any]`):
+            The keyword arguments of `generate` as the user passed them, pictures included.
+        sampler (`Sampler`):
+            Ranks draft logits.
+        carried (`Any`, *optional*):
+            What the candidate generator of the turn before left in the cache that this call goes on from.
+    """
+
+    arguments: dict[str, Any]
+    sampler: Sampler
+    carried: Any | None = None
+
+
+class TreeCandidateGenerator(CandidateGenerator, ABC):
+    """Drafts the token trees of one `generate` call and holds the call's draft caches."""
+
+    @abstractmethod
+    def draft(self, committed: Committed) -> TokenTree:
+        """
+        Draft one tree per row.
+
+        Args:
+            committed (`Committed`):
+                All tokens that have come to stand since the call before, the roots of the new trees last.
+        """
+
+    def carry(self, committed: Committed, target: Target) -> Any | None:
+        """
+        Give what a next turn on the returned cache needs to go on from here; nothing by default.
+
+        Args:
+            committed (`Committed`):
+                Tokens that have come to stand since the last `draft`.
+            target (`Target`):
+                The target at the end of the call.
+        """
+        return None
+
+
+@runtime_checkable
+class TreeAssistant(Protocol):
+    """Anything that `generate` takes as `assistant_model` to draft trees: it holds weights and settings only."""
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        """Make the candidate generator of one call."""
+
+
+@runtime_checkable
+class ChecksTarget(Protocol):
+    """An assistant that can tell, before anything runs, whether it fits a target."""
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Raise a `ValueError` if the assistant can't draft for this model."""

@@ -1,0 +1,103 @@
+"""
+How `generate` comes to draft trees: three methods of `GenerationMixin`, wrapped so that a call with one of our
+assistants takes our path and every other call Transformers' own. No other file replaces anything.
+"""
+
+import functools
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+
+from transformers_msd.decoding import tree_decoding
+from transformers_msd.drafters.base import ChecksTarget, TreeAssistant
+from transformers_msd.support import check_call
+
+
+_generate = GenerationMixin.generate
+_validate_generation_mode = GenerationMixin._validate_generation_mode
+_assisted_decoding = GenerationMixin._assisted_decoding
+
+# The call's own arguments: `generate` encodes the pictures and drops them before it comes to decoding.
+_arguments: ContextVar[dict[str, Any] | None] = ContextVar("transformers_msd_arguments", default=None)
+
+
+@functools.wraps(_generate)
+def generate(self: PreTrainedModel, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(kwargs.get("assistant_model"), TreeAssistant):
+        return _generate(self, inputs, *args, **kwargs)
+    token = _arguments.set({"inputs": inputs, **kwargs} if inputs is not None else dict(kwargs))
+    try:
+        return _generate(self, inputs, *args, **kwargs)
+    finally:
+        _arguments.reset(token)
+
+
+@functools.wraps(_validate_generation_mode)
+def validate_generation_mode(
+    self: PreTrainedModel,
+    generation_mode: GenerationMode,
+    generation_config: GenerationConfig,
+    generation_mode_kwargs: dict[str, Any],
+) -> None:
+    assistant = generation_mode_kwargs.get("assistant_model")
+    if not isinstance(assistant, TreeAssistant):
+        return _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
+    check_call(self, generation_mode, generation_config, _arguments.get() or {}, generation_mode_kwargs)
+    if isinstance(assistant, ChecksTarget):
+        assistant.check_target(self)
+    # All else is as in the plain call that gives the same tokens.
+    plain_mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+    plain_kwargs = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+    return _validate_generation_mode(self, plain_mode, generation_config, plain_kwargs)
+
+
+@functools.wraps(_assisted_decoding)
+def assisted_decoding(
+    self: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **kwargs: Any,
+) -> Any:
+    assistant = kwargs.get("assistant_model")
+    if not isinstance(assistant, TreeAssistant):
+        return _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+    # What belongs to assistants with a tokenizer of their own and to encoders; `check_call` has seen `synced_gpus`.
+    dropped = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tensor", "synced_gpus")
+    with self._optimize_model_for_decode():
+        return tree_decoding(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            assistant=assistant,
+            arguments=_arguments.get() or {},
+            **{name: value for name, value in kwargs.items() if name not in dropped},
+        )
+
+
+_REPLACED = {
+    "generate": (_generate, generate),
+    "_validate_generation_mode": (_validate_generation_mode, validate_generation_mode),
+    "_assisted_decoding": (_assisted_decoding, assisted_decoding),
+}
+
+
+def enable() -> None:
+    """Let `generate` take our assistants. Importing `transformers_msd` does it; safe to call again."""
+    for name, (original, replacement) in _REPLACED.items():
+        if vars(GenerationMixin)[name] is original:
+            setattr(GenerationMixin, name, replacement)
+
+
+def disable() -> None:
+    """Put Transformers' own methods back, except where somebody has wrapped ours since."""
+    for name, (original, replacement) in _REPLACED.items():
+        if vars(GenerationMixin)[name] is replacement:
+            setattr(GenerationMixin, name, original)

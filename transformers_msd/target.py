@@ -1,0 +1,270 @@
+"""The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from transformers_msd.cache import keep_rows
+from transformers_msd.configuration_msd import visual_token_ids
+from transformers_msd.tree import TokenTree, take_rows, tree_attention_mask
+from transformers_msd.verify import Acceptance
+
+
+# Rows of the prompt that a forward over new tokens must not see again.
+PROMPT_ONLY = ("attention_mask", "inputs_embeds", "past_key_values", "position_ids", "use_cache")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class Committed:
+    """
+    Tokens that now stand, in the form in which a draft reads them: row `r` pairs token `r + 1` with what the target
+    knew at token `r`. Rows are packed to the left, padding of the prompt left out; the last row of each sequence holds
+    the token emitted last.
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Tokens `r + 1`; -1 where a prompt was given as embeddings alone.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Input embeddings of tokens `r + 1`, visual features merged in.
+        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Last hidden states of the target at tokens `r`, after its final norm, which predicted tokens `r + 1`.
+        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Places of tokens `r` among the real tokens of their sequence.
+        visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Whether tokens `r + 1` are visual.
+        lengths (`torch.Tensor` of shape `(batch_size,)`):
+            Rows of each sequence; what lies behind them is filler.
+    """
+
+    token_ids: torch.Tensor
+    inputs_embeds: torch.Tensor
+    features: torch.Tensor
+    position_ids: torch.Tensor
+    visual_mask: torch.Tensor
+    lengths: torch.Tensor
+
+    @property
+    def last_rows(self) -> torch.Tensor:
+        """Index of the last row of each sequence, of shape `(batch_size,)`."""
+        return (self.lengths - 1).clamp(min=0)
+
+    def pack(self, real: torch.Tensor) -> "Committed":
+        """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
+        lengths = real.sum(-1)
+        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(int(lengths.max()), 1)]
+        return Committed(
+            token_ids=self.token_ids.gather(1, rows),
+            inputs_embeds=take_rows(self.inputs_embeds, rows),
+            features=take_rows(self.features, rows),
+            position_ids=self.position_ids.gather(1, rows),
+            visual_mask=self.visual_mask.gather(1, rows),
+            lengths=lengths,
+        )
+
+    def join(self, later: "Committed") -> "Committed":
+        """Put the rows of `later` behind these."""
+        parts = (self, later)
+        real = [
+            torch.arange(part.token_ids.shape[1], device=part.lengths.device) < part.lengths[:, None] for part in parts
+        ]
+        rows = {
+            field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1)
+            for field in fields(self)
+            if field.name != "lengths"
+        }
+        return Committed(**rows, lengths=self.lengths + later.lengths).pack(torch.cat(real, dim=1))
+
+    @property
+    def root_token_ids(self) -> torch.Tensor:
+        """Tokens emitted last, of shape `(batch_size,)`."""
+        return self.token_ids.gather(1, self.last_rows[:, None])[:, 0]
+
+
+class Target:
+    """
+    A model as one call decodes with it: owner of the call's cache and positions, never of anything on the model.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model that generates.
+        model_kwargs (`dict[str, Any]`):
+            Keyword arguments that `generate` prepared for its forward passes.
+        generation_config (`GenerationConfig`):
+            The settings of the call.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+    ) -> None:
+        self.model = model
+        self.cache = model_kwargs["past_key_values"]
+        self._generation_config = generation_config
+        self._model_kwargs = model_kwargs | {
+            "output_hidden_states": _with_ends(generation_config.output_hidden_states)
+        }
+        self._visual_token_ids = torch.tensor(visual_token_ids(model.config), dtype=torch.long)
+        # Columns of the cache, and how many of them are tokens of each sequence (padding of the prompt included).
+        self._num_columns = 0
+        self._lengths = torch.tensor([])
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings of tokens."""
+        return self.model.get_input_embeddings()(token_ids)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of features, of shape `(..., vocab_size)`."""
+        return self.model.get_output_embeddings()(features.to(self._prompt.features))
+
+    def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
+        """
+        Run the prompt.
+
+        Returns:
+            Trees of a root alone, the last tokens of the prompt, and the outputs after them.
+        """
+        recorder = _Recorder(self.model)
+        outputs = type(self.model)._prefill(recorder, input_ids, self._generation_config, self._model_kwargs)
+        inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
+        features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
+        batch_size, num_rows, _ = features.shape
+        self._num_columns = self.cache.get_seq_length()
+        mask = self._model_kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(batch_size, self._num_columns, dtype=torch.long, device=features.device)
+        self._prompt_mask = mask.to(features.device).bool()
+        self._num_real = self._prompt_mask.sum(-1)
+        self._prompt_length = self._num_columns
+        self._lengths = torch.full_like(self._num_real, self._num_columns)
+        self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
+        # The token at the root is not looked at: what follows the prompt was computed with it.
+        return TokenTree.root(input_ids.new_zeros(batch_size)), outputs
+
+    def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
+        """Pack the real rows of the prompt to the left, each still paired with its own token."""
+        batch_size, num_rows, _ = features.shape
+        if input_ids.shape[1] >= num_rows:
+            token_ids = input_ids[:, -num_rows:]
+            visual_mask = torch.isin(token_ids, self._visual_token_ids.to(token_ids.device))
+        else:
+            token_ids = input_ids.new_full((batch_size, num_rows), -1)
+            visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
+        real = self._prompt_mask[:, -num_rows:]
+        position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
+        return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1)).pack(real)
+
+    def forward_tree(self, tree: TokenTree) -> ModelOutput:
+        """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
+        columns = torch.arange(self._num_columns, device=self._lengths.device) < self._lengths[:, None]
+        columns[:, : self._prompt_length] &= self._prompt_mask[:, : self._num_columns]
+        kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
+        for name in TOKEN_TYPES:
+            if kwargs.get(name) is not None:
+                # All that is generated is text, and so is the end of a prompt.
+                kwargs[name] = kwargs[name][:, -1:].expand(-1, tree.num_nodes)
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = tree.num_nodes
+        generated = (self._lengths - self._prompt_length)[:, None] + tree.depths + 1
+        position_ids = self._model_kwargs["position_ids"]
+        model_inputs = self.model.prepare_inputs_for_generation(
+            tree.token_ids,
+            past_key_values=self.cache,
+            attention_mask=tree_attention_mask(columns, tree.ancestor_mask, self.model.dtype),
+            position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
+            use_cache=True,
+            is_first_iteration=False,
+            **kwargs,
+        )
+        return self.model(**model_inputs, return_dict=True)
+
+    def commit(
+        self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]
+    ) -> Committed:
+        """
+        Keep the rows of accepted nodes and drop all others.
+
+        Args:
+            tree (`TokenTree`):
+                Trees of the round.
+            acceptance (`Acceptance`):
+                Their accepted paths.
+            outputs (`ModelOutput`):
+                Outputs of the round's forward.
+            tokens (`list[list[int]]`):
+                Generated tokens of each row that stand after the round. They may be fewer than accepted, or than before.
+        """
+        device = self._lengths.device
+        roots = torch.tensor([row[-1] for row in tokens], device=device)
+        if tree.depth == 0:
+            return self._pair(self._prompt, roots)
+        lengths = self._prompt_length - 1 + torch.tensor([len(row) for row in tokens], device=device)
+        num_columns = self._prompt_length - 1 + max(len(row) for row in tokens)
+        keep_rows(self.cache, self._num_columns, self._lengths, acceptance.path, num_columns)
+        num_new = (lengths - self._lengths).clamp(min=0)
+        path = acceptance.path[:, : max(int(num_new.max()), 1)]
+        rows = Committed(
+            token_ids=tree.token_ids.gather(1, path),
+            inputs_embeds=take_rows(outputs.hidden_states[0], path),
+            features=take_rows(outputs.hidden_states[-1], path),
+            position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
+            visual_mask=torch.zeros_like(path, dtype=torch.bool),
+            lengths=num_new,
+        )
+        self._lengths, self._num_columns = lengths, num_columns
+        return self._pair(rows, roots)
+
+    def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
+        """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
+        is_last = torch.arange(rows.token_ids.shape[1], device=roots.device) == rows.last_rows[:, None]
+        next_embeds = self.embed(roots)[:, None].to(rows.inputs_embeds)
+        return Committed(
+            token_ids=torch.where(is_last, roots[:, None], rows.token_ids.roll(-1, 1)),
+            inputs_embeds=torch.where(is_last[..., None], next_embeds, rows.inputs_embeds.roll(-1, 1)),
+            features=rows.features,
+            position_ids=rows.position_ids,
+            visual_mask=~is_last & rows.visual_mask.roll(-1, 1),
+            lengths=rows.lengths,
+        )
+
+    @property
+    def num_real_rows(self) -> torch.Tensor:
+        """Real tokens of each sequence in the cache, padding of the prompt left out, of shape `(batch_size,)`."""
+        return self._num_real + self._lengths - self._prompt_length
+
+
+class _Recorder:
+    """Stands in for a model where Transformers calls it, and keeps the outputs of every call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.outputs: list[ModelOutput] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        self.outputs.append(self._model(*args, **kwargs))
+        return self.outputs[-1]
+
+
+def _with_ends(output_hidden_states: bool | int | list[int] | None) -> bool | list[int]:
+    """Add the input embeddings and the last hidden state to what the user asked for."""
+    if output_hidden_states is True:
+        return True
+    if isinstance(output_hidden_states, int) and not isinstance(output_hidden_states, bool):
+        output_hidden_states = [output_hidden_states]
+    return sorted({0, -1, *(output_hidden_states or [])})
+
+
+def _is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Parameter) -> torch.Tensor:
+    """Tell which rows of `inputs_embeds` `(batch_size, num_rows, hidden_size)` are rows of an embedding table."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.element_size()]
+    # Rows are compared by a sum over their bits, exact whatever the order of summation.
+    weights = torch.arange(1, 2 * table.shape[1], 2, device=table.device) * 0x1E3779B97F4A7C15
+    hashes = [(rows.contiguous().view(integer).long() * weights).sum(-1) for rows in table.detach().split(1024)]
+    rows = (inputs_embeds.to(table).contiguous().view(integer).long() * weights).sum(-1)
+    return torch.isin(rows, torch.cat(hashes))
