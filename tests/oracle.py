@@ -32,7 +32,9 @@ class Oracle:
         self.depth = depth
         self.error_rate = error_rate
         self.seed = seed
+        # Of the last call: what was committed before each round, and what was drafted on it.
         self.committed: list[Committed] = []
+        self.trees: list[TokenTree] = []
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "OracleCandidateGenerator":
         return OracleCandidateGenerator(self)
@@ -56,7 +58,9 @@ class OracleCandidateGenerator(TreeCandidateGenerator):
             for row, (root, step) in enumerate(zip(committed.root_token_ids.tolist(), self.num_emitted, strict=True))
         ]
         token_ids, parents = (torch.tensor(values) for values in zip(*rows, strict=True))
-        return TokenTree(token_ids, parents, torch.zeros_like(token_ids, dtype=torch.float32), self.oracle.depth)
+        scores = torch.zeros_like(token_ids, dtype=torch.float32)
+        self.oracle.trees.append(TokenTree(token_ids, parents, scores, self.oracle.depth))
+        return self.oracle.trees[-1]
 
     def _tree(self, root: int, truth: list[int], step: int) -> tuple[list[int], list[int]]:
         """Draw a chain of truth and errors; beside each of its nodes stands a decoy, now before it, now after it."""
