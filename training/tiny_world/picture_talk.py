@@ -2,7 +2,7 @@
 
 from random import Random
 
-from training.tiny_world.pictures import COLOURS, SHAPES, Scene, Shape
+from training.tiny_world.pictures import COLOURS, PLACES, SHAPES, Scene, Shape
 
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -129,6 +129,13 @@ def _colours(scene: Scene, random: Random) -> str:
         for colour in colours
     ]
     return f"{opening} {'. '.join(groups)}."
+
+
+def cell_by_cell(scene: Scene) -> tuple[str, str]:
+    """Return the request to go through all nine cells, and the answer."""
+    shapes = {shape.place: _a(shape) for shape in scene.shapes}
+    cells = [f"{place}: {shapes.get(place, 'nothing')}" for place in PLACES]
+    return "Go through the picture place by place.", ", ".join(cells) + "."
 
 
 DESCRIPTIONS = (

@@ -1,22 +1,24 @@
 """Train the tiny world's target from scratch: `python -m training.tiny_world.train_target`."""
 
 import argparse
-import copy
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
 from random import Random
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from training.tiny_world.evaluate_target import evaluate
-from training.tiny_world.target import CHECKPOINT, build_model, build_processor
+from training.tiny_world.evaluate_target import accuracy, evaluate
+from training.tiny_world.target import CHECKPOINT, build_model, build_processor, load_target
 from training.tiny_world.vision_warm_up import pixel_values, warm_up_tower
-from training.tiny_world.world import training_rows
+from training.tiny_world.world import attribute_questions, training_rows
 
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,11 @@ def encode_row(processor: LlavaProcessor, row: dict) -> dict:
     return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "images": row["images"]}
 
 
-def batches(processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: int) -> Iterator[dict]:
-    """Yield batches of about `num_tokens` tokens, of rows of similar length."""
-    random, rows, ready = Random(seed), training_rows(10**9, seed), []
+def batches(
+    processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: int, cells: float = 0.0
+) -> Iterator[dict]:
+    """Yield this process's part of batches of about `num_tokens` tokens, of rows of similar length."""
+    random, rows, ready = Random(seed), training_rows(10**9, seed, cells), []
     for _ in range(num_batches):
         if not ready:
             pool = sorted((encode_row(processor, next(rows)) for _ in range(768)), key=lambda row: len(row["labels"]))
@@ -46,7 +50,8 @@ def batches(processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: 
                     ready.append([])
                 ready[-1].append(row)
             random.shuffle(ready)
-        yield collate(ready.pop(), processor.tokenizer.pad_token_id)
+        rows_of_batch = ready.pop()
+        yield collate(rows_of_batch[dist.get_rank() :: dist.get_world_size()], processor.tokenizer.pad_token_id)
 
 
 def collate(rows: list[dict], pad_token_id: int) -> dict:
@@ -75,16 +80,40 @@ def deepen(model: LlavaForConditionalGeneration, deep: LlavaForConditionalGenera
     return deep
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training at one depth; the rate warms up, then stays or falls to zero along a cosine."""
+
+    name: str
+    num_layers: int
+    num_steps: int
+    learning_rate: float
+    beta2: float
+    cells: float = 0.0
+    decay: bool = False
+
+
+STAGES = (
+    Stage("shallow", 8, 1000, 1.5e-3, 0.95),
+    Stage("places", 8, 200, 6e-4, 0.98, cells=0.6),
+    Stage("steady", 8, 600, 6e-4, 0.98, cells=0.1),
+    Stage("deep", 16, 600, 6e-4, 0.98, cells=0.05, decay=True),
+)
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace gradients by their mean over the processes."""
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(gradients)
+    parts = (gradients / dist.get_world_size()).split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
 def train(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    num_steps: int,
-    peak: float,
-    decay: bool,
-    seed: int,
-    save_to: Path,
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, stage: Stage, seed: int, work: Path
 ) -> None:
-    """Train all but the vision tower on the assistant's turns; the rate warms up, then stays or falls to zero."""
+    """Train all but the vision tower on the assistant's turns, and keep saving the model below `work`."""
     model.train()
     model.model.vision_tower.requires_grad_(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -92,48 +121,70 @@ def train(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, stage.beta2), fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     start, mean = time.time(), None
-    for step, batch in enumerate(batches(processor, num_steps, 2400, seed)):
-        rate = min((step + 1) / 100, 1) * (0.5 + 0.5 * cos(pi * step / num_steps) if decay else 1)
+    for step, batch in enumerate(batches(processor, stage.num_steps, 2400, seed, stage.cells), 1):
+        rate = stage.learning_rate * min(step / 50, 1)
+        if stage.decay:
+            rate *= 0.5 + 0.5 * cos(pi * step / stage.num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate
+            group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
+        average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if (step + 1) % 25 == 0:
-            logger.info("step %d loss %.4f, %.0f s", step + 1, mean, time.time() - start)
-        if (step + 1) % 250 == 0:
-            model.save_pretrained(save_to)
-            processor.save_pretrained(save_to)
-            logger.info("accuracy %s", evaluate(model, processor, 100)["right"])
+        if dist.get_rank() == 0 and step % 25 == 0:
+            logger.info("%s step %d loss %.4f, %.0f s", stage.name, step, mean, time.time() - start)
+        if dist.get_rank() == 0 and (step % 100 == 0 or step == stage.num_steps):
+            model.save_pretrained(work / stage.name)
+            processor.save_pretrained(work / stage.name)
+            logger.info("accuracy %s", accuracy(model.eval(), processor, attribute_questions(100)))
             model.train()
+
+
+def work(rank: int, num_processes: int, arguments: argparse.Namespace) -> None:
+    """Run all stages in one of the processes, and save the rounded model in the first."""
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    meeting = f"tcp://127.0.0.1:{arguments.port}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    processor = build_processor()
+    if arguments.after is None:
+        model, first = build_model(processor, STAGES[0].num_layers), 0
+        warm_up_tower(model)
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)
+    else:
+        model, _ = load_target(arguments.work / arguments.after)
+        first = [stage.name for stage in STAGES].index(arguments.after) + 1
+    for i, stage in enumerate(STAGES[first:], first):
+        if stage.num_layers > model.config.text_config.num_hidden_layers:
+            model = deepen(model, build_model(processor, stage.num_layers))
+        train(model, processor, stage, 10 + i, arguments.work)
+    if rank == 0:
+        model = model.to(torch.bfloat16)
+        model.save_pretrained(arguments.output)
+        processor.save_pretrained(arguments.output)
+        logger.info("rounded to bfloat16: %s", evaluate(model.float(), processor))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world"), help="where unfinished models are saved")
-    parser.add_argument("--shallow-steps", type=int, default=2400)
-    parser.add_argument("--deep-steps", type=int, default=1500)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    processor = build_processor()
-    model = build_model(processor, num_layers=8)
-    warm_up_tower(model)
-    train(model, processor, arguments.shallow_steps, 1.5e-3, False, 10, arguments.work / "shallow")
-    model = deepen(model, build_model(processor))
-    train(model, processor, arguments.deep_steps, 1.5e-3, True, 11, arguments.work / "deep")
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
-    logger.info("rounded to bfloat16: %s", evaluate(copy.deepcopy(model).float(), processor))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world"), help="where each stage's model is saved")
+    parser.add_argument("--after", choices=[stage.name for stage in STAGES], help="go on from this stage's model")
+    parser.add_argument("--port", type=int, default=29571, help="where the processes meet")
+    mp.spawn(work, args=(2, parser.parse_args()), nprocs=2)
 
 
 if __name__ == "__main__":

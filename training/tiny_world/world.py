@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Image, List, Value
 from training.tiny_world.picture_talk import (
     ATTRIBUTE_KINDS,
     attribute_question,
+    cell_by_cell,
     comparison,
     description,
     follow_up,
@@ -78,6 +79,11 @@ def _attributes(random: Random) -> tuple[list[Scene], list[tuple[str, str]]]:
     return [scene], list(turns.items())
 
 
+def _cells(random: Random) -> tuple[list[Scene], list[tuple[str, str]]]:
+    scene = random_scene(random, 3, 7)
+    return [scene], [cell_by_cell(scene)]
+
+
 Maker = Callable[[Random], tuple[list[Scene], list[tuple[str, str]]]]
 _MAKERS = {"text": _text, "image": _image, "images": _images, "second turn": _second_turn}
 _TRAINING_MIXTURE = ((_text, 0.2), (_image, 0.2), (_images, 0.15), (_second_turn, 0.15), (_attributes, 0.3))
@@ -90,12 +96,13 @@ def _draw(make: Maker, random: Random, held_out: bool) -> tuple[list[Scene], lis
             return scenes, turns
 
 
-def training_rows(num_rows: int, seed: int = 0) -> Iterator[dict]:
-    """Yield training rows, `messages` and `images`; other seeds give other rows."""
+def training_rows(num_rows: int, seed: int = 0, cells: float = 0.0) -> Iterator[dict]:
+    """Yield training rows, `messages` and `images`, a share `cells` of which goes through a picture place by place."""
     random = Random(seed)
     makers, weights = zip(*_TRAINING_MIXTURE, strict=True)
     for _ in range(num_rows):
-        yield make_row(*_draw(random.choices(makers, weights)[0], random, held_out=False))
+        make = _cells if cells and random.random() < cells else random.choices(makers, weights)[0]
+        yield make_row(*_draw(make, random, held_out=False))
 
 
 def training_dataset(num_rows: int, seed: int = 0) -> Dataset:
