@@ -1,0 +1,106 @@
+"""Trees, drawn: how they grow, who sees whom, and which node stands on which."""
+
+import pytest
+import torch
+
+from transformers_msd import TokenTree, TreeConfig
+from transformers_msd.tree import grow_tree, tree_attention_mask
+
+
+def make_tree(token_ids: list[list[int]], parents: list[list[int]], depth: int) -> TokenTree:
+    token_ids = torch.tensor(token_ids)
+    return TokenTree(token_ids, torch.tensor(parents), torch.zeros(token_ids.shape), depth)
+
+
+class Table:
+    """A draft over 4 tokens that always says the same, and notes what it was asked."""
+
+    log_probs = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list, list, list]] = []
+
+    def __call__(self, token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        self.asked.append((token_ids[0].tolist(), slots[0].tolist(), visible[0].int().tolist()))
+        return self.log_probs.expand(*token_ids.shape, -1)
+
+    def grow(self, **settings: int) -> TokenTree:
+        return grow_tree(TreeConfig(**settings), torch.tensor([7]), self.log_probs[None], self)
+
+
+def test_ancestor_mask_and_depths() -> None:
+    tree = make_tree([[7, 1, 3, 1, 2], [7, 1, 1, 1, 0]], [[-1, 0, 0, 1, 2], [-1, 0, 1, 2, -1]], depth=3)
+    assert tree.ancestor_mask.int().tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]],
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]],
+    ]
+    assert tree.depths.tolist() == [[0, 1, 1, 2, 2], [0, 1, 2, 3, 0]]
+
+
+def test_ancestors_of_a_long_chain() -> None:
+    num_nodes = 40
+    tree = make_tree([[0] * num_nodes], [list(range(-1, num_nodes - 1))], depth=num_nodes - 1)
+    assert torch.equal(tree.ancestor_mask[0], torch.ones(num_nodes, num_nodes).tril().bool())
+
+
+def test_grow_keeps_the_most_likely_nodes() -> None:
+    table = Table()
+    tree = table.grow(num_nodes=6, depth=2, top_k=2)
+    # Level 1: token 1 (0.4), token 3 (0.3); level 2: 1-1 (0.16), 1-3 (0.12), 3-1 (0.12), 3-3 (0.09).
+    assert tree.token_ids.tolist() == [[7, 1, 3, 1, 3, 1]]
+    assert tree.parents.tolist() == [[-1, 0, 0, 1, 1, 2]]
+    torch.testing.assert_close(tree.scores.exp(), torch.tensor([[1.0, 0.4, 0.3, 0.16, 0.12, 0.12]]))
+
+
+def test_grow_shows_each_frontier_node_its_own_path() -> None:
+    table = Table()
+    table.grow(num_nodes=20, depth=3, top_k=2)
+    assert table.asked == [
+        ([1, 3], [0, 0], [[1, 0], [0, 1]]),
+        # The best of level 2 are 1-1, then 1-3 before 3-1 on a tie: both go on from the first of level 1.
+        ([1, 3], [0, 0], [[1, 0, 1, 0], [1, 0, 0, 1]]),
+    ]
+
+
+def test_a_chain_is_top_k_1() -> None:
+    tree = Table().grow(num_nodes=4, depth=3, top_k=1)
+    assert tree.token_ids.tolist() == [[7, 1, 1, 1]]
+    assert tree.parents.tolist() == [[-1, 0, 1, 2]]
+
+
+def test_a_parent_wins_a_tie_against_its_child() -> None:
+    def certain(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*token_ids.shape, 3)
+
+    tree = grow_tree(TreeConfig(num_nodes=7, depth=4, top_k=3), torch.tensor([7]), torch.zeros(1, 3), certain)
+    parents = tree.parents[0].tolist()
+    assert all(parent < node for node, parent in enumerate(parents))
+    assert parents[:4] == [-1, 0, 0, 0]
+
+
+def test_a_tree_that_cannot_fill_its_nodes_is_smaller() -> None:
+    assert Table().grow(num_nodes=60, depth=1, top_k=10).token_ids.tolist() == [[7, 1, 3, 2, 0]]
+
+
+@pytest.mark.parametrize("settings", [{"num_nodes": 1}, {"depth": 0}, {"top_k": 0}, {"depth": 2.5}])
+def test_tree_config_refuses_trees_that_draft_nothing(settings: dict) -> None:
+    with pytest.raises(ValueError, match=f"TreeConfig.{next(iter(settings))}.*at least"):
+        TreeConfig(**settings)
+
+
+def test_with_chains_replaces_rows() -> None:
+    tree = make_tree([[7, 1, 3, 1], [8, 1, 3, 1]], [[-1, 0, 0, 1], [-1, 0, 0, 1]], depth=2)
+    padded = tree.with_chains(torch.tensor([False, True]), 0)
+    assert padded.token_ids.tolist() == [[7, 1, 3, 1], [8, 0, 0, 0]]
+    # The chain is no deeper than the tree; the node that is left over stands on nothing.
+    assert padded.parents.tolist() == [[-1, 0, 0, 1], [-1, 0, 1, -1]]
+
+
+def test_tree_attention_mask() -> None:
+    mask = tree_attention_mask(
+        torch.tensor([[True, False, True]]), torch.tensor([[[True, False], [True, True]]]), torch.bfloat16
+    )
+    assert mask.shape == (1, 1, 2, 5)
+    assert mask.dtype == torch.bfloat16
+    assert (mask == 0).int().tolist() == [[[[1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]]]
+    assert mask.isfinite().all()
