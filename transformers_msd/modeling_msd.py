@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from transformers_msd.tree import TreeConfig
 
 
 if TYPE_CHECKING:
+    from transformers_msd.drafters.base import CallInputs
     from transformers_msd.drafters.msd import MSDCandidateGenerator
+    from transformers_msd.target import Target
 
 
 def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> torch.Tensor:
@@ -77,20 +79,37 @@ class MSDDraftModel(PreTrainedModel):
     def tree_config(self, tree_config: TreeConfig) -> None:
         self.config.tree_config = asdict(tree_config)
 
-    def candidate_generator(self, target: PreTrainedModel, inputs: dict[str, Any]) -> "MSDCandidateGenerator":
+    def candidate_generator(self, target: "Target", inputs: "CallInputs") -> "MSDCandidateGenerator":
         """
-        Make the drafter of one `generate` call.
+        Make the candidate generator of one `generate` call.
 
         Args:
-            target (`PreTrainedModel`):
-                Model whose tokens are drafted.
-            inputs (`dict[str, Any]`):
-                Inputs of the call.
+            target ([`Target`]):
+                The target of the call.
+            inputs ([`CallInputs`]):
+                What the call gives besides it.
         """
         # The generator is built on this class, so the one import that points upward waits until the call.
         from transformers_msd.drafters.msd import MSDCandidateGenerator
 
         return MSDCandidateGenerator(self, target, inputs)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """
+        Raise a `ValueError` unless this draft can read the target's features and use its embeddings and head.
+
+        Args:
+            target (`PreTrainedModel`):
+                Model to draft for.
+        """
+        ours, theirs = self.config.get_text_config(), target.config.get_text_config()
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"The draft was made for a target of `{name}` {getattr(ours, name)}, got {type(target).__name__} "
+                    f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
+                    "`MSDConfig.from_target(target.config)`."
+                )
 
     def forward(
         self,

@@ -73,7 +73,7 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"Drafting needs a decoder-only target, got {type(model).__name__}. Instead, {WAY_OUT}")
     if model._is_stateful:
         raise ValueError(
-            f"{type(model).__name__} keeps a recurrent state, which can't take back rejected tokens. Instead, {WAY_OUT}"
+            f"{type(model).__name__} has a recurrent state, which can't take back rejected tokens. Instead, {WAY_OUT}"
         )
     implementation = model.config.get_text_config()._attn_implementation
     if implementation not in ("sdpa", "eager"):
@@ -118,5 +118,5 @@ def _check_processors(processors: Iterable[LogitsProcessor]) -> None:
     )
     if stateful:
         raise ValueError(
-            f"Logits processors must not keep a state between steps, got {', '.join(stateful)}. Drop them, or {WAY_OUT}"
+            f"Logits processors must keep no state between steps, got {', '.join(stateful)}. Drop them, or {WAY_OUT}"
         )

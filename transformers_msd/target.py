@@ -195,7 +195,8 @@ class Target:
             outputs (`ModelOutput`):
                 Outputs of the round's forward.
             tokens (`list[list[int]]`):
-                Generated tokens of each row that stand after the round. They may be fewer than accepted, or than before.
+                Generated tokens of each row that stand after the round: fewer than accepted where a row ended, and
+                fewer than before where it had run ahead of its end.
         """
         device = self._lengths.device
         roots = torch.tensor([row[-1] for row in tokens], device=device)

@@ -114,8 +114,8 @@ def grow_tree(
             The draft's log-probabilities after the root.
         expand (`Callable`):
             Runs the draft on a frontier. Gets its tokens, of shape `(batch_size, frontier)`, the place of each node's
-            parent in the frontier before, of the same shape, and which of the rows drafted so far, these included, each
-            node sees, of shape `(batch_size, frontier, rows)`; returns log-probabilities of shape
+            parent in the frontier before, of the same shape, and which of the rows drafted so far, these included,
+            each node sees, of shape `(batch_size, frontier, rows)`; returns log-probabilities of shape
             `(batch_size, frontier, vocab_size)`.
     """
     top_k = min(config.top_k, log_probs.shape[-1])

@@ -25,8 +25,9 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     """
     Grows trees with an [`MSDDraftModel`].
 
-    The draft's cache holds one row for each row of the target's cache. A round first adds the rows committed since the
-    round before, whose last prediction gives the children of the root, then the rows of the tree, which it drops again.
+    The draft's cache holds one row for each row of the target's cache. A round first adds the rows committed since
+    the round before, whose last prediction gives the children of the root, then the rows of the tree, which it drops
+    again.
 
     Args:
         draft ([`MSDDraftModel`]):
@@ -89,7 +90,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._starts = committed.position_ids[:, 0]
 
     def _extend(self, committed: Committed) -> torch.Tensor:
-        """Add committed rows to the draft's cache; what lies behind the last row of a sequence is overwritten later."""
+        """Add committed rows to the draft's cache; fillers behind the last row of a sequence are overwritten later."""
         num_columns = self._cache.get_seq_length()
         batch_size, num_rows = committed.token_ids.shape
         if self._lengths is None:
@@ -124,5 +125,5 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         return self._draft(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state
 
     def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
-        """Rank all tokens after nodes of one depth from their predicted features `(batch_size, nodes, hidden_size)`."""
+        """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
         return self._sampler.rank(self._target.logits(hidden), depth)

@@ -1,0 +1,297 @@
+"""What `generate()` gives besides its tokens, what it refuses, and what it leaves behind: nothing."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from oracle import Oracle
+from test_equality import make_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    StaticCache,
+    SynthIDTextWatermarkingConfig,
+    TextIteratorStreamer,
+    TextStreamer,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkingConfig,
+)
+from transformers.generation import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from zoo import TEXT, VOCAB_SIZE, make_inputs, make_target
+
+from transformers_msd import MSDConfig, MSDDraftModel, SpeculativeStats, TreeConfig
+from transformers_msd.stats import Rounds
+
+
+def make_draft(target: Any) -> MSDDraftModel:
+    torch.manual_seed(1)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
+    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3)
+    return draft
+
+
+def make_case(batch_size: int = 1, **settings: Any) -> tuple[Any, dict[str, Any], Any, Oracle]:
+    """Make a target, the arguments of a call, plain decoding's output of it, and an oracle for it."""
+    target = make_target("llava")
+    inputs = make_inputs("llava", (1,) if batch_size == 1 else (2, 0, 1))
+    call = {**inputs, "max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, **settings}
+    torch.manual_seed(0)
+    plain = target.generate(**call)
+    return target, call, plain, Oracle(plain.sequences[:, inputs["input_ids"].shape[1] :], VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("layers", [True, [-1], -2, [0, 1]])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_returned_scores_logits_and_states_are_plain_ones(batch_size: int, layers: Any, do_sample: bool) -> None:
+    settings = {"output_scores": True, "output_logits": True, "output_hidden_states": layers, "do_sample": do_sample}
+    settings |= {"eos_token_id": [23, 45], "repetition_penalty": 1.2} if batch_size == 3 else {"top_k": 10}
+    target, call, plain, oracle = make_case(batch_size, **settings)
+    torch.manual_seed(0)
+    ours = target.generate(**call, assistant_model=oracle)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(plain[name])
+        for step, plain_step in zip(ours[name], plain[name], strict=True):
+            torch.testing.assert_close(step, plain_step, atol=1e-4, rtol=1e-4)
+    assert len(ours.hidden_states) == len(plain.hidden_states)
+    for step, plain_step in zip(ours.hidden_states, plain.hidden_states, strict=True):
+        for layer, plain_layer in zip(step, plain_step, strict=True):
+            assert (layer is None) == (plain_layer is None)
+            if layer is not None:
+                torch.testing.assert_close(layer, plain_layer, atol=1e-4, rtol=1e-4)
+    assert ours.attentions is None
+    transition = target.compute_transition_scores(ours.sequences, ours.scores)
+    torch.testing.assert_close(transition, target.compute_transition_scores(plain.sequences, plain.scores))
+
+
+def test_without_the_dict_the_tokens_come_alone() -> None:
+    target, call, plain, oracle = make_case()
+    ours = target.generate(**call | {"return_dict_in_generate": False}, assistant_model=oracle)
+    assert torch.equal(ours, plain.sequences)
+
+
+def test_a_cache_that_was_passed_in_is_filled_like_plain_generate_fills_it() -> None:
+    target, call, plain, oracle = make_case()
+    cache = DynamicCache(config=target.config.get_text_config())
+    ours = target.generate(**call | {"return_dict_in_generate": False}, past_key_values=cache, assistant_model=oracle)
+    assert torch.equal(ours, plain.sequences)
+    torch.testing.assert_close(cache.layers[1].keys, plain.past_key_values.layers[1].keys, atol=1e-4, rtol=1e-4)
+
+
+class Notes(BaseStreamer):
+    """Notes every call."""
+
+    def __init__(self) -> None:
+        self.puts: list[torch.Tensor] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_streamer_gets_the_calls_that_plain_generate_makes(batch_size: int) -> None:
+    target, call, _, oracle = make_case(batch_size)
+    notes, plain_notes = Notes(), Notes()
+    target.generate(**call, streamer=plain_notes)
+    target.generate(**call, streamer=notes, assistant_model=oracle)
+    assert [put.tolist() for put in notes.puts] == [put.tolist() for put in plain_notes.puts]
+    assert notes.ended == plain_notes.ended == 1
+
+
+def test_text_streamers_print_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    target, call, plain, oracle = make_case()
+    tokenizer = make_tokenizer()
+    target.generate(**call, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    expected = capsys.readouterr().out
+    target.generate(**call, streamer=TextStreamer(tokenizer, skip_prompt=True), assistant_model=oracle)
+    assert capsys.readouterr().out == expected
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(
+        target=target.generate, kwargs={**call, "streamer": streamer, "assistant_model": make_draft(target)}
+    )
+    thread.start()
+    assert "".join(streamer) == expected.rstrip("\n")
+    thread.join()
+
+
+def test_two_sampled_calls_after_one_seed_are_both_plain() -> None:
+    target, call, _, oracle = make_case(3, do_sample=True, eos_token_id=[23, 45])
+    draft = make_draft(target)
+    results = []
+    for assistant in ({}, {"assistant_model": draft}, {"assistant_model": oracle}):
+        torch.manual_seed(7)
+        results.append([target.generate(**call, **assistant).sequences for _ in range(2)])
+    for first, second in results[1:]:
+        assert torch.equal(first, results[0][0])
+        assert torch.equal(second, results[0][1])
+
+
+def test_max_time_ends_within_a_round() -> None:
+    target, call, plain, oracle = make_case(max_new_tokens=60)
+
+    class Slow(StoppingCriteria):
+        """Takes a while for each token, and so makes the time run out in the middle."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            time.sleep(0.01)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    ours = target.generate(**call, stopping_criteria=[Slow()], max_time=0.2, assistant_model=oracle).sequences
+    assert ours.shape[1] < plain.sequences.shape[1]
+    assert torch.equal(ours, plain.sequences[:, : ours.shape[1]])
+
+
+def test_watermark_without_a_state_is_plain() -> None:
+    settings = {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash"), "do_sample": True}
+    target, call, plain, oracle = make_case(**settings)
+    torch.manual_seed(0)
+    assert torch.equal(target.generate(**call, assistant_model=oracle).sequences, plain.sequences)
+
+
+def test_statistics_of_a_call_add_up() -> None:
+    target, call, plain, oracle = make_case(3, eos_token_id=[23, 45])
+    stats = target.generate(**call, assistant_model=oracle).speculative_stats
+    # The last of these tokens ended the call, so each row's count goes up to its own EOS or to the last step.
+    news = plain.sequences[:, call["input_ids"].shape[1] :].tolist()
+    ends = [next((step + 1 for step, token in enumerate(row) if token in (23, 45)), len(row)) for row in news]
+    assert stats.acceptance_lengths.sum(0).tolist() == [end - 1 for end in ends]
+    num_row_rounds = int((stats.acceptance_lengths > 0).sum())
+    assert stats.mean_acceptance_length == pytest.approx((sum(ends) - 3) / num_row_rounds)
+    assert stats.num_drafted == num_row_rounds * 2 * oracle.depth
+    assert stats.acceptance_by_depth == sorted(stats.acceptance_by_depth, reverse=True)
+    assert sum(stats.acceptance_by_depth) * num_row_rounds == pytest.approx(stats.num_accepted)
+
+
+def test_statistics_by_hand() -> None:
+    rounds = Rounds(
+        starts=[[1, 1], [4, 2], [6, 4]],
+        lengths=[[4, 2], [6, 4], [8, 8]],
+        num_accepted=[[2, 0], [3, 1], [1, 3]],
+        num_drafted=[torch.tensor([5, 5])] * 3,
+    )
+    # Row 0 ended with its 5th token: of its second round one token counts, its third is no round of its own.
+    stats = rounds.summarize([5, 8])
+    assert stats.acceptance_lengths.tolist() == [[3, 1], [1, 2], [0, 4]]
+    assert stats.mean_acceptance_length == pytest.approx(11 / 5)
+    assert (stats.num_rounds, stats.num_drafted, stats.num_accepted) == (3, 25, 2 + 0 + 1 + 1 + 3)
+    assert stats.acceptance_by_depth == pytest.approx([4 / 5, 2 / 5, 1 / 5])
+    assert SpeculativeStats(torch.zeros(0, 1)).mean_acceptance_length == 0
+
+
+def test_threads_share_a_target_and_a_draft() -> None:
+    target = make_target("llava")
+    draft = make_draft(target)
+    calls = [make_inputs("llava", (1,), seed=seed) for seed in range(4)]
+    expected = [target.generate(**call, max_new_tokens=40, do_sample=False) for call in calls]
+    results: dict[int, torch.Tensor] = {}
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            results[index] = target.generate(**calls[index], max_new_tokens=40, do_sample=False, assistant_model=draft)
+            assert torch.equal(results[index], expected[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[index], expected[index]) for index in range(4))
+
+
+def test_nothing_of_ours_is_left_on_the_models() -> None:
+    def attributes(model: torch.nn.Module) -> list[set[str]]:
+        return [set(vars(module)) | set(module._forward_hooks) for module in model.modules()]
+
+    target, call, *_ = make_case()
+    # Transformers itself leaves hooks for hidden states behind, once they were asked for.
+    target.generate(**call, output_hidden_states=True)
+    draft = make_draft(target)
+    with torch.no_grad():
+        rows = torch.zeros(1, 2, target.config.get_text_config().hidden_size)
+        draft(rows, rows)
+    before = attributes(target), attributes(draft)
+    target.generate(**call, assistant_model=draft)
+    assert (attributes(target), attributes(draft)) == before
+
+
+def other_target(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**TEXT | changes))
+
+
+def sliding_target() -> Any:
+    return AutoModelForCausalLM.from_config(MistralConfig(**TEXT, sliding_window=8))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 2}, "greedy decoding and sampling"),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "greedy decoding and sampling"),
+    "guidance": ({"guidance_scale": 1.5}, "guidance"),
+    "synth_id": ({"watermarking_config": SynthIDTextWatermarkingConfig(5, [1, 2, 3])}, "SynthID"),
+    "static": ({"cache_implementation": "static"}, "cache_implementation='static'"),
+    "quantised": ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+    "offloaded": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+    "attentions": ({"output_attentions": True}, "output_attentions"),
+    "no_cache": ({"use_cache": False}, "use_cache=False"),
+    "ensemble": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+    "synced": ({"synced_gpus": True}, "synced_gpus"),
+    "tokenizer": ({"assistant_tokenizer": make_tokenizer()}, "assistant_tokenizer"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_drafting_cannot_do_is_refused_before_anything_runs(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, message = REFUSED[reason]
+    target, call, *_ = make_case()
+    draft = make_draft(target)
+
+    def ran(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a model ran")
+
+    monkeypatch.setattr(target.model, "forward", ran)
+    monkeypatch.setattr(target.model, "get_image_features", ran)
+    with pytest.raises(ValueError, match=message):
+        target.generate(**call | settings, assistant_model=draft)
+
+
+def test_a_stateful_processor_is_refused() -> None:
+    target, call, *_ = make_case()
+    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, target)
+    with pytest.raises(ValueError, match="UnbatchedClassifierFreeGuidance"):
+        target.generate(**call, logits_processor=[processor], assistant_model=make_draft(target))
+
+
+def test_caches_that_cannot_take_rows_back_are_refused() -> None:
+    target, call, *_ = make_case()
+    static = StaticCache(config=target.config.get_text_config(), max_cache_len=64)
+    with pytest.raises(ValueError, match="StaticCache"):
+        target.generate(**call, past_key_values=static, assistant_model=make_draft(target))
+    sliding = sliding_target()
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+        sliding.generate(torch.tensor([[1, 5]]), max_new_tokens=3, assistant_model=make_draft(sliding))
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_attention_without_4d_masks_is_refused(implementation: str) -> None:
+    target = other_target()
+    target.config._attn_implementation_internal = implementation
+    with pytest.raises(ValueError, match=implementation):
+        target.generate(torch.tensor([[1, 5]]), max_new_tokens=3, assistant_model=make_draft(target))
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"hidden_size": 64}, "64"), ({"vocab_size": 100}, "100")])
+def test_a_draft_for_another_target_is_refused(changes: dict[str, int], message: str) -> None:
+    draft = make_draft(make_target("llama"))
+    with pytest.raises(ValueError, match=message):
+        other_target(**changes).generate(torch.tensor([[1, 5]]), max_new_tokens=3, assistant_model=draft)
