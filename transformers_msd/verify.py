@@ -1,4 +1,4 @@
-"""Which drafted tokens stand: one rule, greedy or sampled, and the noise that makes samples those of plain decoding."""
+"""Which drafted tokens stand: one rule, greedy or sampled, and the noise that makes samples repeatable."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ class NoiseTape:
     The random numbers of a sampled call, one draw for each generated position.
 
     PyTorch draws `torch.multinomial(p, 1)` as `argmax(p / e)` with `e ~ Exp(1)` of the shape of `p`, once for each
-    step of plain decoding. Drawing the same numbers in the same order and using them at every node of a position makes the
-    token there the one that plain sampling picks from the same seed (the exponential race, or Gumbel-max trick).
+    step of plain decoding. Drawing the same numbers in the same order, and using them at every node of a position,
+    makes the token there the one that plain sampling picks from the same seed (the Gumbel-max trick).
 
     Args:
         batch_size (`int`):

@@ -1,0 +1,100 @@
+"""The real LLaVA-1.5 processor and real photos, through a LLaVA of the real config at reduced width and depth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, pipeline
+
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+FOLDER = DATA / "processors" / "llava-1.5-7b-hf"
+PHOTOS = DATA / "images" / "flickr8k_1k"
+
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"needs the real processor in {FOLDER}")
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return AutoProcessor.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    rows = [json.loads(line) for line in (PHOTOS / "messages.jsonl").read_text().splitlines()[:50]]
+    names = list(dict.fromkeys(row["images"][0] for row in rows))[:3]
+    return [Image.open(PHOTOS / name).convert("RGB") for name in names]
+
+
+@pytest.fixture(scope="module")
+def target() -> LlavaForConditionalGeneration:
+    settings = json.loads((FOLDER / "config.json").read_text())
+    narrow = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    narrow |= {"initializer_range": 0.3}
+    settings["text_config"] |= narrow | {"num_key_value_heads": 4}
+    settings["vision_config"] |= narrow | {"projection_dim": 64}
+    settings["torch_dtype"] = settings["text_config"]["torch_dtype"] = "float32"
+    torch.manual_seed(0)
+    target = LlavaForConditionalGeneration._from_config(LlavaConfig(**settings)).eval()
+    target.generation_config.pad_token_id = target.config.pad_token_id
+    return target
+
+
+@pytest.fixture(scope="module")
+def draft(target: LlavaForConditionalGeneration) -> MSDDraftModel:
+    torch.manual_seed(1)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
+    draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=4)
+    return draft
+
+
+def conversation(num_images: int, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}]
+
+
+def test_photos_give_the_tokens_of_plain_generate(
+    target: LlavaForConditionalGeneration, draft: MSDDraftModel, processor: Any, photos: list[Image.Image]
+) -> None:
+    chats = [
+        conversation(1, "What is in this picture?"),
+        conversation(2, "How do these pictures differ? Answer in one sentence."),
+        conversation(0, "Name a colour."),
+    ]
+    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(images=photos, text=texts, padding=True, return_tensors="pt")
+    assert (inputs["input_ids"] == target.config.image_token_id).sum(-1).tolist() == [576, 1152, 0]
+    for settings in ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_p": 0.95}):
+        torch.manual_seed(0)
+        plain = target.generate(**inputs, max_new_tokens=16, **settings)
+        torch.manual_seed(0)
+        assert torch.equal(target.generate(**inputs, max_new_tokens=16, **settings, assistant_model=draft), plain)
+
+
+def test_pipeline_takes_a_draft_through_generate_kwargs(
+    target: LlavaForConditionalGeneration,
+    draft: MSDDraftModel,
+    processor: Any,
+    photos: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def counted(self: MSDDraftModel, *args: Any) -> Any:
+        made.append(candidate_generator(self, *args))
+        return made[-1]
+
+    candidate_generator = MSDDraftModel.candidate_generator
+    monkeypatch.setattr(MSDDraftModel, "candidate_generator", counted)
+    pipe = pipeline("image-text-to-text", model=target, processor=processor)
+    call = {"text": "USER: <image>\nWhat is this? ASSISTANT:", "images": photos[:1], "return_full_text": False}
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = pipe(**call, generate_kwargs=settings)
+    assisted = pipe(**call, generate_kwargs={**settings, "assistant_model": draft})
+    assert assisted == plain
+    assert len(made) == 1
