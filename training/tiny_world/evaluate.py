@@ -1,0 +1,185 @@
+"""
+Measure the shipped pair on the 100 held-out prompts: `python -m training.tiny_world.evaluate`.
+
+Greedy and at temperature 1, each prompt is answered by plain `generate` and with the draft in turn, in one process:
+the acceptance length, the speed-up, and whether all tokens are equal. Then the draft alone is given the visual rows of
+another picture, and none, with target and output unchanged.
+"""
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers import BatchFeature, LlavaForConditionalGeneration
+from transformers.utils import ModelOutput
+
+from training.tiny_world.target import encode_prompts, load_target
+from training.tiny_world.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.world import evaluation_prompts
+from transformers_msd import CallInputs, Committed, MSDDraftModel, Target, TokenTree, TreeConfig
+from transformers_msd.drafters.msd import MSDCandidateGenerator
+
+
+MODES = {"greedy": {"do_sample": False}, "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0}}
+PICTURES = ("its own", "another", "none")
+
+
+class Blinkered:
+    """
+    A draft that is shown other visual rows than the target's.
+
+    Args:
+        draft ([`MSDDraftModel`]):
+            The draft.
+        picture (`str`):
+            One of `PICTURES`.
+    """
+
+    def __init__(self, draft: MSDDraftModel, picture: str) -> None:
+        self.draft = draft
+        self.picture = picture
+        # Visual rows of earlier prompts by their number, from which the next prompt gets its other picture.
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "BlinkeredGenerator":
+        return BlinkeredGenerator(self, target, inputs)
+
+
+class BlinkeredGenerator(MSDCandidateGenerator):
+    def __init__(self, assistant: Blinkered, target: Target, inputs: CallInputs) -> None:
+        super().__init__(assistant.draft, target, inputs)
+        self.assistant = assistant
+
+    def draft(self, committed: Committed) -> TokenTree:
+        visual = committed.visual_mask
+        if self.assistant.picture == "none":
+            return super().draft(committed.pack(~visual))
+        rows = committed.inputs_embeds[visual]
+        if self.assistant.picture == "another" and len(rows):
+            inputs_embeds = committed.inputs_embeds.clone()
+            inputs_embeds[visual] = self.assistant.seen.get(len(rows), rows)
+            committed = replace(committed, inputs_embeds=inputs_embeds)
+        self.assistant.seen[len(rows)] = rows
+        return super().draft(committed)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt answered without and with the draft."""
+
+    group: str
+    equal: bool
+    num_tokens: int
+    plain_seconds: float
+    seconds: float
+    acceptance_lengths: torch.Tensor
+
+
+def timed(target: LlavaForConditionalGeneration, seed: int, **call: Any) -> tuple[ModelOutput, float]:
+    """Generate from a seed; return the output and the seconds it took."""
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    output = target.generate(**call, return_dict_in_generate=True)
+    return output, time.perf_counter() - start
+
+
+def compare(
+    target: LlavaForConditionalGeneration,
+    assistant: MSDDraftModel | Blinkered,
+    prompts: list[tuple[str, BatchFeature]],
+    settings: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Answer every prompt without and with the draft in turn; return figures for each group and for all."""
+    answers = []
+    for seed, (group, inputs) in enumerate(prompts):
+        plain, plain_seconds = timed(target, seed, **inputs, **settings)
+        drafted, seconds = timed(target, seed, **inputs, **settings, assistant_model=assistant)
+        equal = torch.equal(plain.sequences, drafted.sequences)
+        num_tokens = plain.sequences.shape[1] - inputs["input_ids"].shape[1]
+        lengths = drafted.speculative_stats.acceptance_lengths[:, 0]
+        answers.append(Answer(group, equal, num_tokens, plain_seconds, seconds, lengths))
+    groups = dict.fromkeys([*(answer.group for answer in answers), "all"])
+    return {group: summarize([answer for answer in answers if group in (answer.group, "all")]) for group in groups}
+
+
+def summarize(answers: list[Answer]) -> dict[str, float]:
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    plain_seconds = sum(answer.plain_seconds for answer in answers)
+    seconds = sum(answer.seconds for answer in answers)
+    return {
+        "prompts": len(answers),
+        "equal": sum(answer.equal for answer in answers),
+        "tokens": num_tokens,
+        "tau": float(torch.cat([answer.acceptance_lengths for answer in answers]).float().mean()),
+        "plain_tokens_per_second": num_tokens / plain_seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "speedup": plain_seconds / seconds,
+    }
+
+
+def combine(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Take the medians of timed figures over several runs, and the least count of equal answers."""
+    return {
+        group: {
+            name: min(run[group][name] for run in runs)
+            if name == "equal"
+            else median(run[group][name] for run in runs)
+            for name in figures
+        }
+        for group, figures in runs[0].items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draft", type=Path, default=DRAFT_CHECKPOINT)
+    parser.add_argument("--tree", type=int, nargs=3, metavar=("NUM_NODES", "DEPTH", "TOP_K"))
+    parser.add_argument("--num-per-group", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=3, help="speed-ups are medians of so many runs")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--output", type=Path, help="where the figures are saved as JSON")
+    arguments = parser.parse_args()
+
+    target, processor = load_target()
+    draft = MSDDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
+    if arguments.tree:
+        draft.tree_config = TreeConfig(*arguments.tree)
+    prompts = evaluation_prompts(arguments.num_per_group)
+    encoded = [(prompt["group"], encode_prompts(processor, [prompt])) for prompt in prompts]
+    machine = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} CPU, "
+    machine += f"{torch.get_num_threads()} threads, float32"
+    print(f"{machine}, {draft.tree_config}")
+    results = {"machine": machine, "tree": str(draft.tree_config)}
+
+    for mode, settings in MODES.items():
+        settings = settings | {"max_new_tokens": arguments.max_new_tokens}
+        compare(target, draft, encoded[::10], settings)  # warm up
+        results[mode] = combine([compare(target, draft, encoded, settings) for _ in range(arguments.repeats)])
+        print(f"\n| {mode} | prompts | equal | tokens | tau | plain tok/s | tok/s | speed-up |")
+        print("|---|---|---|---|---|---|---|---|")
+        for group, row in results[mode].items():
+            print(
+                f"| {group} | {row['prompts']} | {row['equal']} | {row['tokens']} | {row['tau']:.2f} "
+                f"| {row['plain_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f}x |"
+            )
+        results[f"{mode}, pictures"] = {}
+        print(f"\n| {mode}, the draft sees | prompts | equal | tau |")
+        print("|---|---|---|---|")
+        with_pictures = [prompt for prompt in encoded if "pixel_values" in prompt[1]]
+        for picture in PICTURES:
+            row = compare(target, Blinkered(draft, picture), with_pictures, settings)["all"]
+            results[f"{mode}, pictures"][picture] = {name: row[name] for name in ("prompts", "equal", "tau")}
+            print(f"| {picture} | {row['prompts']} | {row['equal']} | {row['tau']:.2f} |")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
