@@ -57,7 +57,8 @@ class OracleCandidateGenerator(TreeCandidateGenerator):
             self._tree(root, self.oracle.token_ids[row], step)
             for row, (root, step) in enumerate(zip(committed.root_token_ids.tolist(), self.num_emitted, strict=True))
         ]
-        token_ids, parents = (torch.tensor(values) for values in zip(*rows, strict=True))
+        device = committed.token_ids.device
+        token_ids, parents = (torch.tensor(values, device=device) for values in zip(*rows, strict=True))
         scores = torch.zeros_like(token_ids, dtype=torch.float32)
         self.oracle.trees.append(TokenTree(token_ids, parents, scores, self.oracle.depth))
         return self.oracle.trees[-1]

@@ -21,9 +21,9 @@ class FavourByRow(LogitsProcessor):
     """Favours another token in each row, depending on the prefix."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(len(scores))
+        rows = torch.arange(len(scores), device=scores.device)
         favoured = (input_ids[:, -1] + 7 * rows + input_ids.shape[1]) % VOCAB_SIZE
-        return scores.index_put((rows, favoured), torch.tensor(3.0), accumulate=True)
+        return scores.index_put((rows, favoured), scores.new_tensor(3.0), accumulate=True)
 
 
 class LengthByRow(StoppingCriteria):
@@ -34,7 +34,7 @@ class LengthByRow(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         num_tokens = input_ids.shape[1] - self.prompt_length
-        return torch.tensor([num_tokens >= 12 + 3 * row for row in range(len(input_ids))])
+        return torch.tensor([num_tokens >= 12 + 3 * row for row in range(len(input_ids))], device=input_ids.device)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -145,17 +145,14 @@ def ended_inside(oracle: Oracle, ends: list[int]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize(
-    ("option", "do_sample"), TABLE, ids=lambda value: {True: "sampled", False: "greedy"}.get(value)
-)
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tokens_equal_plain_generate(
-    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int
+def check_tokens(
+    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
 ) -> None:
-    target = make_target(architecture, attn_implementation)
+    """Compare plain decoding with a random draft and with oracles, in one cell of the table."""
+    target = make_target(architecture, attn_implementation, device)
     inputs = make_inputs(architecture, (1,) if batch_size == 1 else (2, 0, 1))
+    inputs = {name: values.to(device) for name, values in inputs.items()}
+    get_random_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
     prompt_length = inputs["input_ids"].shape[1]
     kwargs: dict[str, Any] = {"do_sample": do_sample}
     # Beyond the end of the call the oracle must know what the target would have said.
@@ -166,23 +163,23 @@ def test_tokens_equal_plain_generate(
         kwargs |= BOTH.get(option, SAMPLED.get(option))
     plain = generate(target, inputs, **kwargs)
     truth = plain.sequences[:, prompt_length:]
-    random_state = torch.get_rng_state()
+    random_state = get_random_state()
     beyond = torch.cat([truth, beyond[:, truth.shape[1] :]], dim=1) if option in ENDS else truth
     ends = ends_of(truth, kwargs)
 
     torch.manual_seed(1)
-    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
+    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval().to(device)
     draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3)
     drafted = generate(target, inputs, **kwargs, assistant_model=draft)
     assert torch.equal(drafted.sequences, plain.sequences)
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(get_random_state(), random_state)
 
     # An end falls inside a block by chance: among a few oracles there is one that the claim is tested at.
     for seed in range(20):
         oracle = Oracle(beyond, VOCAB_SIZE, seed=seed)
         guided = generate(target, inputs, **kwargs, assistant_model=oracle)
         assert torch.equal(guided.sequences, plain.sequences)
-        assert torch.equal(torch.get_rng_state(), random_state)
+        assert torch.equal(get_random_state(), random_state)
         lengths = guided.speculative_stats.acceptance_lengths
         accepted_differently = batch_size == 1 or bool((lengths != lengths[:, :1]).any())
         inside = option not in ENDS or ended_inside(oracle, ends)
@@ -205,3 +202,30 @@ def ends_of(truth: torch.Tensor, kwargs: dict[str, Any]) -> list[int]:
             end = min([step + 1 for step, token_id in enumerate(row) if token_id in kwargs["eos_token_id"]] + [end])
         ends.append(end)
     return ends
+
+
+TARGETS = pytest.mark.parametrize("architecture", ARCHITECTURES)
+ATTENTION = pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+OPTIONS = pytest.mark.parametrize(("option", "do_sample"), TABLE, ids=str)
+BATCHES = pytest.mark.parametrize("batch_size", [1, 3])
+
+
+@BATCHES
+@OPTIONS
+@ATTENTION
+@TARGETS
+def test_tokens_equal_plain_generate(
+    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int
+) -> None:
+    check_tokens(architecture, attn_implementation, option, do_sample, batch_size)
+
+
+@pytest.mark.gpu
+@BATCHES
+@OPTIONS
+@ATTENTION
+@TARGETS
+def test_tokens_equal_plain_generate_on_cuda(
+    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int
+) -> None:
+    check_tokens(architecture, attn_implementation, option, do_sample, batch_size, device="cuda")

@@ -114,12 +114,12 @@ ARCHITECTURES = ("llama", "llava", "llava_next", "llava_onevision", "qwen2_vl", 
 
 
 @functools.cache
-def make_target(architecture: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
+def make_target(architecture: str, attn_implementation: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
     """Make a target of random weights; EOS is unset, so that a test chooses when a call ends."""
     torch.manual_seed(0)
     config = _config(architecture)
     auto_class = AutoModelForCausalLM if architecture == "llama" else AutoModelForImageTextToText
-    target = auto_class.from_config(config, attn_implementation=attn_implementation).eval()
+    target = auto_class.from_config(config, attn_implementation=attn_implementation).eval().to(device)
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = PAD_ID
     return target

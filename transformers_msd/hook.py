@@ -4,6 +4,7 @@ assistants takes our path and every other call Transformers' own. No other file 
 """
 
 import functools
+import inspect
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,17 +22,21 @@ _generate = GenerationMixin.generate
 _validate_generation_mode = GenerationMixin._validate_generation_mode
 _assisted_decoding = GenerationMixin._assisted_decoding
 
+_PARAMETERS = tuple(inspect.signature(_generate).parameters)
+
 # The call's own arguments: `generate` encodes the pictures and drops them before it comes to decoding.
 _arguments: ContextVar[dict[str, Any] | None] = ContextVar("transformers_msd_arguments", default=None)
 
 
 @functools.wraps(_generate)
-def generate(self: PreTrainedModel, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(kwargs.get("assistant_model"), TreeAssistant):
-        return _generate(self, inputs, *args, **kwargs)
-    token = _arguments.set({"inputs": inputs, **kwargs} if inputs is not None else dict(kwargs))
+def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    arguments = dict(zip(_PARAMETERS, (self, *args), strict=False)) | kwargs
+    if not isinstance(arguments.get("assistant_model"), TreeAssistant):
+        return _generate(self, *args, **kwargs)
+    del arguments["self"]
+    token = _arguments.set(arguments)
     try:
-        return _generate(self, inputs, *args, **kwargs)
+        return _generate(self, *args, **kwargs)
     finally:
         _arguments.reset(token)
 

@@ -97,22 +97,21 @@ class Sampler:
             {edge: node for node, edge in enumerate(zip(*edges, strict=True))}
             for edges in zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
         ]
-        all_rows = torch.arange(len(logits), device=logits.device)
-        nodes = torch.zeros_like(all_rows)
+        nodes = [0] * len(logits)
         tokens = [list(row) for row in emission.tokens]
         active = [row for row in range(len(logits)) if emission.needs_more(row, tokens[row])]
         while active:
             step = min(len(tokens[row]) for row in active)
             # Rows at other steps hold a prefix of the same length, and what comes of it is ignored.
-            step_scores = self._processors(emission.prefix(tokens, step), logits[all_rows, nodes])
+            step_logits = torch.stack([logits[row, node] for row, node in enumerate(nodes)])
+            step_scores = self._processors(emission.prefix(tokens, step), step_logits)
             picked = _pick(step_scores, None if self._noise is None else self._noise.at(step)).tolist()
             for row in [row for row in active if len(tokens[row]) == step]:
                 token_id = emission.pad_token_id if emission.pad_rows[row] else picked[row]
-                node = int(nodes[row])
-                choices[row, node] = token_id
-                scores[row, node] = step_scores[row]
+                choices[row, nodes[row]] = token_id
+                scores[row, nodes[row]] = step_scores[row]
                 tokens[row].append(token_id)
-                child = children[row].get((node, token_id))
+                child = children[row].get((nodes[row], token_id))
                 if child is None or not emission.needs_more(row, tokens[row]):
                     active.remove(row)
                 else:

@@ -103,6 +103,7 @@ class Target:
     ) -> None:
         self.model = model
         self.cache = model_kwargs["past_key_values"]
+        self._dtype = model.dtype  # looked up once: it walks the parameters
         self._generation_config = generation_config
         self._model_kwargs = model_kwargs | {
             "output_hidden_states": _with_ends(generation_config.output_hidden_states)
@@ -173,7 +174,7 @@ class Target:
         model_inputs = self.model.prepare_inputs_for_generation(
             tree.token_ids,
             past_key_values=self.cache,
-            attention_mask=tree_attention_mask(columns, tree.ancestor_mask, self.model.dtype),
+            attention_mask=tree_attention_mask(columns, tree.ancestor_mask, self._dtype),
             position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
             use_cache=True,
             is_first_iteration=False,

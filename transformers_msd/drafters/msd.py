@@ -40,6 +40,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def __init__(self, draft: MSDDraftModel, target: Target, inputs: CallInputs) -> None:
         self._draft = draft
+        # Looked up once: each look at these properties walks the parameters.
+        self._device, self._dtype = draft.device, draft.dtype
         self._target = target
         self._sampler = inputs.sampler
         self._cache = DynamicCache(config=draft.config.get_text_config())
@@ -100,7 +102,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             rows = torch.arange(num_rows, device=committed.token_ids.device)
             columns = torch.arange(num_columns, device=rows.device) < self._lengths[:, None]
             visible = (rows <= rows[:, None]).expand(batch_size, -1, -1)
-            attention_mask = tree_attention_mask(columns, visible, self._draft.dtype)
+            attention_mask = tree_attention_mask(columns, visible, self._dtype)
         hidden = self._forward(
             inputs_embeds=committed.inputs_embeds,
             features=committed.features,
@@ -118,7 +120,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     def _forward(self, **inputs: torch.Tensor | None) -> torch.Tensor:
         """Run the draft in its own dtype and on its own device."""
         inputs = {
-            name: value.to(self._draft.device, self._draft.dtype if value.is_floating_point() else None)
+            name: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
             if value is not None
         }
