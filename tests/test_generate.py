@@ -295,3 +295,40 @@ def test_a_draft_for_another_target_is_refused(changes: dict[str, int], message:
     draft = make_draft(make_target("llama"))
     with pytest.raises(ValueError, match=message):
         other_target(**changes).generate(torch.tensor([[1, 5]]), max_new_tokens=3, assistant_model=draft)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_call_that_ends_with_the_prefill(batch_size: int) -> None:
+    target, call, plain, _ = make_case(batch_size, max_new_tokens=1, output_hidden_states=True, output_scores=True)
+    draft = make_draft(target)
+    ours = target.generate(**call, assistant_model=draft)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert len(ours.scores) == len(ours.hidden_states) == 1
+    assert ours.speculative_stats.num_rounds == 0
+    # The next turn goes on from it all the same.
+    turn = {"input_ids": ours.sequences, "max_new_tokens": 12, "do_sample": False}
+    turn["attention_mask"] = torch.cat([call["attention_mask"], torch.ones(batch_size, 1, dtype=torch.long)], dim=1)
+    expected = target.generate(**turn, past_key_values=plain.past_key_values)
+    assert torch.equal(target.generate(**turn, past_key_values=ours.past_key_values, assistant_model=draft), expected)
+
+
+def test_the_smallest_tree_and_a_chain_are_plain() -> None:
+    target, call, plain, _ = make_case(3, eos_token_id=[23, 45])
+    draft = make_draft(target)
+    for tree in (TreeConfig(2, 1, 1), TreeConfig(5, 4, 1), TreeConfig(200, 2, 1000)):
+        draft.tree_config = tree
+        assert torch.equal(target.generate(**call, assistant_model=draft).sequences, plain.sequences)
+
+
+def test_pad_and_eos_may_be_one_token() -> None:
+    target, call, plain, oracle = make_case(3, eos_token_id=45, pad_token_id=45, repetition_penalty=1.2)
+    ours = target.generate(**call, assistant_model=oracle)
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+def test_generate_takes_its_arguments_by_place() -> None:
+    target, call, plain, oracle = make_case()
+    call |= {"return_dict_in_generate": False}
+    ours = target.generate(call.pop("input_ids"), None, None, None, None, None, oracle, **call)
+    assert torch.equal(ours, plain.sequences)
+    assert oracle.trees

@@ -1,5 +1,6 @@
 """Questions about scenes with their answers: attributes, descriptions, comparisons, follow-ups."""
 
+from dataclasses import dataclass
 from random import Random
 
 from training.tiny_world.pictures import COLOURS, PLACES, SHAPES, Scene, Shape
@@ -48,48 +49,72 @@ def _unique(scene: Scene, attribute: str) -> list[Shape]:
     return [shape for shape, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
 
 
-def attribute_question(random: Random, scene: Scene, kind: str) -> tuple[str, str] | None:
-    """Return a question of this kind and its answer, or None where the scene allows none."""
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene; a right answer ends with `value`."""
+
+    request: str
+    answer: str
+    value: str
+
+
+def attribute_question(random: Random, scene: Scene, kind: str) -> Question | None:
+    """Return a question of this kind, or None where the scene allows none."""
     shape = random.choice(scene.shapes)
+    name, place = f"{shape.colour} {shape.shape}", f"shape in the {shape.place}"
     if kind == "colour at place":
-        return f"What colour is the shape in the {shape.place}?", f"It is {shape.colour}."
+        return Question(f"What colour is the {place}?", f"The {place} is {shape.colour}.", shape.colour)
     if kind == "shape at place":
-        return f"What shape is in the {shape.place}?", f"It is a {shape.shape}."
+        return Question(f"What is the {place}?", f"The {place} is a {shape.shape}.", shape.shape)
     if kind == "size at place":
-        return f"How big is the shape in the {shape.place}?", f"It is {shape.size}."
+        return Question(f"How big is the {place}?", f"The {place} is {shape.size}.", shape.size)
     if kind == "place":
-        return f"Where is the {shape.colour} {shape.shape}?", f"It is in the {shape.place}."
+        return Question(f"Where is the {name}?", f"The {name} is in the {shape.place}.", shape.place)
     if kind == "count":
-        return "How many shapes are there?", _there_are(len(scene.shapes), "shape")
-    if kind == "count of colour":
-        colour = random.choice([*(shape.colour for shape in scene.shapes), random.choice(list(COLOURS))])
-        number = sum(shape.colour == colour for shape in scene.shapes)
-        return f"How many {colour} shapes are there?", _there_are(number, f"{colour} shape")
+        answer = _there_are(len(scene.shapes), "shape")
+        return Question("How many shapes are there?", answer, answer[:-1])
     if kind == "background":
-        return "What colour is the background?", f"It is {scene.background}."
+        return Question("What colour is the background?", f"The background is {scene.background}.", scene.background)
+    if kind == "count of colour":
+        return _count_of_colour(random, scene)
     if kind == "further left":
-        other = random.choice(scene.shapes)
-        if shape.column == other.column:
-            return None
-        left = min(shape, other, key=lambda shape: shape.column)
-        first, second = (f"the {shape.colour} {shape.shape}" for shape in (shape, other))
-        return f"Which is further left, {first} or {second}?", f"The {left.colour} {left.shape}."
+        return _further_left(random.choice(scene.shapes), shape)
     attribute = "shape" if kind == "colour of shape" else "colour"
     unique = _unique(scene, attribute)
     if not unique:
         return None
     shape = random.choice(unique)
     if kind == "colour of shape":
-        return f"What colour is the {shape.shape}?", f"It is {shape.colour}."
-    return f"What shape is the {shape.colour} thing?", f"It is a {shape.shape}."
+        return Question(f"What colour is the {shape.shape}?", f"The {shape.shape} is {shape.colour}.", shape.colour)
+    return Question(f"What is the {shape.colour} thing?", f"The {shape.colour} thing is a {shape.shape}.", shape.shape)
+
+
+def _count_of_colour(random: Random, scene: Scene) -> Question:
+    colour = random.choice([*(shape.colour for shape in scene.shapes), random.choice(list(COLOURS))])
+    places = [f"the {shape.place}" for shape in scene.shapes if shape.colour == colour]
+    request = f"How many {colour} shapes are there?"
+    if not places:
+        return Question(request, f"There is no {colour} shape.", f"no {colour} shape")
+    value = f"{NUMBERS[len(places)]} in all"
+    return Question(request, f"There is something {colour} in {join(places)}: {value}.", value)
+
+
+def _further_left(first: Shape, second: Shape) -> Question | None:
+    if first.column == second.column:
+        return None
+    names = [f"the {shape.colour} {shape.shape}" for shape in (first, second)]
+    left = names[0] if first.column < second.column else names[1]
+    places = f"{names[0]} is in the {first.place} and {names[1]} in the {second.place}".capitalize()
+    value = f"{left} is further left"
+    return Question(f"Which is further left, {names[0]} or {names[1]}?", f"{places}, so {value}.", value)
 
 
 def random_attribute_question(random: Random, scene: Scene) -> tuple[str, str]:
     """Return a question of a random kind that the scene allows, and its answer."""
     while True:
-        pair = attribute_question(random, scene, random.choice(ATTRIBUTE_KINDS))
-        if pair is not None:
-            return pair
+        question = attribute_question(random, scene, random.choice(ATTRIBUTE_KINDS))
+        if question is not None:
+            return question.request, question.answer
 
 
 def _sentences(scene: Scene, random: Random) -> str:

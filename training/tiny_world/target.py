@@ -46,7 +46,7 @@ CHAT_TEMPLATE = """\
 
 
 def _texts(num_rows: int) -> Iterator[str]:
-    for row in training_rows(num_rows):
+    for row in training_rows(num_rows, cells=0.1, copies=0.1):
         for message in row["messages"]:
             text = "".join(content["text"] for content in message["content"] if content["type"] == "text")
             yield f"USER: {text}\n" if message["role"] == "user" else f"ASSISTANT: {text}"
@@ -125,8 +125,27 @@ def build_model(processor: LlavaProcessor, num_layers: int = 16) -> LlavaForCond
         **special_ids,
     )
     model = LlavaForConditionalGeneration(config)
+    draw_weights(model)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     return model
+
+
+@torch.no_grad()
+def draw_weights(model: LlavaForConditionalGeneration) -> None:
+    """
+    Draw the weights of projector and text model so that every layer keeps the scale of its input.
+
+    At this width the usual standard deviation of 0.02 makes all attention uniform: the model then takes ten times as
+    many steps to look anything up in the picture.
+    """
+    layers = model.model.language_model.layers
+    for module in [*model.model.multi_modal_projector.modules(), *layers.modules()]:
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    for layer in layers:
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            module.weight.div_((2 * len(layers)) ** 0.5)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
 
 
 def load_target(

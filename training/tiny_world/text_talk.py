@@ -126,6 +126,14 @@ def _plan(random: Random) -> list[tuple[str, str]]:
     return [(request, answer), follow_up]
 
 
+def repetitions(random: Random) -> list[tuple[str, str]]:
+    """Return requests to repeat a row of random words, and the answers: several short ones, or a long one."""
+    pool = [*NAMES, *ANIMALS, *LANDSCAPES, *THINGS, *FOODS, *MOODS, *WEATHERS, *map(str, range(1, 100))]
+    lengths = [random.randint(8, 20)] if random.random() < 0.2 else random.choices(range(2, 9), k=random.randint(1, 5))
+    rows = [" ".join(random.sample(pool, length)) for length in lengths]
+    return [(f"Repeat these words: {row}.", f"{row}.") for row in rows]
+
+
 TASKS = (_story, _counting, _reversal, _shopping, _rewriting, _plan)
 
 

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from training.tiny_world.evaluate_target import accuracy, evaluate
 from training.tiny_world.target import CHECKPOINT, build_model, build_processor, load_target
-from training.tiny_world.vision_warm_up import pixel_values, warm_up_tower
+from training.tiny_world.vision_warm_up import average_gradients, pixel_values, warm_up_tower
 from training.tiny_world.world import attribute_questions, training_rows
 
 
@@ -37,10 +37,10 @@ def encode_row(processor: LlavaProcessor, row: dict) -> dict:
 
 
 def batches(
-    processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: int, cells: float = 0.0
+    processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: int, cells: float = 0.0, copies: float = 0.0
 ) -> Iterator[dict]:
     """Yield this process's part of batches of about `num_tokens` tokens, of rows of similar length."""
-    random, rows, ready = Random(seed), training_rows(10**9, seed, cells), []
+    random, rows, ready = Random(seed), training_rows(10**9, seed, cells, copies), []
     for _ in range(num_batches):
         if not ready:
             pool = sorted((encode_row(processor, next(rows)) for _ in range(768)), key=lambda row: len(row["labels"]))
@@ -49,6 +49,7 @@ def batches(
                 if len(row["labels"]) * (len(ready[-1]) + 1) > num_tokens:
                     ready.append([])
                 ready[-1].append(row)
+            ready = [rows_of_batch for rows_of_batch in ready if len(rows_of_batch) >= dist.get_world_size()]
             random.shuffle(ready)
         rows_of_batch = ready.pop()
         yield collate(rows_of_batch[dist.get_rank() :: dist.get_world_size()], processor.tokenizer.pad_token_id)
@@ -88,26 +89,16 @@ class Stage:
     num_layers: int
     num_steps: int
     learning_rate: float
-    beta2: float
     cells: float = 0.0
+    copies: float = 0.0
     decay: bool = False
 
 
 STAGES = (
-    Stage("shallow", 8, 1000, 1.5e-3, 0.95),
-    Stage("places", 8, 200, 6e-4, 0.98, cells=0.6),
-    Stage("steady", 8, 600, 6e-4, 0.98, cells=0.1),
-    Stage("deep", 16, 600, 6e-4, 0.98, cells=0.05, decay=True),
+    Stage("places", 8, 200, 2e-3, cells=0.8, copies=0.1),
+    Stage("world", 8, 800, 2e-3, cells=0.1, copies=0.05),
+    Stage("deep", 16, 500, 1e-3, cells=0.05, copies=0.02, decay=True),
 )
-
-
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replace gradients by their mean over the processes."""
-    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(gradients)
-    parts = (gradients / dist.get_world_size()).split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
 
 
 def train(
@@ -121,11 +112,11 @@ def train(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, stage.beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     start, mean = time.time(), None
-    for step, batch in enumerate(batches(processor, stage.num_steps, 2400, seed, stage.cells), 1):
+    for step, batch in enumerate(batches(processor, stage.num_steps, 2400, seed, stage.cells, stage.copies), 1):
         rate = stage.learning_rate * min(step / 50, 1)
         if stage.decay:
             rate *= 0.5 + 0.5 * cos(pi * step / stage.num_steps)

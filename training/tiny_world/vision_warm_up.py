@@ -5,6 +5,7 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
@@ -47,16 +48,27 @@ def patch_labels(scene: Scene) -> torch.Tensor:
     return torch.tensor(labels)  # (num_patches, 5)
 
 
-def warm_up_tower(model: LlavaForConditionalGeneration, num_steps: int = 500, batch_size: int = 64) -> None:
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace gradients by their mean over the processes."""
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(gradients)
+    parts = (gradients / dist.get_world_size()).split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+def warm_up_tower(model: LlavaForConditionalGeneration, num_steps: int = 400, batch_size: int = 64) -> None:
     """Train the vision tower with a throw-away linear head until its patches tell what stands in their cells."""
-    random = Random(1)
+    random = Random(1 + dist.get_rank())
     tower = model.model.vision_tower
     head = nn.Linear(model.config.vision_config.hidden_size, sum(map(len, _VALUES)))
     parameters = [*tower.parameters(), *head.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.1)
     for step in range(1, num_steps + 1):
-        scenes = [random_scene(random, 1, 6) for _ in range(batch_size)]
+        scenes = [random_scene(random, 1, 6) for _ in range(batch_size // dist.get_world_size())]
         pixels = pixel_values([draw_scene(scene) for scene in scenes])
         labels = torch.stack([patch_labels(scene) for scene in scenes])  # (batch_size, num_patches, 5)
         with torch.autocast("cpu", torch.bfloat16):
@@ -64,10 +76,11 @@ def warm_up_tower(model: LlavaForConditionalGeneration, num_steps: int = 500, ba
             logits = head(features[:, 1:]).float().split(list(map(len, _VALUES)), dim=-1)
         losses = [F.cross_entropy(part.flatten(0, 1), labels[..., i].flatten()) for i, part in enumerate(logits)]
         sum(losses).backward()
+        average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         if step % 50 == 0:
             right = torch.stack([part.argmax(-1) == labels[..., i] for i, part in enumerate(logits)], dim=-1)
             logger.info("tower step %d loss %.4f right %.4f", step, sum(losses).item(), right.all(-1).float().mean())

@@ -20,7 +20,7 @@ from training.tiny_world.picture_talk import (
     random_attribute_question,
 )
 from training.tiny_world.pictures import Scene, draw_scene, random_scene
-from training.tiny_world.text_talk import text_turns
+from training.tiny_world.text_talk import repetitions, text_turns
 
 
 GROUPS = ("text", "image", "images", "second turn")
@@ -84,6 +84,10 @@ def _cells(random: Random) -> tuple[list[Scene], list[tuple[str, str]]]:
     return [scene], [cell_by_cell(scene)]
 
 
+def _copies(random: Random) -> tuple[list[Scene], list[tuple[str, str]]]:
+    return [], repetitions(random)
+
+
 Maker = Callable[[Random], tuple[list[Scene], list[tuple[str, str]]]]
 _MAKERS = {"text": _text, "image": _image, "images": _images, "second turn": _second_turn}
 _TRAINING_MIXTURE = ((_text, 0.2), (_image, 0.2), (_images, 0.15), (_second_turn, 0.15), (_attributes, 0.3))
@@ -96,12 +100,21 @@ def _draw(make: Maker, random: Random, held_out: bool) -> tuple[list[Scene], lis
             return scenes, turns
 
 
-def training_rows(num_rows: int, seed: int = 0, cells: float = 0.0) -> Iterator[dict]:
-    """Yield training rows, `messages` and `images`, a share `cells` of which goes through a picture place by place."""
+def training_rows(num_rows: int, seed: int = 0, cells: float = 0.0, copies: float = 0.0) -> Iterator[dict]:
+    """Yield training rows, `messages` and `images`.
+
+    Args:
+        cells: Share of rows that go through a picture place by place, an exercise.
+        copies: Share of rows that repeat a row of words, another one.
+    """
     random = Random(seed)
     makers, weights = zip(*_TRAINING_MIXTURE, strict=True)
     for _ in range(num_rows):
-        make = _cells if cells and random.random() < cells else random.choices(makers, weights)[0]
+        exercise = random.random() if cells or copies else 1.0
+        if exercise < cells + copies:
+            make = _cells if exercise < cells else _copies
+        else:
+            make = random.choices(makers, weights)[0]
         yield make_row(*_draw(make, random, held_out=False))
 
 
@@ -128,13 +141,13 @@ def evaluation_prompts(num_per_group: int = 25) -> list[dict]:
 
 
 def attribute_questions(num_questions: int = 400) -> list[dict]:
-    """Return held-out questions with short answers: `kind`, `messages`, `images` and `answer`, kinds in turn."""
+    """Return held-out questions of all kinds: `kind`, `messages`, `images`, `answer`, and the `value` it ends with."""
     random, questions = Random(_QUESTION_SEED), []
     while len(questions) < num_questions:
         kind = ATTRIBUTE_KINDS[len(questions) % len(ATTRIBUTE_KINDS)]
         scene = random_scene(random)
-        pair = attribute_question(random, scene, kind)
-        if pair is not None and is_held_out([scene], ""):
-            request, answer = pair
-            questions.append({"kind": kind, **make_row([scene], [(request, "")]), "answer": answer})
+        question = attribute_question(random, scene, kind)
+        if question is not None and is_held_out([scene], ""):
+            row = make_row([scene], [(question.request, "")])
+            questions.append({"kind": kind, **row, "answer": question.answer, "value": question.value})
     return questions

@@ -1,0 +1,119 @@
+"""The shipped pair: a target that reads pictures and a draft that was trained for it, through real conversations."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+pytest.importorskip("datasets")
+from training.tiny_world.evaluate import Blinkered, compare
+from training.tiny_world.target import encode_prompts, load_target
+from training.tiny_world.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.world import evaluation_prompts
+from transformers_msd import MSDDraftModel
+
+
+ROOT = Path(__file__).parents[1]
+FOLLOW_UPS = ("How many shapes are there?", "What colour is the background?", "Describe the picture.")
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any, MSDDraftModel]:
+    return *load_target(), MSDDraftModel.from_pretrained(DRAFT_CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def encoded(pair: tuple) -> list[tuple[str, Any]]:
+    return [(prompt["group"], encode_prompts(pair[1], [prompt])) for prompt in evaluation_prompts(3)]
+
+
+def next_turn(processor: Any, sequences: torch.Tensor, text: str) -> dict[str, torch.Tensor]:
+    """Append a user's message to a conversation that the target has just answered."""
+    news = processor.tokenizer(f"\nUSER: {text}\nASSISTANT:", add_special_tokens=False, return_tensors="pt")
+    input_ids = torch.cat([sequences, news["input_ids"]], dim=1)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_tokens_are_equal_and_many_are_accepted(pair: tuple, encoded: list, do_sample: bool) -> None:
+    target, _, draft = pair
+    figures = compare(target, draft, encoded, {"do_sample": do_sample, "max_new_tokens": 100})
+    for row in figures.values():
+        assert row["equal"] == row["prompts"]
+    assert figures["all"]["tau"] >= 3.5
+
+
+def test_a_batch_of_pictures_is_equal(pair: tuple) -> None:
+    target, processor, draft = pair
+    prompts = [prompt for prompt in evaluation_prompts(2) if prompt["group"] in ("text", "image", "images")]
+    inputs = encode_prompts(processor, prompts)
+    plain = target.generate(**inputs, max_new_tokens=100)
+    output = target.generate(**inputs, max_new_tokens=100, assistant_model=draft, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, plain)
+    assert output.speculative_stats.mean_acceptance_length >= 3
+
+
+def test_what_the_draft_sees_never_changes_the_output(pair: tuple, encoded: list) -> None:
+    target, _, draft = pair
+    with_pictures = [call for call in encoded if "pixel_values" in call[1]]
+    for picture in ("another", "none"):
+        row = compare(target, Blinkered(draft, picture), with_pictures, {"max_new_tokens": 60})["all"]
+        assert row["equal"] == row["prompts"]
+
+
+def test_a_chat_of_three_turns(pair: tuple) -> None:
+    target, processor, draft = pair
+    prompt = next(prompt for prompt in evaluation_prompts(1) if prompt["group"] == "image")
+    first = encode_prompts(processor, [prompt])
+    settings = {"max_new_tokens": 80, "return_dict_in_generate": True}
+    pictures = {"pixel_values": first["pixel_values"]}
+    taus: dict[str, list[torch.Tensor]] = {"cache": [], "afresh": []}
+    plain, drafted = target.generate(**first, **settings), target.generate(**first, **settings, assistant_model=draft)
+    for text in FOLLOW_UPS:
+        assert torch.equal(drafted.sequences, plain.sequences)
+        turn = next_turn(processor, plain.sequences, text)
+        plain = target.generate(**turn, past_key_values=plain.past_key_values, **settings)
+        cache = drafted.past_key_values
+        drafted = target.generate(**turn, past_key_values=cache, **settings, assistant_model=draft)
+        afresh = target.generate(**turn, **pictures, **settings, assistant_model=draft)
+        assert torch.equal(afresh.sequences, plain.sequences)
+        taus["cache"].append(drafted.speculative_stats.acceptance_lengths)
+        taus["afresh"].append(afresh.speculative_stats.acceptance_lengths)
+    assert torch.equal(drafted.sequences, plain.sequences)
+    means = {name: torch.cat(lengths).float().mean().item() for name, lengths in taus.items()}
+    assert means["cache"] == pytest.approx(means["afresh"], rel=0.05)
+
+
+def test_inputs_embeds_are_accepted_as_often_as_ids_and_pixels(pair: tuple, encoded: list) -> None:
+    target, _, draft = pair
+    settings = {"max_new_tokens": 60, "return_dict_in_generate": True, "assistant_model": draft}
+    for _, inputs in encoded:
+        with torch.no_grad():
+            embeds = target(**inputs, output_hidden_states=[0]).hidden_states[0]
+        by_ids = target.generate(**inputs, **settings)
+        alone = target.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **settings)
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(alone.sequences, by_ids.sequences[:, length:])
+        lengths = [output.speculative_stats.acceptance_lengths for output in (alone, by_ids)]
+        assert torch.equal(*lengths)
+
+
+def test_the_demo_runs(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, "-m", "training.tiny_world.demo", "--output", str(picture)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert picture.exists()
+    assert str(picture) in shown
+    assert "Same tokens:       yes" in shown
+
+
+def test_checkpoints_are_small_and_hold_no_vocabulary_twice(pair: tuple) -> None:
+    folder = DRAFT_CHECKPOINT.parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25_000_000
+    target, _, draft = pair
+    vocab_size = target.config.get_text_config().vocab_size
+    assert not any(vocab_size in parameter.shape for parameter in draft.parameters())
