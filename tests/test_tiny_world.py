@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from training.tiny_world.evaluate_target import accuracy, swap_pictures
+from training.tiny_world.induction import plant_induction
 from training.tiny_world.target import (
     CHECKPOINT,
     answer_prompts,
@@ -51,7 +52,7 @@ def test_a_seed_fixes_every_text_and_pixel():
 
 
 def test_evaluation_rows_share_no_picture_and_no_first_request_with_training_rows():
-    trained = {first_turn(row) for row in training_rows(5000)}
+    trained = {first_turn(row) for row in training_rows(800)}
     held_out = [*evaluation_prompts(), *attribute_questions(100)]
     assert not any(first_turn(row) in trained for row in held_out)
 
@@ -100,6 +101,22 @@ def test_deepening_keeps_the_outputs(processor):
     inputs = encode_prompts(processor, evaluation_prompts(1))
     deepen(shallow, deep).eval()
     torch.testing.assert_close(deep(**inputs).logits, shallow(**inputs).logits)
+
+
+def test_the_planted_circuit_copies_before_any_training(processor):
+    torch.manual_seed(0)
+    model = build_model(processor, num_layers=2).eval()
+    words = torch.randint(10, 900, (4, 12))
+    input_ids = torch.cat([words, words], dim=1)
+
+    def share_copied() -> float:
+        with torch.no_grad():
+            proposed = model(input_ids=input_ids).logits[:, 12:-1].argmax(-1)
+        return float((proposed == words[:, 1:]).float().mean())
+
+    assert share_copied() < 0.1
+    plant_induction(model)
+    assert share_copied() > 0.8
 
 
 def test_target_reads_the_picture(target):

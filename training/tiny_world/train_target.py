@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from training.tiny_world.evaluate_target import accuracy, evaluate
+from training.tiny_world.induction import plant_induction
 from training.tiny_world.target import CHECKPOINT, build_model, build_processor, load_target
 from training.tiny_world.vision_warm_up import average_gradients, pixel_values, warm_up_tower
 from training.tiny_world.world import attribute_questions, training_rows
@@ -95,10 +96,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("places", 8, 200, 2e-3, cells=0.8, copies=0.1),
-    Stage("world", 8, 800, 2e-3, cells=0.1, copies=0.05),
-    Stage("deep", 16, 500, 1e-3, cells=0.05, copies=0.02, decay=True),
+    Stage("exercises", 8, 400, 1.5e-3, cells=0.2, copies=0.2),
+    Stage("world", 8, 500, 1e-3, cells=0.1, copies=0.05),
+    Stage("deep", 16, 450, 8e-4, cells=0.05, copies=0.02, decay=True),
 )
+STAGE_NAMES = ("tower", *(stage.name for stage in STAGES))
 
 
 def train(
@@ -116,7 +118,7 @@ def train(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     start, mean = time.time(), None
-    for step, batch in enumerate(batches(processor, stage.num_steps, 2400, seed, stage.cells, stage.copies), 1):
+    for step, batch in enumerate(batches(processor, stage.num_steps, 2000, seed, stage.cells, stage.copies), 1):
         rate = stage.learning_rate * min(step / 50, 1)
         if stage.decay:
             rate *= 0.5 + 0.5 * cos(pi * step / stage.num_steps)
@@ -150,12 +152,16 @@ def work(rank: int, num_processes: int, arguments: argparse.Namespace) -> None:
     processor = build_processor()
     if arguments.after is None:
         model, first = build_model(processor, STAGES[0].num_layers), 0
+        plant_induction(model)
         warm_up_tower(model)
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
+        if rank == 0:
+            model.save_pretrained(arguments.work / "tower")
+            processor.save_pretrained(arguments.work / "tower")
     else:
         model, _ = load_target(arguments.work / arguments.after)
-        first = [stage.name for stage in STAGES].index(arguments.after) + 1
+        first = STAGE_NAMES.index(arguments.after)
     for i, stage in enumerate(STAGES[first:], first):
         if stage.num_layers > model.config.text_config.num_hidden_layers:
             model = deepen(model, build_model(processor, stage.num_layers))
@@ -173,7 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world"), help="where each stage's model is saved")
-    parser.add_argument("--after", choices=[stage.name for stage in STAGES], help="go on from this stage's model")
+    parser.add_argument(
+        "--after", choices=["tower", *(stage.name for stage in STAGES)], help="go on from this stage's model"
+    )
     parser.add_argument("--port", type=int, default=29571, help="where the processes meet")
     mp.spawn(work, args=(2, parser.parse_args()), nprocs=2)
 
