@@ -41,16 +41,18 @@ def keep_rows(cache: Cache, past_length: int, lengths: torch.Tensor, rows: torch
         new_length (`int`):
             Columns to keep.
     """
+    places = lengths[:, None] + torch.arange(rows.shape[1], device=lengths.device)
+    sources, places = (rows + past_length)[:, None, :, None], places[:, None, :, None]  # (batch, 1, num_rows, 1)
+    # The root of a batch of one already lies where it belongs.
     in_place = rows.shape[0] == 1 and new_length == past_length + 1
     for layer in cache.layers:
         if not in_place:
+            sources, places = sources.to(layer.keys.device), places.to(layer.keys.device)
             shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            source = (rows + past_length)[:, None, :, None].to(layer.keys.device).expand(shape)
-            places = lengths[:, None] + torch.arange(rows.shape[1], device=lengths.device)
-            places = places[:, None, :, None].to(layer.keys.device).expand(shape)
+            source, place = sources.expand(shape), places.expand(shape)
             # The newest rows were just concatenated: nobody else holds these tensors.
-            layer.keys.scatter_(2, places, layer.keys.gather(2, source))
-            layer.values.scatter_(2, places, layer.values.gather(2, source))
+            layer.keys.scatter_(2, place, layer.keys.gather(2, source))
+            layer.values.scatter_(2, place, layer.values.gather(2, source))
         layer.keys = layer.keys[:, :, :new_length]
         layer.values = layer.values[:, :, :new_length]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration, TextStreamer
+from transformers.utils import logging
 
 from training.tiny_world.target import encode_prompts, load_target
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="where the picture is saved")
     arguments = parser.parse_args()
 
+    logging.disable_progress_bar()
     target, processor = load_target()
     draft = MSDDraftModel.from_pretrained(DRAFT_CHECKPOINT, dtype=torch.float32)
     prompts = [prompt for prompt in evaluation_prompts() if prompt["group"] == "image"]

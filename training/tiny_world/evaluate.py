@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import BatchFeature, LlavaForConditionalGeneration
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from training.tiny_world.target import encode_prompts, load_target
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the figures are saved as JSON")
     arguments = parser.parse_args()
 
+    logging.disable_progress_bar()
     target, processor = load_target()
     draft = MSDDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
     if arguments.tree:

@@ -98,7 +98,7 @@ class Stage:
 STAGES = (
     Stage("exercises", 8, 400, 1.5e-3, cells=0.2, copies=0.2),
     Stage("world", 8, 500, 1e-3, cells=0.1, copies=0.05),
-    Stage("deep", 16, 450, 8e-4, cells=0.05, copies=0.02, decay=True),
+    Stage("deep", 16, 1000, 8e-4, cells=0.05, copies=0.02, decay=True),
 )
 STAGE_NAMES = ("tower", *(stage.name for stage in STAGES))
 
