@@ -38,10 +38,10 @@ def encode_row(processor: LlavaProcessor, row: dict) -> dict:
 
 
 def batches(
-    processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: int, cells: float = 0.0, copies: float = 0.0
+    processor: LlavaProcessor, num_batches: int, num_tokens: int, seed: int, **shares: float
 ) -> Iterator[dict]:
     """Yield this process's part of batches of about `num_tokens` tokens, of rows of similar length."""
-    random, rows, ready = Random(seed), training_rows(10**9, seed, cells, copies), []
+    random, rows, ready = Random(seed), training_rows(10**9, seed, **shares), []
     for _ in range(num_batches):
         if not ready:
             pool = sorted((encode_row(processor, next(rows)) for _ in range(768)), key=lambda row: len(row["labels"]))
@@ -84,21 +84,24 @@ def deepen(model: LlavaForConditionalGeneration, deep: LlavaForConditionalGenera
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one depth; the rate warms up, then stays or falls to zero along a cosine."""
+    """
+    A stretch of training at one depth, on rows with these shares of exercises (see `training_rows`). The rate warms
+    up, then stays or falls to zero along a cosine.
+    """
 
     name: str
     num_layers: int
     num_steps: int
     learning_rate: float
-    cells: float = 0.0
-    copies: float = 0.0
+    shares: dict[str, float]
     decay: bool = False
 
 
 STAGES = (
-    Stage("exercises", 8, 400, 1.5e-3, cells=0.2, copies=0.2),
-    Stage("world", 8, 500, 1e-3, cells=0.1, copies=0.05),
-    Stage("deep", 16, 1000, 8e-4, cells=0.05, copies=0.02, decay=True),
+    Stage("exercises", 8, 400, 1.5e-3, {"cells": 0.2, "copies": 0.2}),
+    Stage("world", 8, 500, 1e-3, {"cells": 0.1, "copies": 0.05}),
+    Stage("deep", 16, 400, 8e-4, {"cells": 0.05, "copies": 0.02}),
+    Stage("questions", 16, 700, 8e-4, {"questions": 0.35, "copies": 0.02}, decay=True),
 )
 STAGE_NAMES = ("tower", *(stage.name for stage in STAGES))
 
@@ -118,7 +121,7 @@ def train(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     start, mean = time.time(), None
-    for step, batch in enumerate(batches(processor, stage.num_steps, 2000, seed, stage.cells, stage.copies), 1):
+    for step, batch in enumerate(batches(processor, stage.num_steps, 2000, seed, **stage.shares), 1):
         rate = stage.learning_rate * min(step / 50, 1)
         if stage.decay:
             rate *= 0.5 + 0.5 * cos(pi * step / stage.num_steps)
@@ -149,8 +152,8 @@ def work(rank: int, num_processes: int, arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    processor = build_processor()
     if arguments.after is None:
+        processor = build_processor()
         model, first = build_model(processor, STAGES[0].num_layers), 0
         plant_induction(model)
         warm_up_tower(model)
@@ -160,7 +163,7 @@ def work(rank: int, num_processes: int, arguments: argparse.Namespace) -> None:
             model.save_pretrained(arguments.work / "tower")
             processor.save_pretrained(arguments.work / "tower")
     else:
-        model, _ = load_target(arguments.work / arguments.after)
+        model, processor = load_target(arguments.work / arguments.after)
         first = STAGE_NAMES.index(arguments.after)
     for i, stage in enumerate(STAGES[first:], first):
         if stage.num_layers > model.config.text_config.num_hidden_layers:

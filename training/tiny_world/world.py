@@ -100,22 +100,24 @@ def _draw(make: Maker, random: Random, held_out: bool) -> tuple[list[Scene], lis
             return scenes, turns
 
 
-def training_rows(num_rows: int, seed: int = 0, cells: float = 0.0, copies: float = 0.0) -> Iterator[dict]:
+def training_rows(
+    num_rows: int, seed: int = 0, cells: float = 0.0, copies: float = 0.0, questions: float = 0.0
+) -> Iterator[dict]:
     """Yield training rows, `messages` and `images`.
 
     Args:
         cells: Share of rows that go through a picture place by place, an exercise.
         copies: Share of rows that repeat a row of words, another one.
+        questions: Share of rows of attribute questions, besides those in the mixture.
     """
     random = Random(seed)
     makers, weights = zip(*_TRAINING_MIXTURE, strict=True)
+    exercises = ((_cells, cells), (_copies, copies), (_attributes, questions))
+    makers = (*makers, *(make for make, _ in exercises))
+    rest = 1.0 - sum(share for _, share in exercises)
+    weights = (*(rest * weight for weight in weights), *(share for _, share in exercises))
     for _ in range(num_rows):
-        exercise = random.random() if cells or copies else 1.0
-        if exercise < cells + copies:
-            make = _cells if exercise < cells else _copies
-        else:
-            make = random.choices(makers, weights)[0]
-        yield make_row(*_draw(make, random, held_out=False))
+        yield make_row(*_draw(random.choices(makers, weights)[0], random, held_out=False))
 
 
 def training_dataset(num_rows: int, seed: int = 0) -> Dataset:
