@@ -33,7 +33,7 @@ def accuracy(
     right = Counter()
     for i in range(0, len(questions), batch_size):
         part = questions[i : i + batch_size]
-        answers = answer_prompts(model, processor, part, max_new_tokens=48)
+        answers = answer_prompts(model, processor, part, max_new_tokens=100)
         right.update(q["kind"] for q, answer in zip(part, answers, strict=True) if answer.endswith(q["value"] + "."))
     totals = Counter(question["kind"] for question in questions)
     return {"all": right.total() / len(questions)} | {kind: right[kind] / totals[kind] for kind in totals}

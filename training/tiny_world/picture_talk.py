@@ -21,6 +21,8 @@ ATTRIBUTE_KINDS = (
     "background",
     "further left",
 )
+# How often each is asked: those that search the picture for a shape are the last to be learned.
+_KIND_WEIGHTS = (1, 1, 1, 2, 1, 2, 1, 2, 1, 2)
 
 
 def join(parts: list[str]) -> str:
@@ -42,6 +44,11 @@ def _a(shape: Shape) -> str:
 
 def _a_at(shape: Shape) -> str:
     return f"a {shape.name} in the {shape.place}"
+
+
+def _seen(scene: Scene) -> str:
+    """List all shapes: what must be searched for is looked up in this list rather than in the picture."""
+    return f"I see {join([_a_at(shape) for shape in scene.shapes])}."
 
 
 def _unique(scene: Scene, attribute: str) -> list[Shape]:
@@ -69,7 +76,8 @@ def attribute_question(random: Random, scene: Scene, kind: str) -> Question | No
     if kind == "size at place":
         return Question(f"How big is the {place}?", f"The {place} is {shape.size}.", shape.size)
     if kind == "place":
-        return Question(f"Where is the {name}?", f"The {name} is in the {shape.place}.", shape.place)
+        answer = f"{_seen(scene)} The {name} is in the {shape.place}."
+        return Question(f"Where is the {name}?", answer, shape.place)
     if kind == "count":
         answer = _there_are(len(scene.shapes), "shape")
         return Question("How many shapes are there?", answer, answer[:-1])
@@ -78,14 +86,15 @@ def attribute_question(random: Random, scene: Scene, kind: str) -> Question | No
     if kind == "count of colour":
         return _count_of_colour(random, scene)
     if kind == "further left":
-        return _further_left(random.choice(scene.shapes), shape)
+        return _further_left(scene, random.choice(scene.shapes), shape)
     attribute = "shape" if kind == "colour of shape" else "colour"
     unique = _unique(scene, attribute)
     if not unique:
         return None
     shape = random.choice(unique)
     if kind == "colour of shape":
-        return Question(f"What colour is the {shape.shape}?", f"The {shape.shape} is {shape.colour}.", shape.colour)
+        answer = f"{_seen(scene)} The {shape.shape} is {shape.colour}."
+        return Question(f"What colour is the {shape.shape}?", answer, shape.colour)
     return Question(f"What is the {shape.colour} thing?", f"The {shape.colour} thing is a {shape.shape}.", shape.shape)
 
 
@@ -94,25 +103,27 @@ def _count_of_colour(random: Random, scene: Scene) -> Question:
     places = [f"the {shape.place}" for shape in scene.shapes if shape.colour == colour]
     request = f"How many {colour} shapes are there?"
     if not places:
-        return Question(request, f"There is no {colour} shape.", f"no {colour} shape")
+        return Question(request, f"{_seen(scene)} There is no {colour} shape.", f"no {colour} shape")
     value = f"{NUMBERS[len(places)]} in all"
-    return Question(request, f"There is something {colour} in {join(places)}: {value}.", value)
+    return Question(request, f"{_seen(scene)} There is something {colour} in {join(places)}: {value}.", value)
 
 
-def _further_left(first: Shape, second: Shape) -> Question | None:
+def _further_left(scene: Scene, first: Shape, second: Shape) -> Question | None:
     if first.column == second.column:
         return None
     names = [f"the {shape.colour} {shape.shape}" for shape in (first, second)]
     left = names[0] if first.column < second.column else names[1]
     places = f"{names[0]} is in the {first.place} and {names[1]} in the {second.place}".capitalize()
     value = f"{left} is further left"
-    return Question(f"Which is further left, {names[0]} or {names[1]}?", f"{places}, so {value}.", value)
+    return Question(
+        f"Which is further left, {names[0]} or {names[1]}?", f"{_seen(scene)} {places}, so {value}.", value
+    )
 
 
 def random_attribute_question(random: Random, scene: Scene) -> tuple[str, str]:
     """Return a question of a random kind that the scene allows, and its answer."""
     while True:
-        question = attribute_question(random, scene, random.choice(ATTRIBUTE_KINDS))
+        question = attribute_question(random, scene, random.choices(ATTRIBUTE_KINDS, _KIND_WEIGHTS)[0])
         if question is not None:
             return question.request, question.answer
 

@@ -101,7 +101,10 @@ STAGES = (
     Stage("exercises", 8, 400, 1.5e-3, {"cells": 0.2, "copies": 0.2}),
     Stage("world", 8, 500, 1e-3, {"cells": 0.1, "copies": 0.05}),
     Stage("deep", 16, 400, 8e-4, {"cells": 0.05, "copies": 0.02}),
-    Stage("questions", 16, 700, 8e-4, {"questions": 0.35, "copies": 0.02}, decay=True),
+    Stage("questions", 16, 300, 8e-4, {"questions": 0.35, "copies": 0.02}),
+    Stage("searches", 16, 500, 7e-4, {"questions": 0.35}),
+    Stage("lists", 16, 400, 7e-4, {"questions": 0.35}, decay=True),
+    Stage("polish", 16, 280, 5e-4, {"questions": 0.35}, decay=True),
 )
 STAGE_NAMES = ("tower", *(stage.name for stage in STAGES))
 
@@ -121,7 +124,7 @@ def train(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     start, mean = time.time(), None
-    for step, batch in enumerate(batches(processor, stage.num_steps, 2000, seed, **stage.shares), 1):
+    for step, batch in enumerate(batches(processor, stage.num_steps, 1600, seed, **stage.shares), 1):
         rate = stage.learning_rate * min(step / 50, 1)
         if stage.decay:
             rate *= 0.5 + 0.5 * cos(pi * step / stage.num_steps)
