@@ -10,7 +10,7 @@ import torch
 
 
 pytest.importorskip("datasets")
-from training.tiny_world.evaluate import Blinkered, compare
+from training.tiny_world.evaluate import Blinkered, blinker, compare
 from training.tiny_world.target import encode_prompts, load_target
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts
@@ -59,10 +59,9 @@ def test_a_batch_of_pictures_is_equal(pair: tuple) -> None:
 
 def test_what_the_draft_sees_never_changes_the_output(pair: tuple, encoded: list) -> None:
     target, _, draft = pair
-    with_pictures = [call for call in encoded if "pixel_values" in call[1]]
     for picture in ("another", "none"):
-        row = compare(target, Blinkered(draft, picture), with_pictures, {"max_new_tokens": 60})["all"]
-        assert row["equal"] == row["prompts"]
+        row = blinker(target, Blinkered(draft, picture), encoded, {"max_new_tokens": 60})
+        assert row["equal"] == row["prompts"] > 0
 
 
 def test_a_chat_of_three_turns(pair: tuple) -> None:
