@@ -19,7 +19,7 @@ from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 
 logger = logging.getLogger(__name__)
 DRAFT_CHECKPOINT = CHECKPOINT.parent / "draft"
-TREE = {"num_nodes": 16, "depth": 5, "top_k": 3}
+TREE = {"num_nodes": 24, "depth": 6, "top_k": 4}
 NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
 
