@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from transformers_msd.cache import keep_rows
 from transformers_msd.configuration_msd import visual_token_ids
+from transformers_msd.modeling_msd import visual_token_mask
 from transformers_msd.tree import TokenTree, take_rows, tree_attention_mask
 from transformers_msd.verify import Acceptance
 
@@ -108,7 +109,6 @@ class Target:
         self._model_kwargs = model_kwargs | {
             "output_hidden_states": _with_ends(generation_config.output_hidden_states)
         }
-        self._visual_token_ids = torch.tensor(visual_token_ids(model.config), dtype=torch.long)
         # Columns of the cache, and how many of them are tokens of each sequence (padding of the prompt included).
         self._num_columns = 0
         self._lengths = torch.tensor([])
@@ -119,7 +119,7 @@ class Target:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features, of shape `(..., vocab_size)`."""
-        return self.model.get_output_embeddings()(features.to(self._prompt.features))
+        return self.model.get_output_embeddings()(features.to(self._device, self._dtype))
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
         """
@@ -133,6 +133,7 @@ class Target:
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
         batch_size, num_rows, _ = features.shape
+        self._device = features.device
         self._num_columns = self.cache.get_seq_length()
         mask = self._model_kwargs.get("attention_mask")
         if mask is None:
@@ -141,6 +142,7 @@ class Target:
         self._num_real = self._prompt_mask.sum(-1)
         self._prompt_length = self._num_columns
         self._lengths = torch.full_like(self._num_real, self._num_columns)
+        self._num_generated = [1] * batch_size  # the token that the prefill gives has no row yet
         self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(input_ids.new_zeros(batch_size)), outputs
@@ -150,7 +152,7 @@ class Target:
         batch_size, num_rows, _ = features.shape
         if input_ids.shape[1] >= num_rows:
             token_ids = input_ids[:, -num_rows:]
-            visual_mask = torch.isin(token_ids, self._visual_token_ids.to(token_ids.device))
+            visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
         else:
             token_ids = input_ids.new_full((batch_size, num_rows), -1)
             visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
@@ -202,21 +204,25 @@ class Target:
         device = self._lengths.device
         roots = torch.tensor([row[-1] for row in tokens], device=device)
         if tree.depth == 0:
-            return self._pair(self._prompt, roots)
-        lengths = self._prompt_length - 1 + torch.tensor([len(row) for row in tokens], device=device)
-        num_columns = self._prompt_length - 1 + max(len(row) for row in tokens)
+            # Not kept: the embeddings and features of a long prompt are large.
+            prompt, self._prompt = self._prompt, None
+            return self._pair(prompt, roots)
+        num_generated = [len(row) for row in tokens]
+        lengths = self._prompt_length - 1 + torch.tensor(num_generated, device=device)
+        num_columns = self._prompt_length - 1 + max(num_generated)
         keep_rows(self.cache, self._num_columns, self._lengths, acceptance.path, num_columns)
-        num_new = (lengths - self._lengths).clamp(min=0)
-        path = acceptance.path[:, : max(int(num_new.max()), 1)]
+        # Counted on the host, where the tokens are: the device is not asked.
+        new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
+        path = acceptance.path[:, : max(*new, 1)]
         rows = Committed(
             token_ids=tree.token_ids.gather(1, path),
             inputs_embeds=take_rows(outputs.hidden_states[0], path),
             features=take_rows(outputs.hidden_states[-1], path),
             position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
             visual_mask=torch.zeros_like(path, dtype=torch.bool),
-            lengths=num_new,
+            lengths=torch.tensor(new, device=device),
         )
-        self._lengths, self._num_columns = lengths, num_columns
+        self._lengths, self._num_columns, self._num_generated = lengths, num_columns, num_generated
         return self._pair(rows, roots)
 
     def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
