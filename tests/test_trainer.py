@@ -1,5 +1,7 @@
 """Training pairs rows as decoding does, and lowers the loss of the draft alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -15,7 +17,13 @@ from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, visual_probability
 from transformers_msd.trainer.data import pair_rows, unroll_attention_mask
-from transformers_msd.trainer.losses import chunked_token_loss, feature_loss, token_loss
+from transformers_msd.trainer.losses import (
+    chunked_token_losses,
+    feature_loss,
+    probability_loss,
+    token_loss,
+    top_k_loss,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +81,21 @@ def test_token_loss_is_the_entropy_where_the_draft_is_right():
     assert (token_loss(logits.flip(0), logits) >= entropy).all()
 
 
+def test_losses_on_tokens_by_hand():
+    # Probabilities 0.5, 0.25, 0.25 of the target against 0.25, 0.5, 0.25 of the draft.
+    target, draft = torch.tensor([[2.0, 1.0, 1.0]]).log(), torch.tensor([[1.0, 2.0, 1.0]]).log()
+    quarter, half = math.log(4), math.log(2)  # surprise at a probability of 1/4 and of 1/2
+    assert token_loss(draft, target).item() == pytest.approx(0.5 * quarter + 0.25 * half + 0.25 * quarter)
+    assert top_k_loss(draft, target, top_k=1).item() == pytest.approx(0.5 * quarter)
+    assert top_k_loss(draft, target, top_k=10).item() == pytest.approx(token_loss(draft, target).item())
+    assert probability_loss(draft, target).item() == pytest.approx(0.25 + 0.25)
+
+
 def test_chunks_change_no_loss_and_no_gradient():
     torch.manual_seed(0)
     head = torch.nn.Linear(4, 9).requires_grad_(False)
     predicted, target = torch.randn(7, 4, requires_grad=True), torch.randn(7, 4)
-    losses, agrees = chunked_token_loss(predicted, target, head, chunk_size=3)
+    [losses], agrees = chunked_token_losses(predicted, target, head, 3, [token_loss])
     expected = token_loss(head(predicted), head(target))
     torch.testing.assert_close(losses, expected)
     assert torch.equal(agrees, head(predicted).argmax(-1) == head(target).argmax(-1))
@@ -142,7 +160,7 @@ def test_unrolled_training_equals_drafting_a_chain_with_a_cache(target, dataset,
     trainer.compute_loss(trainer.model, dict(inputs))
     unrolled = list(seen)
 
-    rows = trainer._target_rows(inputs)
+    rows, _ = trainer._target_rows(inputs)
     sample, root = 1, int(rows.supervised[1].nonzero()[0])
     part = (slice(sample, sample + 1), slice(0, root + 1))
     outputs = trainer.model(rows.inputs_embeds[part], rows.features[part], rows.visual_mask[part], use_cache=True)

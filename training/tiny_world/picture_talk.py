@@ -21,7 +21,9 @@ ATTRIBUTE_KINDS = (
     "background",
     "further left",
 )
-# How often each is asked: those that search the picture for a shape are the last to be learned.
+# Those that search the picture for a shape, in the list of all.
+SEARCHES = ("colour of shape", "place", "count of colour", "further left")
+# How often each is asked: searching is the last to be learned.
 _KIND_WEIGHTS = (1, 1, 1, 2, 1, 2, 1, 2, 1, 2)
 
 
@@ -100,12 +102,12 @@ def attribute_question(random: Random, scene: Scene, kind: str) -> Question | No
 
 def _count_of_colour(random: Random, scene: Scene) -> Question:
     colour = random.choice([*(shape.colour for shape in scene.shapes), random.choice(list(COLOURS))])
-    places = [f"the {shape.place}" for shape in scene.shapes if shape.colour == colour]
+    found = [f"a {s.colour} {s.shape} in the {s.place}" for s in scene.shapes if s.colour == colour]
     request = f"How many {colour} shapes are there?"
-    if not places:
+    if not found:
         return Question(request, f"{_seen(scene)} There is no {colour} shape.", f"no {colour} shape")
-    value = f"{NUMBERS[len(places)]} in all"
-    return Question(request, f"{_seen(scene)} There is something {colour} in {join(places)}: {value}.", value)
+    value = f"{NUMBERS[len(found)]} in all"
+    return Question(request, f"{_seen(scene)} There is {join(found)}: {value}.", value)
 
 
 def _further_left(scene: Scene, first: Shape, second: Shape) -> Question | None:
@@ -126,6 +128,17 @@ def random_attribute_question(random: Random, scene: Scene) -> tuple[str, str]:
         question = attribute_question(random, scene, random.choices(ATTRIBUTE_KINDS, _KIND_WEIGHTS)[0])
         if question is not None:
             return question.request, question.answer
+
+
+def listed_questions(random: Random, scene: Scene) -> list[tuple[str, str]]:
+    """Return questions that search a scene, its shapes listed in the first, and their answers without that list."""
+    turns = {}
+    for kind in random.choices(SEARCHES, k=8):
+        question = attribute_question(random, scene, kind)
+        if question is not None:
+            turns[question.request] = question.answer.removeprefix(_seen(scene)).lstrip()
+    (request, answer), *others = turns.items()
+    return [(f"{_seen(scene)} {request}", answer), *others]
 
 
 def _sentences(scene: Scene, random: Random) -> str:

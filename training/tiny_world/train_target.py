@@ -105,6 +105,9 @@ STAGES = (
     Stage("searches", 16, 500, 7e-4, {"questions": 0.35}),
     Stage("lists", 16, 400, 7e-4, {"questions": 0.35}, decay=True),
     Stage("polish", 16, 280, 5e-4, {"questions": 0.35}, decay=True),
+    Stage("look-ups", 16, 350, 7e-4, {"questions": 0.25, "look_ups": 0.35}, decay=True),
+    Stage("finish", 16, 250, 4e-4, {"questions": 0.4, "look_ups": 0.1}, decay=True),
+    Stage("practice", 16, 450, 7e-4, {"questions": 0.35, "look_ups": 0.3}, decay=True),
 )
 STAGE_NAMES = ("tower", *(stage.name for stage in STAGES))
 

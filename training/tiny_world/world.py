@@ -17,6 +17,7 @@ from training.tiny_world.picture_talk import (
     comparison,
     description,
     follow_up,
+    listed_questions,
     random_attribute_question,
 )
 from training.tiny_world.pictures import Scene, draw_scene, random_scene
@@ -88,6 +89,10 @@ def _copies(random: Random) -> tuple[list[Scene], list[tuple[str, str]]]:
     return [], repetitions(random)
 
 
+def _look_ups(random: Random) -> tuple[list[Scene], list[tuple[str, str]]]:
+    return [], listed_questions(random, random_scene(random))
+
+
 Maker = Callable[[Random], tuple[list[Scene], list[tuple[str, str]]]]
 _MAKERS = {"text": _text, "image": _image, "images": _images, "second turn": _second_turn}
 _TRAINING_MIXTURE = ((_text, 0.2), (_image, 0.2), (_images, 0.15), (_second_turn, 0.15), (_attributes, 0.3))
@@ -101,7 +106,7 @@ def _draw(make: Maker, random: Random, held_out: bool) -> tuple[list[Scene], lis
 
 
 def training_rows(
-    num_rows: int, seed: int = 0, cells: float = 0.0, copies: float = 0.0, questions: float = 0.0
+    num_rows: int, seed: int = 0, cells: float = 0.0, copies: float = 0.0, questions: float = 0.0, look_ups: float = 0.0
 ) -> Iterator[dict]:
     """Yield training rows, `messages` and `images`.
 
@@ -109,10 +114,11 @@ def training_rows(
         cells: Share of rows that go through a picture place by place, an exercise.
         copies: Share of rows that repeat a row of words, another one.
         questions: Share of rows of attribute questions, besides those in the mixture.
+        look_ups: Share of rows of questions about shapes listed in words, a third exercise.
     """
     random = Random(seed)
     makers, weights = zip(*_TRAINING_MIXTURE, strict=True)
-    exercises = ((_cells, cells), (_copies, copies), (_attributes, questions))
+    exercises = ((_cells, cells), (_copies, copies), (_attributes, questions), (_look_ups, look_ups))
     makers = (*makers, *(make for make, _ in exercises))
     rest = 1.0 - sum(share for _, share in exercises)
     weights = (*(rest * weight for weight in weights), *(share for _, share in exercises))

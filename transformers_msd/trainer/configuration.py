@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 
 STAGES = ("text", "multimodal", "ramp")
+_LOSS_WEIGHTS = ("feature_loss_weight", "token_loss_weight", "top_k_loss_weight", "probability_loss_weight")
 
 
 @dataclass
@@ -23,9 +24,17 @@ class MSDTrainingConfig(SFTConfig):
         token_loss_weight (`float`, *optional*, defaults to 0.1):
             Weight of the cross-entropy between the draft's and the target's distributions (MSD). Small drafts learn
             faster with 1.
+        top_k_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the cross-entropy over the target's likeliest tokens (HASS, arXiv 2408.15766, uses 1.0 in a last
+            stretch).
+        top_k_loss_tokens (`int`, *optional*, defaults to 10):
+            How many tokens that loss looks at.
+        probability_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the L1 distance between the draft's and the target's probabilities (ViSpec, arXiv 2509.15235,
+            uses 10.0, and no feature loss, in its second stage).
         feature_noise (`float`, *optional*, defaults to 0.2):
-            Width of the uniform noise on the target's features, scaled by 512 over the number of rows (EAGLE, arXiv
-            2401.15077). There is none in evaluation.
+            Width of the uniform noise on the target's features, scaled by 512 over the length of the row (EAGLE, arXiv
+            2401.15077). It follows from `seed`, the epoch and the row, and there is none in evaluation.
         num_unroll_steps (`int`, *optional*, defaults to 1):
             Forwards of the draft per step. From the second on it reads its own features, as in decoding (HASS, arXiv
             2408.15766, uses 3). MSD trains with 1.
@@ -39,15 +48,22 @@ class MSDTrainingConfig(SFTConfig):
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Norm the gradient is clipped to."})
-    max_length: int | None = field(default=2048, metadata={"help": "Longer rows are cut."})
+    max_length: int | None = field(default=2048, metadata={"help": "Longer rows are cut, or dropped if they hold pictures."})
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens alone."})
     activation_checkpointing: bool | None = field(
         default=False, metadata={"help": "Recompute activations to save memory."}
     )
     feature_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."})
     token_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."})
+    top_k_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy over the target's likeliest tokens."}
+    )
+    top_k_loss_tokens: int = field(default=10, metadata={"help": "How many tokens that loss looks at."})
+    probability_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the L1 distance between the probabilities of tokens."}
+    )
     feature_noise: float = field(
-        default=0.2, metadata={"help": "Width of the uniform noise on the target's features, times 512 over the rows."}
+        default=0.2, metadata={"help": "Width of the uniform noise on the target's features, times 512 over length."}
     )
     num_unroll_steps: int = field(
         default=1, metadata={"help": "Forwards of the draft per step; from the second on it reads its own features."}
@@ -61,7 +77,12 @@ class MSDTrainingConfig(SFTConfig):
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
-        for name in ("num_unroll_steps", "head_chunk_size"):
+        for name in _LOSS_WEIGHTS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not any(getattr(self, name) for name in _LOSS_WEIGHTS):
+            raise ValueError(f"Nothing would be learned: all of {', '.join(_LOSS_WEIGHTS)} are 0. Set one of them.")
+        for name in ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.activation_checkpointing and self.num_unroll_steps > 1:

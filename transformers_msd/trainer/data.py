@@ -1,11 +1,32 @@
 """Draft rows as training sees them: tokens paired with features, and what each unrolled step may look at."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from transformers_msd.modeling_msd import visual_token_mask
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """
+    Collates rows with another collator, and keeps their numbers in the dataset.
+
+    Args:
+        collator (`Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]`):
+            Collator of all else.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    COLUMN = "row_id"
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        row_ids = [row.get(self.COLUMN, -1) for row in rows]
+        batch = self.collator([{name: row[name] for name in row if name != self.COLUMN} for row in rows])
+        return {**batch, self.COLUMN: torch.tensor(row_ids)}
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,29 @@ def pair_rows(
         supervised=pad(labels[:, 2:] != -100, (0, 1), value=False) & row_mask,
         position_ids=(row_mask.cumsum(-1) - 1).clamp(min=0),
     )
+
+
+def feature_noise(features: torch.Tensor, row_mask: torch.Tensor, seeds: list[int], width: float) -> torch.Tensor:
+    """
+    Draw uniform noise for the target's features, each sequence's from its own seed (EAGLE, arXiv 2401.15077).
+
+    Args:
+        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Features, whose shape and dtype the noise has.
+        row_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Whether the rows are real; the noise of the others is 0.
+        seeds (`list[int]`):
+            A seed per sequence.
+        width (`float`):
+            Width of the noise at 512 rows; that of longer sequences is smaller, of shorter ones larger.
+    """
+    noise = torch.zeros_like(features)
+    for sequence, (mask, seed) in enumerate(zip(row_mask, seeds, strict=True)):
+        generator = torch.Generator(features.device).manual_seed(seed)
+        length = int(mask.sum())
+        drawn = torch.rand(length, features.shape[-1], generator=generator, device=features.device) - 0.5
+        noise[sequence, mask] = (drawn * (width * 512 / max(length, 1))).to(noise.dtype)
+    return noise
 
 
 def unroll_attention_mask(row_mask: torch.Tensor, step: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,9 +1,14 @@
 """Losses of a draft, one value per row."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def feature_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -17,11 +22,28 @@ def token_loss(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tenso
     return -(target_probabilities * logits.float().log_softmax(-1)).sum(-1)
 
 
-def chunked_token_loss(
-    predicted: torch.Tensor, target: torch.Tensor, head: nn.Module, chunk_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k_loss(logits: torch.Tensor, target_logits: torch.Tensor, top_k: int = 10) -> torch.Tensor:
     """
-    Compute the token loss of features through the target's head, the logits of one chunk in memory at a time.
+    Compare distributions where the target's is largest: the part of the soft cross-entropy that its `top_k` likeliest
+    tokens have, their probabilities as they are (HASS, arXiv 2408.15766, section 3.1). Returns `(num_rows,)`.
+    """
+    probabilities, tokens = target_logits.float().softmax(-1).topk(min(top_k, target_logits.shape[-1]))
+    return -(probabilities * logits.float().log_softmax(-1).gather(-1, tokens)).sum(-1)
+
+
+def probability_loss(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+    """
+    Compare distributions by the distance of their probabilities, L1 summed over the vocabulary (ViSpec, arXiv
+    2509.15235): twice the probability that a sampled token of the draft is rejected. Returns `(num_rows,)`.
+    """
+    return (logits.float().softmax(-1) - target_logits.float().softmax(-1)).abs().sum(-1)
+
+
+def chunked_token_losses(
+    predicted: torch.Tensor, target: torch.Tensor, head: nn.Module, chunk_size: int, losses: list[TokenLoss]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """
+    Compute losses on tokens through the target's head, the logits of one chunk in memory at a time.
 
     Args:
         predicted (`torch.Tensor` of shape `(num_rows, hidden_size)`):
@@ -32,17 +54,22 @@ def chunked_token_loss(
             The target's head, frozen.
         chunk_size (`int`):
             Rows per chunk.
+        losses (`list[TokenLoss]`):
+            Functions of the draft's and the target's logits.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The losses and whether the most likely tokens agree, both `(num_rows,)`.
+        `tuple[list[torch.Tensor], torch.Tensor]`: The losses, and whether the most likely tokens agree, all of shape
+        `(num_rows,)`.
     """
 
-    def chunk_loss(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk_losses(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits = head(predicted)
         with torch.no_grad():
             target_logits = head(target)
-        return token_loss(logits, target_logits), logits.argmax(-1) == target_logits.argmax(-1)
+        agrees = logits.argmax(-1) == target_logits.argmax(-1)
+        return *(loss(logits, target_logits) for loss in losses), agrees
 
     chunks = zip(predicted.split(chunk_size), target.split(chunk_size), strict=True)
-    losses, agrees = zip(*(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
-    return torch.cat(losses), torch.cat(agrees)
+    values = zip(*(checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
+    *values, agrees = (torch.cat(parts) for parts in values)
+    return values, agrees

@@ -1,8 +1,10 @@
 """Trains a draft on the features of a frozen target, computed in the same step."""
 
+import copy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch.nn.functional import pad
@@ -11,35 +13,54 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from trl import SFTTrainer
 
 from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler
-from transformers_msd.trainer.data import DraftRows, pair_rows, unroll_attention_mask
-from transformers_msd.trainer.losses import chunked_token_loss, feature_loss
+from transformers_msd.trainer.data import DraftRows, RowCollator, feature_noise, pair_rows, unroll_attention_mask
+from transformers_msd.trainer.dataset import check_answers, drop_long_rows, split_rows
+from transformers_msd.trainer.losses import (
+    chunked_token_losses,
+    feature_loss,
+    probability_loss,
+    token_loss,
+    top_k_loss,
+)
+from transformers_msd.trainer.parallel import prepare_target
+from transformers_msd.trainer.report import plot_curves, write_card
 
 
 class MSDTrainer(SFTTrainer):
     """
     Trainer of [`MSDDraftModel`].
 
+    The target's features are computed in the same step and not kept. What is drawn at random follows from
+    `args.seed`, the epoch and the row, and the loss is a mean over the supervised tokens of the global batch: neither
+    the number of processes, nor gradient accumulation, nor an interruption changes the curve.
+
     Args:
         model ([`MSDDraftModel`]):
             Draft to train.
-        target ([`~transformers.PreTrainedModel`]):
-            Model the draft is for. It is frozen and set to evaluation mode.
+        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model the draft is for, quantised or adapted as it will be when it generates. It is frozen and set to
+            evaluation mode.
         args ([`MSDTrainingConfig`]):
             Settings.
         train_dataset ([`~datasets.Dataset`]):
-            Rows of `messages` and, for a multimodal target, `images` (an empty list in text rows).
+            Rows of `messages`, or of `prompt` and `completion` (then the completion is supervised), and for a
+            multimodal target of `images` (an empty list in text rows).
         processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
             Processor of the target.
         kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of [`~trl.SFTTrainer`].
+            Further arguments of [`~trl.SFTTrainer`], all but `compute_metrics`.
+
+    Raises:
+        ValueError: If the draft doesn't fit the target, or the dataset has no rows to learn from at this stage.
     """
 
-    _tag_names = ["transformers-msd"]
+    _tag_names = ["transformers-msd", "msd", "speculative-decoding", "draft-model"]
     _name = "MSD"
-    # The loss is a mean over the supervised rows of a batch.
-    loss_is_scaled_for_ga = False
+    # The loss is a mean over the global batch, and training divides it no further.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -50,8 +71,15 @@ class MSDTrainer(SFTTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
-        # TRL writes special token ids there, and a model that can't generate has none.
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "`compute_metrics` would need the logits of every prompt, which are never computed. Use a callback, "
+                "such as `AcceptanceLengthCallback`."
+            )
+        model.check_target(target)
+        check_answers(train_dataset)
+        if isinstance(processing_class, ProcessorMixin) and args.max_length is not None:
+            train_dataset = drop_long_rows(train_dataset, processing_class, args.max_length)
         self._text_rows, self._visual_rows = split_rows(train_dataset)
         if args.stage == "text":
             train_dataset = train_dataset.select(self._text_rows)
@@ -60,10 +88,34 @@ class MSDTrainer(SFTTrainer):
                 f"`stage={args.stage!r}` needs rows without pictures, and `ramp` also some with, got "
                 f"{len(self._text_rows)} without and {len(self._visual_rows)} with. Add rows or choose another stage."
             )
+        if "prompt" in train_dataset.column_names:
+            # The completion is supervised instead.
+            args = copy.copy(args)
+            args.assistant_only_loss = False
+        # TRL writes special token ids there, and a model that can't generate has none.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        self._dataset_name = train_dataset.info.dataset_name or "a dataset of its own"
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
         )
-        self.target = self.accelerator.prepare_model(target.eval().requires_grad_(False), evaluation_mode=True)
+        self.model_accepts_loss_kwargs = True  # makes Transformers count the supervised tokens of the global batch
+        self.train_dataset = self.train_dataset.add_column(RowCollator.COLUMN, list(range(len(self.train_dataset))))
+        self.data_collator = RowCollator(self.data_collator)
+        losses = {
+            "token_loss": (token_loss, args.token_loss_weight),
+            "top_k_loss": (partial(top_k_loss, top_k=args.top_k_loss_tokens), args.top_k_loss_weight),
+            "probability_loss": (probability_loss, args.probability_loss_weight),
+        }
+        self._token_losses = {name: (loss, weight) for name, (loss, weight) in losses.items() if weight}
+        # Sums and counts of what is logged, both over the rows of this process.
+        self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._head = target.get_output_embeddings()
+        self.target = prepare_target(target.eval().requires_grad_(False), self.accelerator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if RowCollator.COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, RowCollator.COLUMN]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.stage != "ramp":
@@ -77,19 +129,64 @@ class MSDTrainer(SFTTrainer):
         )
         return sampler
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            # Transformers would take the newest, whole or not.
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_world_process_zero():
+            plot_curves(self.state.log_history, Path(self.args.output_dir) / "training.png")
+        return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with remove_if_broken(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        if not self.is_world_process_zero():
+            return
+        args, config = self.args, self.target.config
+        tags = [tags] if isinstance(tags, str) else tags or []
+        datasets = [dataset_name] if isinstance(dataset_name, str) else dataset_name or [self._dataset_name]
+        values = {
+            "base_model": config._name_or_path or config.model_type,
+            "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
+            "target_class": (config.architectures or [type(self.target).__name__])[0],
+            "tags": sorted({*self._tag_names, *tags}),
+            "tree": self.accelerator.unwrap_model(self.model).tree_config,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dataset": ", ".join(datasets),
+            "num_steps": self.state.global_step,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "stage": args.stage,
+            "num_unroll_steps": args.num_unroll_steps,
+            "learning_rate": args.learning_rate,
+        }
+        name = args.hub_model_id or model_name or Path(args.output_dir).name
+        write_card(Path(args.output_dir) / "README.md", name, values, self.state.log_history)
+
     def compute_loss(
         self,
         model: MSDDraftModel,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows = self._target_rows(inputs)
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        rows, row_ids = self._target_rows(inputs)
         features, supervised = rows.features, rows.supervised
-        if self.model.training:
-            scale = self.args.feature_noise * 512 / features.shape[1]
-            features = features + (torch.rand_like(features) - 0.5) * scale
+        if num_items_in_batch is None:
+            num_items_in_batch = supervised.sum()
+        elif self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, each of which adds its part of the global batch.
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        if self.model.training and self.args.feature_noise:
+            seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids.tolist()]
+            features = features + feature_noise(features, rows.row_mask, seeds, self.args.feature_noise)
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
         loss = 0.0
         for step in range(self.args.num_unroll_steps):
@@ -104,21 +201,19 @@ class MSDTrainer(SFTTrainer):
                 past_key_values=cache,
                 use_cache=False,
             ).last_hidden_state
-            step_loss, step_metrics = self._rows_loss(predicted[supervised], rows.target_features[supervised])
-            loss = loss + step_loss / self.args.num_unroll_steps
-            for name, value in step_metrics.items():
-                metrics[f"{name}_{step + 1}"].append(value.item())
+            loss = loss + self._loss_sum(predicted[supervised], rows.target_features[supervised], step + 1)
             # Row r goes on from what row r - 1 predicted, in the chain of a supervised row.
             features = pad(predicted[:, :-1], (0, 0, 1, 0))
             supervised = supervised & pad(supervised[:, :-1], (1, 0), value=False)
+        loss = loss / (self.args.num_unroll_steps * max(num_items_in_batch, 1))
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     @torch.no_grad()
-    def _target_rows(self, inputs: dict[str, torch.Tensor]) -> DraftRows:
+    def _target_rows(self, inputs: dict[str, torch.Tensor]) -> tuple[DraftRows, torch.Tensor]:
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels, row_ids = inputs.pop("labels"), inputs.pop(RowCollator.COLUMN)
         outputs = self.target(**inputs, output_hidden_states=[0, -1], use_cache=False, logits_to_keep=1)
-        return pair_rows(
+        rows = pair_rows(
             inputs["input_ids"],
             labels,
             inputs["attention_mask"],
@@ -126,26 +221,30 @@ class MSDTrainer(SFTTrainer):
             outputs.hidden_states[-1].to(self.model.dtype),
             self.model.config.visual_token_ids,
         )
+        return rows, row_ids
 
-    def _rows_loss(
-        self, predicted: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        num_rows = max(len(predicted), 1)
+    def _loss_sum(self, predicted: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
+        """Sum the weighted losses of supervised rows, and add to what is logged of this unrolled step."""
+        totals = self._totals["train" if self.model.training else "eval"]
         if len(predicted) == 0:
-            # Keeps the graph, so that every process steps the same parameters.
-            return predicted.sum(), {}
-        head = self.accelerator.unwrap_model(self.target).get_output_embeddings()
-        tokens, agrees = chunked_token_loss(predicted, target, head, self.args.head_chunk_size)
-        features = feature_loss(predicted, target).sum() / num_rows
-        tokens = tokens.sum() / num_rows
-        loss = self.args.feature_loss_weight * features + self.args.token_loss_weight * tokens
-        return loss, {"feature_loss": features, "token_loss": tokens, "agreement": agrees.float().mean()}
+            # Keeps the graph, so that every process steps the same parameters, and calls the head, which may be
+            # sharded over processes.
+            return self._head(predicted.new_zeros(1, predicted.shape[-1])).sum() * 0 + predicted.sum()
+        features = feature_loss(predicted, target).sum()
+        functions = [loss for loss, _ in self._token_losses.values()]
+        losses, agrees = chunked_token_losses(predicted, target, self._head, self.args.head_chunk_size, functions)
+        sums = {"feature_loss": features, **dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True))}
+        weights = {name: weight for name, (_, weight) in self._token_losses.items()}
+        weights["feature_loss"] = self.args.feature_loss_weight
+        for name, value in (sums | {"agreement": agrees.float().sum()}).items():
+            total = torch.stack([value.detach().float(), value.new_tensor(len(predicted), dtype=torch.float32)])
+            totals[f"{name}_{step}"] = totals.get(f"{name}_{step}", 0) + total
+        return sum(weights[name] * value for name, value in sums.items())
 
-
-def split_rows(dataset: Dataset) -> tuple[list[int], list[int]]:
-    """Tell the rows without pictures from those with, without decoding a picture."""
-    if "images" not in dataset.column_names:
-        return list(range(len(dataset))), []
-    column = dataset.with_format("arrow")[:]["images"]
-    num_images = pyarrow.compute.list_value_length(column).fill_null(0).to_pylist()
-    return [i for i, num in enumerate(num_images) if num == 0], [i for i, num in enumerate(num_images) if num > 0]
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        totals, self._totals[mode] = self._totals[mode], {}
+        if totals:
+            sums = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
+            self._metrics[mode].update({name: [(a / b).item()] for name, (a, b) in zip(totals, sums, strict=True)})
+        super().log(logs, start_time)

@@ -1,0 +1,130 @@
+"""How fast the draft will be, seen while it is trained."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import ModelOutput
+from trl.data_utils import prepare_multimodal_messages
+
+from transformers_msd.trainer.metrics import AcceptanceLength
+
+
+if TYPE_CHECKING:
+    from transformers_msd.trainer.trainer import MSDTrainer
+
+
+def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a row before the assistant's last turn, pictures in their places."""
+    messages = row["messages"] if "messages" in row else row["prompt"]
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    return prepare_multimodal_messages(messages, images=images) if "images" in row or "image" in row else messages
+
+
+def encode_prompt(processing_class: Any, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Tokenize the messages of one prompt for `generate`."""
+    return processing_class.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+class AcceptanceLengthCallback(TrainerCallback):
+    """
+    Let the decoder answer a few held-out prompts at every evaluation, and log the acceptance length τ.
+
+    Logged are `eval_acceptance_length`, and apart from each other `eval_acceptance_length_text` and
+    `eval_acceptance_length_image`, and at the end of training the speed-up over plain `generate`, `eval_speedup` and so
+    on. All processes take part, as sharded models need.
+
+    Args:
+        trainer ([`MSDTrainer`]):
+            Trainer of the draft; add the callback with `trainer.add_callback`.
+        prompts ([`~datasets.Dataset`]):
+            Rows as the trainer has them; answers are left out.
+        max_new_tokens (`int`, *optional*, defaults to 64):
+            Length of the answers.
+        temperature (`float`, *optional*, defaults to 0.0):
+            Temperature the answers are sampled at; 0 is greedy.
+    """
+
+    def __init__(self, trainer: "MSDTrainer", prompts: Dataset, max_new_tokens: int = 64, temperature: float = 0.0):
+        self.trainer = trainer
+        self.prompts = [prompt_of(row) for row in prompts]
+        self.max_new_tokens = max_new_tokens
+        self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics = self.measure()
+        if kwargs.get("metrics") is not None:
+            kwargs["metrics"].update(metrics)
+        self.trainer.log(metrics)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.log(self.measure(compare=True))
+
+    @torch.no_grad()
+    def measure(self, compare: bool = False) -> dict[str, float]:
+        """
+        Answer the prompts.
+
+        Args:
+            compare (`bool`, *optional*, defaults to `False`):
+                Whether to answer them without the draft, too, and tell the speed-up.
+        """
+        trainer = self.trainer
+        draft: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+        was_training = draft.training
+        draft.eval()
+        answers: list[_Answer] = []
+        device = trainer.accelerator.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
+            for messages in self.prompts:
+                inputs = encode_prompt(trainer.processing_class, messages).to(device)
+                kind = "_image" if "pixel_values" in inputs else "_text"
+                if compare and not answers:
+                    self._timed(inputs, draft)  # warm up
+                plain_seconds = self._timed(inputs, None)[1] if compare else 0.0
+                output, seconds = self._timed(inputs, draft)
+                lengths = output.speculative_stats.acceptance_lengths[:, 0]
+                answers.append(_Answer(kind, lengths[lengths > 0].tolist(), plain_seconds, seconds))
+        draft.train(was_training)
+        metric = AcceptanceLength(keep_in_memory=True)
+        metrics = {}
+        for kind in ("", "_text", "_image"):
+            part = [answer for answer in answers if kind in ("", answer.kind)]
+            if any(answer.lengths for answer in part):
+                tau = metric.compute(predictions=[answer.lengths for answer in part])["acceptance_length"]
+                metrics[f"eval_acceptance_length{kind}"] = tau
+            if compare and part:
+                plain_seconds = sum(answer.plain_seconds for answer in part)
+                metrics[f"eval_speedup{kind}"] = plain_seconds / sum(answer.seconds for answer in part)
+        return metrics
+
+    def _timed(self, inputs: dict[str, torch.Tensor], draft: nn.Module | None) -> tuple[ModelOutput, float]:
+        """Generate; return the output and the seconds it took."""
+        torch.manual_seed(self.trainer.args.seed)
+        start = time.perf_counter()
+        output = self.trainer.target.generate(
+            **inputs,
+            **self.sampling,
+            max_new_tokens=self.max_new_tokens,
+            assistant_model=draft,
+            return_dict_in_generate=True,
+        )
+        output.sequences.tolist()  # waits for the device
+        return output, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Answer:
+    kind: str
+    lengths: list[int]
+    plain_seconds: float
+    seconds: float

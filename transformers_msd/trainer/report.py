@@ -1,0 +1,145 @@
+"""What a finished run leaves beside the weights: its curves and a model card."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from huggingface_hub import ModelCard, ModelCardData
+
+
+_LOSSES = ("loss", "eval_loss")
+_LENGTHS = ("acceptance_length", "acceptance_length_text", "acceptance_length_image")
+_CARD = """\
+---
+{card_data}
+---
+
+# {name}
+
+Draft of [{base_model}](https://huggingface.co/{base_model}) for speculative decoding with
+[transformers-msd](https://pypi.org/project/transformers-msd): the same tokens as without it, sooner.
+
+```python
+from transformers import {target_class}, AutoProcessor
+from transformers_msd import MSDDraftModel
+
+target = {target_class}.from_pretrained("{base_model}", dtype="auto", device_map="auto")
+draft = MSDDraftModel.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)
+target.generate(**inputs, assistant_model=draft)
+```
+
+## Measured
+
+{measured}
+
+τ is the number of tokens emitted per round, the bonus token included (τ - 1 is without it); the prefill and its token
+are not counted. The tree: {tree}. Hardware: {hardware}, dtype of the target {dtype}.
+
+## Trained
+
+On {dataset}, {num_steps} steps of {rows_per_step} rows, stage `{stage}`, {num_unroll_steps} unrolled steps, learning
+rate {learning_rate}, with torch {torch}, transformers {transformers}, trl {trl}.
+
+- command: `{command}`
+- commit: {commit}
+
+![losses and acceptance length](training.png)
+
+The method is MSD (arXiv 2505.14260), the tree EAGLE-2 (arXiv 2406.16858).
+"""
+
+
+def series(log_history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which a value was logged, and the values."""
+    points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
+    """Draw losses and acceptance lengths over the steps of a run, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, length_axes = figure.subplots(1, 2)
+    for name in _LOSSES:
+        loss_axes.plot(*series(log_history, name), label={"loss": "training"}.get(name, "evaluation"), marker=".")
+    for name in _LENGTHS:
+        steps, values = series(log_history, f"eval_{name}")
+        if values:
+            label = name.removeprefix("acceptance_length").removeprefix("_") or "all"
+            length_axes.plot(steps, values, label=f"{label} prompts", marker=".")
+    loss_axes.set(xlabel="step", ylabel="loss", yscale="log")
+    length_axes.set(xlabel="step", ylabel="acceptance length τ")
+    for axes in (loss_axes, length_axes):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[dict[str, Any]]) -> None:
+    """
+    Write a model card.
+
+    Args:
+        path (`Path`):
+            File to write.
+        name (`str`):
+            Name of the draft on the Hub.
+        values (`dict[str, Any]`):
+            What the card says of the run, apart from what is looked up here.
+        log_history (`list[dict[str, Any]]`):
+            What the trainer logged, from which the last acceptance lengths and the speed-up are taken.
+    """
+    data = ModelCardData(
+        base_model=values["base_model"],
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if values["is_multimodal"] else "text-generation",
+        tags=values["tags"],
+    )
+    card = _CARD.format(
+        card_data=data.to_yaml(),
+        name=name,
+        measured=_measured(log_history),
+        hardware=_hardware(),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        commit=_commit(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        trl=trl.__version__,
+        **{key: value for key, value in values.items() if key not in ("is_multimodal", "tags")},
+    )
+    ModelCard(card).save(path)
+
+
+def _measured(log_history: list[dict[str, Any]]) -> str:
+    rows = []
+    for name in _LENGTHS:
+        _, values = series(log_history, f"eval_{name}")
+        _, speedups = series(log_history, f"eval_{name.replace('acceptance_length', 'speedup')}")
+        if values:
+            label = name.removeprefix("acceptance_length").removeprefix("_") or "all"
+            rows.append(f"| {label} | {values[-1]:.2f} | {f'{speedups[-1]:.2f}x' if speedups else 'not measured'} |")
+    if not rows:
+        return "No acceptance length was measured in training."
+    header = ["| held-out prompts | τ | speed-up over plain `generate` |", "|---|---|---|"]
+    return "\n".join([*header, *rows])
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a git repository"
