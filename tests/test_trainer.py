@@ -16,7 +16,7 @@ from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, visual_probability
-from transformers_msd.trainer.data import pair_rows, unroll_attention_mask
+from transformers_msd.trainer.data import pair_rows, target_rows, unroll_attention_mask
 from transformers_msd.trainer.losses import (
     chunked_token_losses,
     feature_loss,
@@ -160,7 +160,8 @@ def test_unrolled_training_equals_drafting_a_chain_with_a_cache(target, dataset,
     trainer.compute_loss(trainer.model, dict(inputs))
     unrolled = list(seen)
 
-    rows, _ = trainer._target_rows(inputs)
+    inputs.pop("row_id")
+    rows = target_rows(target, inputs, trainer.model.config.visual_token_ids)
     sample, root = 1, int(rows.supervised[1].nonzero()[0])
     part = (slice(sample, sample + 1), slice(0, root + 1))
     outputs = trainer.model(rows.inputs_embeds[part], rows.features[part], rows.visual_mask[part], use_cache=True)

@@ -18,6 +18,9 @@ class MSDConfig(PreTrainedConfig):
             draft holds no embedding and no head.
         visual_token_ids (`list[int]`, *optional*, defaults to `[]`):
             Ids that stand for image and video features in the target's prompts.
+        decoupled (`bool`, *optional*, defaults to `True`):
+            Whether visual tokens enter as their embeddings alone. Without, they are fused with features like any
+            other, as in EAGLE (arXiv 2401.15077).
         fc_bias (`bool`, *optional*, defaults to `True`):
             Whether the layer that fuses embeddings and features has a bias. The published drafts have one.
         input_layernorm (`bool`, *optional*, defaults to `False`):
@@ -32,6 +35,7 @@ class MSDConfig(PreTrainedConfig):
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     visual_token_ids: list[int] | None = None
+    decoupled: bool = True
     fc_bias: bool = True
     input_layernorm: bool = False
     tree_config: dict[str, int] | None = None
@@ -50,8 +54,8 @@ class MSDConfig(PreTrainedConfig):
             target_config (`PreTrainedConfig`):
                 Config of the target, multimodal or text-only.
             overrides (`dict[str, Any]`, *optional*):
-                Fields of this config (`fc_bias`, `input_layernorm`, `tree_config`, `visual_token_ids`) or of its text
-                config (`num_hidden_layers`, `intermediate_size`, ...).
+                Fields of this config (`decoupled`, `fc_bias`, `input_layernorm`, `tree_config`, `visual_token_ids`)
+                or of its text config (`num_hidden_layers`, `intermediate_size`, ...).
         """
         text_config = target_config.get_text_config()
         fields = {
@@ -65,7 +69,7 @@ class MSDConfig(PreTrainedConfig):
             "visual_token_ids": visual_token_ids(target_config),
             "input_layernorm": text_config.model_type != "llama",
         }
-        own_names = (*own, "fc_bias", "tree_config")
+        own_names = (*own, "decoupled", "fc_bias", "tree_config")
         unknown = sorted(set(overrides) - set(own_names) - set(fields))
         if unknown:
             raise ValueError(

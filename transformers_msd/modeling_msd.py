@@ -147,7 +147,7 @@ class MSDDraftModel(PreTrainedModel):
         """
         self._check_inputs(inputs_embeds, features, visual_mask, attention_mask)
         hidden_states = self.fc(torch.cat([inputs_embeds, features], dim=-1))
-        if visual_mask is not None:
+        if visual_mask is not None and self.config.decoupled:
             hidden_states = torch.where(visual_mask[..., None], inputs_embeds, hidden_states)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -106,7 +106,12 @@ def _draw(make: Maker, random: Random, held_out: bool) -> tuple[list[Scene], lis
 
 
 def training_rows(
-    num_rows: int, seed: int = 0, cells: float = 0.0, copies: float = 0.0, questions: float = 0.0, look_ups: float = 0.0
+    num_rows: int,
+    seed: int = 0,
+    cells: float = 0.0,
+    copies: float = 0.0,
+    questions: float = 0.0,
+    look_ups: float = 0.0,
 ) -> Iterator[dict]:
     """Yield training rows, `messages` and `images`.
 

@@ -3,16 +3,18 @@
 import argparse
 import sys
 
-from transformers_msd.cli import convert
+from transformers_msd.cli import check_parity, convert, generate_data, train
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the sub-command named by the arguments, those of the process by default."""
     parser = argparse.ArgumentParser(prog="transformers-msd", description="Drafts for vision-language models.")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (convert,):
+    for command in (train, generate_data, check_parity, convert):
         command.add_parser(subparsers)
-    parsed = parser.parse_args(arguments)
+    parsed, parsed.rest = parser.parse_known_args(arguments)
+    if parsed.rest and not getattr(parsed, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(parsed.rest)}")
     try:
         parsed.run(parsed)
     except (OSError, ValueError) as error:

@@ -1,7 +1,17 @@
 """Training of drafts, on TRL. Needs the extra `train`."""
 
+from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.metrics import AcceptanceLength, ExactMatch
+from transformers_msd.trainer.parity import check_parity
 from transformers_msd.trainer.trainer import MSDTrainer
 
 
-__all__ = ["MSDTrainer", "MSDTrainingConfig"]
+__all__ = [
+    "AcceptanceLength",
+    "AcceptanceLengthCallback",
+    "ExactMatch",
+    "MSDTrainer",
+    "MSDTrainingConfig",
+    "check_parity",
+]

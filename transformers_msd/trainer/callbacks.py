@@ -39,8 +39,8 @@ class AcceptanceLengthCallback(TrainerCallback):
     Let the decoder answer a few held-out prompts at every evaluation, and log the acceptance length τ.
 
     Logged are `eval_acceptance_length`, and apart from each other `eval_acceptance_length_text` and
-    `eval_acceptance_length_image`, and at the end of training the speed-up over plain `generate`, `eval_speedup` and so
-    on. All processes take part, as sharded models need.
+    `eval_acceptance_length_image`; at the end of training also the speed-up over plain `generate`, `eval_speedup` and
+    so on. All processes take part, as sharded models need.
 
     Args:
         trainer ([`MSDTrainer`]):

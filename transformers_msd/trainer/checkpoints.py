@@ -47,6 +47,6 @@ def remove_if_broken(checkpoint: Path) -> Iterator[None]:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise OSError(
-            f"The checkpoint could not be written ({error}). What there was of it, in {checkpoint}, was removed; those "
-            "before it are whole. Make room and go on with `resume_from_checkpoint=True`."
+            f"The checkpoint could not be written ({error}). What there was of it, in {checkpoint}, was removed; "
+            "those before it are whole. Make room and go on with `resume_from_checkpoint=True`."
         ) from error

@@ -48,7 +48,9 @@ class MSDTrainingConfig(SFTConfig):
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Norm the gradient is clipped to."})
-    max_length: int | None = field(default=2048, metadata={"help": "Longer rows are cut, or dropped if they hold pictures."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Longer rows are cut, or dropped if they hold pictures."}
+    )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens alone."})
     activation_checkpointing: bool | None = field(
         default=False, metadata={"help": "Recompute activations to save memory."}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from transformers_msd.modeling_msd import visual_token_mask
@@ -81,6 +82,31 @@ def pair_rows(
         supervised=pad(labels[:, 2:] != -100, (0, 1), value=False) & row_mask,
         position_ids=(row_mask.cumsum(-1) - 1).clamp(min=0),
     )
+
+
+@torch.no_grad()
+def target_rows(
+    target: nn.Module, inputs: dict[str, torch.Tensor], visual_token_ids: list[int], dtype: torch.dtype | None = None
+) -> DraftRows:
+    """
+    Run the target, and pair its embeddings and features as the draft reads them.
+
+    Args:
+        target (`torch.nn.Module`):
+            The target.
+        inputs (`dict[str, torch.Tensor]`):
+            Its inputs, with `attention_mask` and `labels`.
+        visual_token_ids (`list[int]`):
+            Ids of the placeholders, as in `MSDConfig.visual_token_ids`.
+        dtype (`torch.dtype`, *optional*):
+            Dtype of the draft, the target's by default.
+    """
+    labels = inputs["labels"]
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    outputs = target(**inputs, output_hidden_states=[0, -1], use_cache=False, logits_to_keep=1)
+    ends = outputs.hidden_states[0], outputs.hidden_states[-1]
+    inputs_embeds, features = (states.to(dtype or states.dtype) for states in ends)
+    return pair_rows(inputs["input_ids"], labels, inputs["attention_mask"], inputs_embeds, features, visual_token_ids)
 
 
 def feature_noise(features: torch.Tensor, row_mask: torch.Tensor, seeds: list[int], width: float) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import logging
 from io import BytesIO
+from typing import Any
 
 import PIL.Image
 import pyarrow.compute
 from datasets import Dataset, Image, List
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 
@@ -51,11 +52,8 @@ def drop_long_rows(dataset: Dataset, processor: ProcessorMixin, max_length: int)
     _, visual_rows = split_rows(dataset)
     if not visual_rows:
         return dataset
-    if "image" in dataset.column_names:
-        undecoded = dataset.cast_column("image", Image(decode=False))
-    else:
-        undecoded = dataset.cast_column("images", List(Image(decode=False)))
-    lengths = {row: _num_tokens(undecoded[row], row, processor) for row in visual_rows}
+    pictures = undecoded(dataset)
+    lengths = {row: row_length(pictures[row], row, processor) for row in visual_rows}
     too_long = {row for row, length in lengths.items() if length > max_length}
     if not too_long:
         return dataset
@@ -73,15 +71,40 @@ def drop_long_rows(dataset: Dataset, processor: ProcessorMixin, max_length: int)
     return dataset.select([row for row in range(len(dataset)) if row not in too_long])
 
 
-def _num_tokens(row: dict, index: int, processor: ProcessorMixin) -> int:
-    """Count the tokens of a row, every picture expanded."""
-    pictures = row["images"] if "images" in row else [row["image"]]
-    sizes = [_picture_size(picture, index) for picture in pictures]
+def undecoded(dataset: Dataset) -> Dataset:
+    """Return a dataset whose pictures are files, as paths or bytes."""
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif feature == List(Image()):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
+def row_length(row: dict[str, Any], number: int, processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> int:
+    """
+    Count the tokens of a row, every picture expanded.
+
+    Args:
+        row (`dict[str, Any]`):
+            A row of an [`undecoded`] dataset.
+        number (`int`):
+            Its number, for errors.
+        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor of the target.
+    """
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    messages = prepare_multimodal_messages(messages, images=sizes)
-    text = processor.apply_chat_template(messages, tokenize=False)
-    num_tokens = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return num_tokens - len(sizes) + sum(processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+    if not isinstance(processing_class, ProcessorMixin):
+        return len(processing_class.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    pictures = row["images"] if "images" in row else [row["image"]] if row.get("image") else []
+    sizes = [_picture_size(picture, number) for picture in pictures]
+    text = processing_class.apply_chat_template(prepare_multimodal_messages(messages, images=sizes), tokenize=False)
+    num_tokens = len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not sizes:
+        return num_tokens
+    # The text holds one token for each picture.
+    expanded = processing_class._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+    return num_tokens - len(sizes) + sum(expanded)
 
 
 def _picture_size(picture: dict, row: int) -> tuple[int, int]:

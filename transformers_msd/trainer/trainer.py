@@ -16,7 +16,7 @@ from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler
-from transformers_msd.trainer.data import DraftRows, RowCollator, feature_noise, pair_rows, unroll_attention_mask
+from transformers_msd.trainer.data import RowCollator, feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import check_answers, drop_long_rows, split_rows
 from transformers_msd.trainer.losses import (
     chunked_token_losses,
@@ -177,7 +177,9 @@ class MSDTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows, row_ids = self._target_rows(inputs)
+        inputs = dict(inputs)
+        row_ids = inputs.pop(RowCollator.COLUMN)
+        rows = target_rows(self.target, inputs, self.model.config.visual_token_ids, self.model.dtype)
         features, supervised = rows.features, rows.supervised
         if num_items_in_batch is None:
             num_items_in_batch = supervised.sum()
@@ -208,21 +210,6 @@ class MSDTrainer(SFTTrainer):
         loss = loss / (self.args.num_unroll_steps * max(num_items_in_batch, 1))
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    @torch.no_grad()
-    def _target_rows(self, inputs: dict[str, torch.Tensor]) -> tuple[DraftRows, torch.Tensor]:
-        inputs = dict(inputs)
-        labels, row_ids = inputs.pop("labels"), inputs.pop(RowCollator.COLUMN)
-        outputs = self.target(**inputs, output_hidden_states=[0, -1], use_cache=False, logits_to_keep=1)
-        rows = pair_rows(
-            inputs["input_ids"],
-            labels,
-            inputs["attention_mask"],
-            outputs.hidden_states[0].to(self.model.dtype),
-            outputs.hidden_states[-1].to(self.model.dtype),
-            self.model.config.visual_token_ids,
-        )
-        return rows, row_ids
-
     def _loss_sum(self, predicted: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
         """Sum the weighted losses of supervised rows, and add to what is logged of this unrolled step."""
         totals = self._totals["train" if self.model.training else "eval"]
@@ -233,7 +220,10 @@ class MSDTrainer(SFTTrainer):
         features = feature_loss(predicted, target).sum()
         functions = [loss for loss, _ in self._token_losses.values()]
         losses, agrees = chunked_token_losses(predicted, target, self._head, self.args.head_chunk_size, functions)
-        sums = {"feature_loss": features, **dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True))}
+        sums = {
+            "feature_loss": features,
+            **dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True)),
+        }
         weights = {name: weight for name, (_, weight) in self._token_losses.items()}
         weights["feature_loss"] = self.args.feature_loss_weight
         for name, value in (sums | {"agreement": agrees.float().sum()}).items():

@@ -1,0 +1,41 @@
+"""`transformers-msd check-parity`: does the decoder feed a draft what training fed it?"""
+
+import argparse
+import sys
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser("check-parity", help="does the decoder feed a draft what training fed it?")
+    parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
+    parser.add_argument("--draft_model", help="folder or Hub repository of the draft; a random one by default")
+    parser.add_argument("--datasets", nargs="+", required=True, help="as in recipes: folders, files or Hub datasets")
+    parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
+    parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
+    parser.add_argument("--num_rows", type=int, default=4, help="rows of text, and with pictures, to compare")
+    parser.add_argument("--target_dtype", default="float32", help="dtype the target is loaded in")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference that is let pass")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare, print, and exit with 1 where training and decoding differ."""
+    from transformers import ProcessorMixin
+
+    from transformers_msd.trainer.callbacks import encode_prompt, prompt_of
+    from transformers_msd.trainer.parity import check_parity
+    from transformers_msd.trainer.recipe import DraftArguments, hold_out, load_rows, load_target, make_draft
+
+    names = ("target_model", "draft_model", "datasets", "dataset_split", "image_folder", "target_dtype")
+    recipe = DraftArguments(**{name: getattr(arguments, name) for name in names})
+    target, processor = load_target(recipe)
+    draft = make_draft(recipe, target.config).to(target.dtype)
+    _, rows = hold_out(load_rows(recipe, isinstance(processor, ProcessorMixin)), arguments.num_rows, seed=0)
+    holds = True
+    for row in rows:
+        inputs = encode_prompt(processor, prompt_of(row))
+        parity = check_parity(target.eval(), draft.eval(), inputs)
+        print(parity)
+        holds &= parity.holds(arguments.tolerance)
+    print("Training and decoding feed the draft the same." if holds else "Training and decoding differ.")
+    sys.exit(not holds)

@@ -1,0 +1,57 @@
+"""`transformers-msd generate-data`: let the target answer the prompts of a dataset."""
+
+import argparse
+import logging
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "generate-data",
+        help="let the target answer the prompts of a dataset",
+        description="Let the target answer the prompts of a dataset. An interrupted run goes on where it stopped; "
+        "under `accelerate launch -m transformers_msd.cli generate-data ...` the processes share the rows.",
+    )
+    parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
+    parser.add_argument("--datasets", nargs="+", required=True, help="as in recipes: folders, files or Hub datasets")
+    parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
+    parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
+    parser.add_argument("--output", type=Path, required=True, help="folder to save the dataset to")
+    parser.add_argument("--num_rows", type=int, help="answer only so many rows")
+    parser.add_argument("--target_dtype", default="auto", help="dtype the target is loaded in")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument("--rows_per_chunk", type=int, default=256, help="rows saved together")
+    parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generate and save."""
+    from accelerate import PartialState
+    from transformers import ProcessorMixin
+
+    from transformers_msd.trainer.generation import GenerationSettings, generate_data
+    from transformers_msd.trainer.recipe import DraftArguments, load_rows, load_target
+
+    logging.basicConfig(level=logging.INFO)
+    settings = GenerationSettings(
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        rows_per_chunk=arguments.rows_per_chunk,
+    )
+    state = PartialState(cpu=arguments.use_cpu)
+    names = ("target_model", "datasets", "dataset_split", "image_folder", "target_dtype")
+    recipe = DraftArguments(**{name: getattr(arguments, name) for name in names})
+    target, processor = load_target(recipe)
+    rows = load_rows(recipe, isinstance(processor, ProcessorMixin))
+    if arguments.num_rows:
+        rows = rows.select(range(min(arguments.num_rows, len(rows))))
+    dataset = generate_data(target.to(state.device).eval(), processor, rows, arguments.output, settings)
+    if dataset is not None:
+        print(f"Wrote {len(dataset):,} rows to {arguments.output}.")

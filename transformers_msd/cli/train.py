@@ -1,0 +1,59 @@
+"""`transformers-msd train`: train a draft by a recipe."""
+
+import argparse
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a draft by a recipe",
+        description="Train a draft by a recipe. Every field of `DraftArguments` and `MSDTrainingConfig` is an option, "
+        "too, and stronger than the recipe; options of `accelerate launch` may stand in both.",
+    )
+    parser.add_argument("--config", help="recipe: a YAML file, or `org/repo` or `org/repo:file.yaml` on the Hub")
+    parser.add_argument("--dry_run", action="store_true", help="print steps, tokens, memory and sizes, and stop")
+    parser.set_defaults(run=run, takes_rest=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Launch the processes of the run, or print its plan."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from transformers_msd.trainer import run as training
+    from transformers_msd.trainer.recipe import find_recipe
+
+    options = arguments.rest
+    if arguments.config:
+        options = ["--config", find_recipe(arguments.config), *options]
+    *parsed, of_recipe, of_line = training.make_parser().parse_args_and_config(
+        options, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch_options = resolve_accelerate_config_argument(of_recipe + of_line)
+    launch, unknown = launch_command_parser().parse_known_args([*launch_options, "module"])
+    if unknown or launch.training_script != "module":
+        raise ValueError(
+            "The recipe and the command line must hold fields of `DraftArguments` and `MSDTrainingConfig`, or options "
+            f"of `accelerate launch`, got {unknown or launch_options}. Check the spelling."
+        )
+    if arguments.dry_run:
+        print(training.plan(*parsed, num_processes=launch.num_processes or 1))
+        return
+    script_options = _without(options, of_line)
+    launch_command(
+        launch_command_parser().parse_args(
+            [*launch_options, "--module", "transformers_msd.trainer.run", *script_options]
+        )
+    )
+
+
+def _without(options: list[str], removed: list[str]) -> list[str]:
+    """Return the options without those that are for the launcher, which stand among them in the same order."""
+    rest, kept = list(removed), []
+    for option in options:
+        if rest and option == rest[0]:
+            rest.pop(0)
+        else:
+            kept.append(option)
+    return kept

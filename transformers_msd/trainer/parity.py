@@ -1,0 +1,136 @@
+"""Does the decoder feed a draft what training fed it? Where it doesn't, acceptance is low though the losses are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.target import TOKEN_TYPES, Committed, Target
+from transformers_msd.trainer.data import target_rows
+from transformers_msd.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Parity:
+    """
+    How far the rows that the decoder fed differ from those of training.
+
+    Args:
+        num_rows (`int`):
+            Rows compared: of the prompts, and of what was generated.
+        num_visual_rows (`int`):
+            Visual ones among them.
+        num_generated_rows (`int`):
+            Rows that were committed by rounds.
+        max_embedding_difference (`float`):
+            Largest difference of an embedding.
+        max_feature_difference (`float`):
+            Largest difference of a feature that the draft reads: those of visual rows are not.
+        equal_masks (`bool`):
+            Whether the same rows count as visual.
+        equal_positions (`bool`):
+            Whether all rows have the same positions.
+    """
+
+    num_rows: int
+    num_visual_rows: int
+    num_generated_rows: int
+    max_embedding_difference: float
+    max_feature_difference: float
+    equal_masks: bool
+    equal_positions: bool
+
+    def holds(self, tolerance: float = 1e-3) -> bool:
+        """Tell whether training and decoding agree."""
+        difference = max(self.max_embedding_difference, self.max_feature_difference)
+        return self.equal_masks and self.equal_positions and difference <= tolerance
+
+
+@dataclass
+class _Recorder:
+    """An assistant that drafts with another and keeps what it was fed."""
+
+    draft: MSDDraftModel
+    fed: list[Committed] = field(default_factory=list)
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_RecordingGenerator":
+        return _RecordingGenerator(self.draft.candidate_generator(target, inputs), self.fed)
+
+
+@dataclass
+class _RecordingGenerator(TreeCandidateGenerator):
+    generator: TreeCandidateGenerator
+    fed: list[Committed]
+
+    def draft(self, committed: Committed) -> TokenTree:
+        self.fed.append(committed)
+        return self.generator.draft(committed)
+
+
+@torch.no_grad()
+def check_parity(
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    inputs: dict[str, Any],
+    max_new_tokens: int = 32,
+) -> Parity:
+    """
+    Answer prompts with the decoder, run what came out through the training path, and compare what the draft is fed.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]):
+            The target.
+        draft ([`MSDDraftModel`]):
+            Its draft, trained or not.
+        inputs (`dict[str, Any]`):
+            Prompts as for `generate`, left-padded.
+        max_new_tokens (`int`, *optional*, defaults to 32):
+            Length of the answers, longer than a few rounds.
+    """
+    recorder = _Recorder(draft)
+    sequences = target.generate(
+        **inputs,
+        assistant_model=recorder,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    fed = recorder.fed[0]
+    for committed in recorder.fed[1:]:
+        fed = fed.join(committed)
+    num_new = sequences.shape[1] - inputs["input_ids"].shape[1]
+    training_inputs = {
+        **inputs,
+        "input_ids": sequences,
+        "attention_mask": pad(inputs["attention_mask"], (0, num_new), value=1),
+    }
+    for name in TOKEN_TYPES:
+        if name in training_inputs:
+            training_inputs[name] = pad(training_inputs[name], (0, num_new))
+    rows = target_rows(target, {**training_inputs, "labels": sequences}, draft.config.visual_token_ids)
+
+    differences = {"embeds": [0.0], "features": [0.0]}
+    equal_masks = equal_positions = True
+    for sequence, length in enumerate(fed.lengths.tolist()):
+        real = rows.row_mask[sequence].nonzero()[:length, 0]
+        ours = slice(0, len(real))
+        text = ~rows.visual_mask[sequence, real]
+        embeds = fed.inputs_embeds[sequence, ours] - rows.inputs_embeds[sequence, real]
+        features = fed.features[sequence, ours] - rows.features[sequence, real]
+        differences["embeds"].append(embeds.abs().max().item())
+        differences["features"].append(features[text].abs().max().item())
+        equal_masks &= torch.equal(fed.visual_mask[sequence, ours], ~text)
+        equal_positions &= torch.equal(fed.position_ids[sequence, ours], rows.position_ids[sequence, real])
+    return Parity(
+        num_rows=int(fed.lengths.sum()),
+        num_visual_rows=int(fed.visual_mask.sum()),
+        num_generated_rows=int((fed.lengths - recorder.fed[0].lengths).sum()),
+        max_embedding_difference=max(differences["embeds"]),
+        max_feature_difference=max(differences["features"]),
+        equal_masks=equal_masks,
+        equal_positions=equal_positions,
+    )

@@ -1,0 +1,171 @@
+"""What a recipe will do and need, told before anything large is loaded."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from datasets import Dataset
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.dataset import row_length, split_rows, undecoded
+
+
+GIB = 2**30
+_FLOAT = 4  # bytes of a number in float32
+
+
+def num_parameters(config: PreTrainedConfig | MSDConfig) -> int:
+    """Count the parameters of a model by its config, without its weights."""
+    with init_empty_weights():
+        if isinstance(config, MSDConfig):
+            model = MSDDraftModel(config)
+        elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            model = AutoModelForImageTextToText.from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    return model.num_parameters()
+
+
+def memory_of_step(
+    target_config: PreTrainedConfig, draft: MSDConfig, args: MSDTrainingConfig, target_dtype: torch.dtype
+) -> dict[str, int]:
+    """
+    Estimate the peak memory of a training step on one device, unsharded, in bytes by part.
+
+    Counted are the tensors that are alive at once when the draft's loss is computed; a longest row of `max_length`
+    tokens is taken. It is a sum of shapes, not a measurement, and leaves out what the allocator wastes.
+    """
+    text = draft.get_text_config()
+    rows = args.per_device_train_batch_size * (args.max_length or text.max_position_embeddings)
+    width, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
+    half = target_dtype.itemsize
+    computed = 2 if args.bf16 or args.fp16 else _FLOAT
+    weights = num_parameters(draft)
+    # Of a layer's backward: inputs of norms and residuals, q, k, v and output, three times the MLP's inner width.
+    layer = rows * (10 * width + 3 * inner) * computed
+    unrolled = args.num_unroll_steps
+    if unrolled > 1:
+        layer += args.per_device_train_batch_size * (args.max_length or 0) ** 2 * unrolled * _FLOAT  # the mask
+    chunk = min(rows, args.head_chunk_size) * text.vocab_size * _FLOAT
+    head_losses = 1 + bool(args.token_loss_weight) + bool(args.top_k_loss_weight) + bool(args.probability_loss_weight)
+    return {
+        "target": num_parameters(target_config) * half,
+        "draft, gradients and AdamW's moments": weights * 4 * _FLOAT,
+        "features and embeddings": rows * width * (2 * half + 3 * _FLOAT),
+        # A layer of the target without gradients, and the features of all rows it returns.
+        "a layer of the target": rows * (6 * width + 3 * inner) * half,
+        "a layer of the draft": layer * text.num_hidden_layers * unrolled,
+        "attention scores of the draft": rows * heads * 64 * _FLOAT * unrolled,
+        "logits of a chunk": chunk * (2 + 2 * head_losses),
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A run, resolved.
+
+    Args:
+        num_text_rows, num_visual_rows (`int`):
+            Rows without and with pictures.
+        num_steps, rows_per_step (`int`):
+            Optimizer steps, and rows each of them sees.
+        mean_tokens (`float`):
+            Tokens of a row, by a sample.
+        target_parameters, draft_parameters (`int`):
+            Sizes.
+        memory (`dict[str, int]`):
+            Bytes, of [`memory_of_step`].
+        checkpoint_bytes (`int`):
+            A checkpoint with its optimizer states.
+    """
+
+    num_text_rows: int
+    num_visual_rows: int
+    num_steps: int
+    rows_per_step: int
+    mean_tokens: float
+    target_parameters: int
+    draft_parameters: int
+    memory: dict[str, int]
+    checkpoint_bytes: int
+
+    def __str__(self) -> str:
+        tokens = self.num_steps * self.rows_per_step * self.mean_tokens
+        lines = [
+            f"target: {self.target_parameters:,} parameters",
+            f"draft: {self.draft_parameters:,} parameters",
+            f"rows: {self.num_text_rows:,} of text, {self.num_visual_rows:,} with pictures",
+            f"steps: {self.num_steps:,} of {self.rows_per_step} rows",
+            f"tokens: {tokens:,.0f} ({self.mean_tokens:.0f} a row, by a sample)",
+            f"memory of a step on one device, unsharded: {sum(self.memory.values()) / GIB:.1f} GiB by shapes",
+            *(f"  {name}: {size / GIB:.2f} GiB" for name, size in self.memory.items()),
+            f"checkpoint: {self.checkpoint_bytes / GIB:.2f} GiB",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(
+    target_config: PreTrainedConfig,
+    draft: MSDConfig,
+    args: MSDTrainingConfig,
+    target_dtype: torch.dtype,
+    rows: Dataset,
+    lengths: list[int],
+    num_processes: int,
+) -> Plan:
+    """
+    Resolve a recipe.
+
+    Args:
+        target_config (`PreTrainedConfig`):
+            Config of the target.
+        draft ([`MSDConfig`]):
+            Config of the draft.
+        args ([`MSDTrainingConfig`]):
+            Settings of the run.
+        target_dtype (`torch.dtype`):
+            Dtype of the target.
+        rows (`Dataset`):
+            What is trained on.
+        lengths (`list[int]`):
+            Tokens of a sample of the rows.
+        num_processes (`int`):
+            Processes that will train.
+    """
+    text_rows, visual_rows = split_rows(rows)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    per_epoch = {"text": len(text_rows), "multimodal": len(rows), "ramp": min(len(text_rows), len(visual_rows))}
+    steps = math.ceil(math.ceil(per_epoch[args.stage] / rows_per_step) * args.num_train_epochs)
+    draft_parameters = num_parameters(draft)
+    return Plan(
+        num_text_rows=len(text_rows),
+        num_visual_rows=len(visual_rows),
+        num_steps=args.max_steps if args.max_steps > 0 else steps,
+        rows_per_step=rows_per_step,
+        mean_tokens=sum(min(length, args.max_length or length) for length in lengths) / max(len(lengths), 1),
+        target_parameters=num_parameters(target_config),
+        draft_parameters=draft_parameters,
+        memory=memory_of_step(target_config, draft, args, target_dtype),
+        checkpoint_bytes=draft_parameters * _FLOAT * (1 if args.save_only_model else 3),
+    )
+
+
+def sample_lengths(
+    rows: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase, num_rows: int = 64
+) -> list[int]:
+    """Count the tokens of rows spread over a dataset."""
+    pictures = undecoded(rows)
+    step = max(len(rows) // num_rows, 1)
+    return [row_length(pictures[row], row, processing_class) for row in range(0, len(rows), step)]

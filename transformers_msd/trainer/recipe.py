@@ -1,0 +1,223 @@
+"""A training run as a recipe describes it: its models, its data, and what it will cost."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from huggingface_hub import hf_hub_download
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer.dataset import split_rows, undecoded
+
+
+DEFAULT_RECIPE = "recipe.yaml"
+_ROLES = {"human": "user", "gpt": "assistant"}
+_PARTS = [{"type": Value("string"), "text": Value("string")}]
+
+
+@dataclass
+class DraftArguments:
+    """
+    What a recipe says besides [`MSDTrainingConfig`].
+
+    Args:
+        target_model (`str`):
+            Folder or Hub repository of the target.
+        datasets (`list[str]`):
+            What to train on, all of it put together: folders saved by `datasets`, JSON, JSONL or Parquet files, or Hub
+            datasets as `org/name`, `org/name:config`. Rows hold `messages`, or `conversations` as LLaVA's and
+            ShareGPT's data do, and may hold `images` or `image`; paths are relative to their file.
+        max_rows_per_dataset (`int`, *optional*):
+            Rows taken of each dataset, drawn by a seed of their own; all by default.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split of Hub datasets.
+        image_folder (`str`, *optional*):
+            Folder that the paths of pictures are relative to, instead of their file's.
+        num_eval_prompts (`int`, *optional*, defaults to 8):
+            Rows of text, and as many with pictures, that are held out to evaluate on.
+        eval_max_new_tokens (`int`, *optional*, defaults to 64):
+            Length of the answers that the acceptance length is measured on.
+        target_dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype the target is loaded in.
+        target_adapter (`str`, *optional*):
+            PEFT adapter of the target.
+        draft_model (`str`, *optional*):
+            Draft to go on from. A new one is made by default.
+        draft_config (`dict`, *optional*):
+            Overrides of [`MSDConfig.from_target`] for a new draft.
+    """
+
+    target_model: str = field(metadata={"help": "Folder or Hub repository of the target."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub datasets."})
+    max_rows_per_dataset: int | None = field(default=None, metadata={"help": "Rows taken of each dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of Hub datasets."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that picture paths are relative to."})
+    num_eval_prompts: int = field(default=8, metadata={"help": "Rows of text, and with pictures, held out."})
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers to held-out prompts."})
+    target_dtype: str = field(default="auto", metadata={"help": "Dtype the target is loaded in."})
+    target_adapter: str | None = field(default=None, metadata={"help": "PEFT adapter of the target."})
+    draft_model: str | None = field(default=None, metadata={"help": "Draft to go on from."})
+    draft_config: dict[str, Any] | None = field(default=None, metadata={"help": "Overrides for a new draft."})
+
+    def __post_init__(self):
+        if not self.datasets:
+            raise ValueError("`datasets` must name a dataset at least, got none. Set it in the recipe.")
+
+
+def find_recipe(name: str) -> str:
+    """
+    Find a recipe: a file, or `org/repo` (its `recipe.yaml`) or `org/repo:file.yaml` on the Hub.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if Path(name).is_file():
+        return name
+    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+\.ya?ml)?", name) is not None
+    if not is_repository or (":" not in name and name.endswith((".yaml", ".yml"))):
+        raise ValueError(f"A recipe must be a file, `org/repo` or `org/repo:file.yaml`, got {name!r}. Check the path.")
+    repo_id, _, file = name.partition(":")
+    return hf_hub_download(repo_id, file or DEFAULT_RECIPE)
+
+
+def load_processor(arguments: DraftArguments) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Load the processor of a recipe's target, or the tokenizer of one for text alone."""
+    config = AutoConfig.from_pretrained(arguments.target_model)
+    is_multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (AutoProcessor if is_multimodal else AutoTokenizer).from_pretrained(arguments.target_model)
+
+
+def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """Load the target of a recipe and its processor."""
+    processor = load_processor(arguments)
+    is_multimodal = isinstance(processor, ProcessorMixin)
+    auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    target = auto_class.from_pretrained(arguments.target_model, dtype=arguments.target_dtype)
+    if arguments.target_adapter:
+        from peft import PeftModel
+
+        target = PeftModel.from_pretrained(target, arguments.target_adapter)
+    return target, processor
+
+
+def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> MSDConfig:
+    """Make the config of the draft of a recipe."""
+    if arguments.draft_model:
+        return MSDConfig.from_pretrained(arguments.draft_model)
+    return MSDConfig.from_target(target_config, **(arguments.draft_config or {}))
+
+
+def make_draft(arguments: DraftArguments, target_config: PreTrainedConfig) -> MSDDraftModel:
+    """Make or load the draft of a recipe, in float32."""
+    if arguments.draft_model:
+        return MSDDraftModel.from_pretrained(arguments.draft_model, dtype=torch.float32)
+    return MSDDraftModel(draft_config(arguments, target_config))
+
+
+def load_rows(arguments: DraftArguments, is_multimodal: bool) -> Dataset:
+    """Load the datasets of a recipe as one, with `messages`, and `images` for a multimodal target."""
+    parts = [_load_one(name, arguments, is_multimodal) for name in arguments.datasets]
+    return concatenate_datasets(parts)
+
+
+def hold_out(dataset: Dataset, num_prompts: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off `num_prompts` rows of text and as many with pictures, drawn by a seed; return the rest first."""
+    if num_prompts == 0:
+        return dataset, dataset.select([])
+    generator = torch.Generator().manual_seed(seed)
+    held_out: list[int] = []
+    for rows in split_rows(dataset):
+        if rows and len(rows) <= num_prompts:
+            raise ValueError(
+                f"`num_eval_prompts={num_prompts}` would hold out all {len(rows)} rows of one kind. Lower it."
+            )
+        held_out += [rows[i] for i in torch.randperm(len(rows), generator=generator)[:num_prompts].tolist()]
+    chosen = set(held_out)
+    return dataset.select([row for row in range(len(dataset)) if row not in chosen]), dataset.select(sorted(chosen))
+
+
+def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Dataset:
+    path, folder = Path(name), arguments.image_folder
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        dataset = load_from_disk(name)
+    elif path.is_file():
+        kind = {"jsonl": "json", "json": "json", "parquet": "parquet"}.get(path.suffix[1:])
+        if kind is None:
+            raise ValueError(f"A dataset file must be JSON, JSONL or Parquet, got {name!r}. Convert it.")
+        dataset = load_dataset(kind, data_files=name, split="train")
+        folder = folder or str(path.parent)
+    else:
+        repo_id, _, config = name.partition(":")
+        dataset = load_dataset(repo_id, config or None, split=arguments.dataset_split)
+    if arguments.max_rows_per_dataset and len(dataset) > arguments.max_rows_per_dataset:
+        dataset = dataset.shuffle(seed=0).select(range(arguments.max_rows_per_dataset))
+    names = set(dataset.column_names)
+    if not names & {"messages", "conversations"}:
+        raise ValueError(f"{name} must have a column `messages` or `conversations`, got {sorted(names)}. Rename one.")
+    if not is_multimodal and names & {"images", "image"}:
+        dataset = dataset.select(split_rows(dataset)[0])
+    dataset = undecoded(dataset)
+    content = _PARTS if is_multimodal else Value("string")
+    features = {"messages": [{"role": Value("string"), "content": content}]}
+    if is_multimodal:
+        features["images"] = List(Image())
+    return dataset.map(
+        _normalise,
+        fn_kwargs={"folder": folder, "is_multimodal": is_multimodal},
+        remove_columns=dataset.column_names,
+        features=Features(features),
+    )
+
+
+def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> dict[str, Any]:
+    """Write a row as `messages`, of parts where the target is multimodal, and `images`."""
+    messages = row.get("messages") or [
+        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row["conversations"]
+    ]
+    if not is_multimodal:
+        return {"messages": [{"role": turn["role"], "content": _text(turn["content"])} for turn in messages]}
+    pictures = row.get("images") or ([row["image"]] if row.get("image") else [])
+    messages = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in messages]
+    num_places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    if num_places == 0 and pictures:
+        first = next(turn for turn in messages if turn["role"] == "user")
+        first["content"] = [{"type": "image", "text": None} for _ in pictures] + first["content"]
+    return {"messages": messages, "images": [_located(picture, folder) for picture in pictures]}
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] or "" for part in content)
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write content as parts, the marker `<image>` of LLaVA's data as a picture."""
+    if not isinstance(content, str):
+        return [{"type": part["type"], "text": part.get("text")} for part in content]
+    pieces = re.split(r"\n?(<image>)\n?", content)
+    parts = [{"type": "image" if piece == "<image>" else "text", "text": piece} for piece in pieces if piece]
+    return [part | {"text": None} if part["type"] == "image" else part for part in parts]
+
+
+def _located(picture: Any, folder: str | None) -> Any:
+    """Make the path of a picture one that can be opened from here."""
+    if isinstance(picture, str):
+        return str(Path(folder or ".", picture))
+    if isinstance(picture, dict) and picture.get("bytes") is None and folder:
+        return {"bytes": None, "path": str(Path(folder, picture["path"]))}
+    return picture

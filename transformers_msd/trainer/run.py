@@ -1,0 +1,72 @@
+"""One process of a training run, as `transformers-msd train` launches it: `python -m transformers_msd.trainer.run`."""
+
+import logging
+
+import torch
+from transformers import AutoConfig, ProcessorMixin
+from trl import TrlParser
+
+from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
+from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
+from transformers_msd.trainer.recipe import (
+    DraftArguments,
+    draft_config,
+    hold_out,
+    load_processor,
+    load_rows,
+    load_target,
+    make_draft,
+)
+from transformers_msd.trainer.trainer import MSDTrainer
+
+
+def make_parser() -> TrlParser:
+    """Make the parser of recipes and command lines."""
+    return TrlParser([DraftArguments, MSDTrainingConfig], prog="transformers-msd train", allow_abbrev=False)
+
+
+def train(arguments: DraftArguments, args: MSDTrainingConfig) -> MSDTrainer:
+    """Train, evaluate and save the draft of a recipe."""
+    target, processor = load_target(arguments)
+    rows, prompts = hold_out(
+        load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
+    )
+    torch.manual_seed(args.seed)
+    trainer = MSDTrainer(
+        model=make_draft(arguments, target.config),
+        target=target,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=prompts if len(prompts) else None,
+        processing_class=processor,
+    )
+    if len(prompts):
+        trainer.add_callback(AcceptanceLengthCallback(trainer, prompts, arguments.eval_max_new_tokens))
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.save_model()
+    trainer.create_model_card(dataset_name=arguments.datasets)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.datasets)
+    return trainer
+
+
+def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int) -> Plan:
+    """Resolve a recipe without loading a weight."""
+    config = AutoConfig.from_pretrained(arguments.target_model)
+    processor = load_processor(arguments)
+    rows, _ = hold_out(
+        load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
+    )
+    dtype = config.dtype if arguments.target_dtype == "auto" else getattr(torch, arguments.target_dtype)
+    draft = draft_config(arguments, config)
+    lengths = sample_lengths(rows, processor)
+    return make_plan(config, draft, args, dtype or torch.float32, rows, lengths, num_processes)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    # What remains are options of the launcher.
+    draft_arguments, training_config, _ = make_parser().parse_args_and_config(return_remaining_strings=True)
+    train(draft_arguments, training_config)
