@@ -16,7 +16,7 @@ class MSDTrainingConfig(SFTConfig):
 
     Other defaults than there are MSD's (arXiv 2505.14260): `learning_rate=5e-5`, `adam_beta2=0.95`,
     `max_grad_norm=0.5`, `max_length=2048`, `assistant_only_loss=True`; and `activation_checkpointing=False`, which
-    saves nothing in one layer.
+    saves nothing in one layer, and `ddp_find_unused_parameters=False`, since a draft has none.
 
     Args:
         feature_loss_weight (`float`, *optional*, defaults to 1.0):
@@ -54,6 +54,9 @@ class MSDTrainingConfig(SFTConfig):
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens alone."})
     activation_checkpointing: bool | None = field(
         default=False, metadata={"help": "Recompute activations to save memory."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters that a step does not use."}
     )
     feature_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."})
     token_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."})

@@ -21,8 +21,7 @@ _CARD = """\
 
 # {name}
 
-Draft of [{base_model}](https://huggingface.co/{base_model}) for speculative decoding with
-[transformers-msd](https://pypi.org/project/transformers-msd): the same tokens as without it, sooner.
+Draft of {base_model} for speculative decoding with `transformers-msd`: the same tokens as without it, sooner.
 
 ```python
 from transformers import {target_class}, AutoProcessor
@@ -42,9 +41,10 @@ are not counted. The tree: {tree}. Hardware: {hardware}, dtype of the target {dt
 
 ## Trained
 
-On {dataset}, {num_steps} steps of {rows_per_step} rows, stage `{stage}`, {num_unroll_steps} unrolled steps, learning
-rate {learning_rate}, with torch {torch}, transformers {transformers}, trl {trl}.
-
+- data: {dataset}
+- {num_steps} steps of {rows_per_step} rows, stage `{stage}`, unrolled steps: {num_unroll_steps}, learning rate
+  {learning_rate}
+- torch {torch}, transformers {transformers}, trl {trl}
 - command: `{command}`
 - commit: {commit}
 
@@ -107,7 +107,7 @@ def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[
         name=name,
         measured=_measured(log_history),
         hardware=_hardware(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(),
         commit=_commit(),
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -129,6 +129,12 @@ def _measured(log_history: list[dict[str, Any]]) -> str:
         return "No acceptance length was measured in training."
     header = ["| held-out prompts | τ | speed-up over plain `generate` |", "|---|---|---|"]
     return "\n".join([*header, *rows])
+
+
+def _command() -> str:
+    script = Path(sys.argv[0])
+    name = "transformers-msd train" if script.parts[-2:] == ("trainer", "run.py") else script.name
+    return " ".join([name, shlex.join(sys.argv[1:])]).strip()
 
 
 def _hardware() -> str:

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.curriculum import RampSampler
+from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator, feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import check_answers, drop_long_rows, split_rows
 from transformers_msd.trainer.losses import (
@@ -25,7 +25,7 @@ from transformers_msd.trainer.losses import (
     token_loss,
     top_k_loss,
 )
-from transformers_msd.trainer.parallel import prepare_target
+from transformers_msd.trainer.parallel import prepare_target, reshard
 from transformers_msd.trainer.report import plot_curves, write_card
 
 
@@ -109,7 +109,7 @@ class MSDTrainer(SFTTrainer):
         self._token_losses = {name: (loss, weight) for name, (loss, weight) in losses.items() if weight}
         # Sums and counts of what is logged, both over the rows of this process.
         self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        self._head = target.get_output_embeddings()
+        self._embeddings, self._head = target.get_input_embeddings(), target.get_output_embeddings()
         self.target = prepare_target(target.eval().requires_grad_(False), self.accelerator)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -118,16 +118,17 @@ class MSDTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, RowCollator.COLUMN]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.args.stage != "ramp":
-            return super()._get_train_sampler(train_dataset)
-        sampler = RampSampler(self._text_rows, self._visual_rows, num_draws=1, seed=self.args.seed)
-        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        sampler.num_draws = (
-            self.args.max_steps * rows_per_step
-            if self.args.max_steps > 0
-            else int(self.args.num_train_epochs * len(sampler))
-        )
-        return sampler
+        args = self.args
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.stage == "ramp":
+            sampler = RampSampler(self._text_rows, self._visual_rows, 1, rows_per_step, args.seed)
+            sampler.num_draws = (
+                args.max_steps * rows_per_step if args.max_steps > 0 else int(args.num_train_epochs * len(sampler))
+            )
+            return sampler
+        if args.train_sampling_strategy == "random":
+            return ShuffledSampler(len(train_dataset or self.train_dataset), rows_per_step, args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
@@ -179,6 +180,7 @@ class MSDTrainer(SFTTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs = dict(inputs)
         row_ids = inputs.pop(RowCollator.COLUMN)
+        reshard(self._head, self._embeddings)  # in all processes or in none
         rows = target_rows(self.target, inputs, self.model.config.visual_token_ids, self.model.dtype)
         features, supervised = rows.features, rows.supervised
         if num_items_in_batch is None:
@@ -213,10 +215,6 @@ class MSDTrainer(SFTTrainer):
     def _loss_sum(self, predicted: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
         """Sum the weighted losses of supervised rows, and add to what is logged of this unrolled step."""
         totals = self._totals["train" if self.model.training else "eval"]
-        if len(predicted) == 0:
-            # Keeps the graph, so that every process steps the same parameters, and calls the head, which may be
-            # sharded over processes.
-            return self._head(predicted.new_zeros(1, predicted.shape[-1])).sum() * 0 + predicted.sum()
         features = feature_loss(predicted, target).sum()
         functions = [loss for loss, _ in self._token_losses.values()]
         losses, agrees = chunked_token_losses(predicted, target, self._head, self.args.head_chunk_size, functions)

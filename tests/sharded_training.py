@@ -1,0 +1,32 @@
+"""One of two processes that train a draft beside a sharded target; prints what it saw as JSON."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from transformers_msd.trainer import AcceptanceLengthCallback, MSDTrainer
+from transformers_msd.trainer.parallel import shard_target
+from transformers_msd.trainer.recipe import hold_out, load_rows, load_target, make_draft
+from transformers_msd.trainer.run import make_parser
+
+
+arguments, args = make_parser().parse_dict(json.loads(sys.argv[1]))
+target, processor = load_target(arguments)
+rows = load_rows(arguments, is_multimodal=True)
+torch.manual_seed(args.seed)
+draft = make_draft(arguments, target.config)
+device = args.device  # joins the process group
+target = shard_target(target.requires_grad_(False), mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
+types = sorted({type(parameter).__name__ for parameter in target.parameters()})
+trainer = MSDTrainer(model=draft, target=target, args=args, train_dataset=rows, processing_class=processor)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+prompts = hold_out(rows, 1, seed=0)[1]
+measured = AcceptanceLengthCallback(trainer, prompts, max_new_tokens=8).measure()
+if dist.get_rank() == 0:
+    result = {"losses": losses, "parameter_types": types, "acceptance_length": measured["eval_acceptance_length"]}
+    print("\n" + json.dumps(result), flush=True)
+dist.destroy_process_group()

@@ -1,0 +1,154 @@
+"""Processes, accumulation and interruptions change nothing about a training run; it leaves whole checkpoints."""
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+
+pytest.importorskip("trl")
+
+from training_fixtures import finish, launch, recipe, write_recipe, write_world
+
+from transformers_msd import MSDDraftModel
+from transformers_msd.trainer.checkpoints import last_checkpoint
+from transformers_msd.trainer.run import make_parser, train
+
+
+NUM_STEPS = 6
+# Several epochs, the rows of which do not fill whole steps.
+CURVE = {"stage": "ramp", "max_steps": NUM_STEPS, "num_unroll_steps": 2}
+# Sums in another order, over rows padded to another length.
+TOLERANCE = {"rtol": 2e-4, "atol": 0.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def run(world: Path, output: str, **settings):
+    parser = make_parser()
+    return train(*parser.parse_dict(recipe(world, output, **settings)))
+
+
+def curve(log_history: list[dict]) -> torch.Tensor:
+    return torch.tensor([entry["loss"] for entry in log_history if "loss" in entry])
+
+
+@pytest.fixture(scope="module")
+def unbroken(world):
+    """Losses of one process that is left alone."""
+    losses = curve(run(world, "unbroken", **CURVE).state.log_history)
+    assert len(losses) == NUM_STEPS
+    assert losses[-1] < losses[0]
+    return losses
+
+
+def test_accumulation_leaves_the_curve(world, unbroken):
+    accumulated = run(
+        world, "accumulated", **CURVE, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    ).state.log_history
+    torch.testing.assert_close(curve(accumulated), unbroken, **TOLERANCE)
+
+
+def test_noise_and_coins_follow_from_the_seed(world, unbroken):
+    losses = curve(run(world, "again", **CURVE).state.log_history)
+    assert torch.equal(losses, unbroken)
+    assert not torch.equal(curve(run(world, "other", **CURVE, seed=7).state.log_history), unbroken)
+
+
+def test_two_processes_leave_the_curve(world, unbroken):
+    path = write_recipe(
+        world,
+        "two",
+        **CURVE,
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
+        save_strategy="steps",
+        save_steps=NUM_STEPS,
+    )
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583"]
+    finish(launch([*launcher, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
+    state = json.loads((world / f"two/checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
+    torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
+
+
+def test_killed_run_goes_on_where_it_was(world, unbroken):
+    settings = CURVE | {"save_strategy": "steps", "save_steps": 2}
+    path = write_recipe(world, "killed", **settings, resume_from_checkpoint=True)
+    arguments = ["-m", "transformers_msd.trainer.run", "--config", str(path)]
+    process = launch(arguments)
+    saved = world / "killed/checkpoint-2/trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # What a kill in the middle of a save leaves behind.
+    broken = world / "killed/checkpoint-5"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half of it")
+    finish(launch(arguments))
+    state = json.loads((world / f"killed/checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
+    torch.testing.assert_close(curve(state["log_history"]), unbroken, rtol=1e-6, atol=0.0)
+
+
+def test_sharded_target_trains_and_drafts_alike(world, unbroken):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29584"]
+    settings = json.dumps(recipe(world, "sharded", **CURVE, ddp_backend="gloo") | {"per_device_train_batch_size": 2})
+    script = str(Path(__file__).parent / "sharded_training.py")
+    output = finish(launch([*launcher, script, settings]))
+    result = json.loads(next(line for line in output.splitlines() if line.startswith('{"losses"')))
+    torch.testing.assert_close(torch.tensor(result["losses"]), unbroken, **TOLERANCE)
+    assert set(result["parameter_types"]) == {"DTensor"}
+    assert result["acceptance_length"] >= 1
+
+
+def test_full_disk_leaves_no_half_checkpoint(world):
+    settings = CURVE | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # the weights alone are larger
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            run(world, "full", **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((world / "full").glob("checkpoint-*")) == []
+    assert last_checkpoint(world / "full") is None
+
+
+def test_run_reports_and_loads(world):
+    trainer = run(
+        world,
+        "reported",
+        stage="ramp",
+        max_steps=4,
+        num_eval_prompts=2,
+        eval_max_new_tokens=8,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    logged = [entry for entry in trainer.state.log_history if "eval_acceptance_length_image" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 4]
+    assert all(entry["eval_acceptance_length"] >= 1 for entry in logged)
+    assert all(logged[-1][f"eval_speedup{kind}"] > 0 for kind in ("", "_text", "_image"))
+    folder = world / "reported"
+    card = (folder / "README.md").read_text()
+    for expected in ("base_model:", "MSDDraftModel.from_pretrained", "| text |", "| image |", "commit:", "4 steps"):
+        assert expected in card
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    loaded = MSDDraftModel.from_pretrained(folder)
+    assert torch.equal(loaded.fc.weight, trainer.model.fc.weight)

@@ -1,0 +1,75 @@
+"""A small target, its processor and rows, in folders as users have them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.world import training_dataset
+
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def write_world(folder: Path, num_rows: int = 40) -> None:
+    """Write an untrained target of one layer and rows of the tiny world below a folder."""
+    torch.manual_seed(0)
+    processor = build_processor(num_rows=200)
+    build_model(processor, num_layers=1).save_pretrained(folder / "target")
+    processor.save_pretrained(folder / "target")
+    training_dataset(num_rows).save_to_disk(folder / "rows")
+
+
+def recipe(folder: Path, output: str, **settings) -> dict:
+    """Make a recipe for what `write_world` wrote."""
+    return {
+        "target_model": str(folder / "target"),
+        "target_dtype": "float32",
+        "datasets": [str(folder / "rows")],
+        "draft_config": {"intermediate_size": 32},
+        "num_eval_prompts": 0,
+        "output_dir": str(folder / output),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        **settings,
+    }
+
+
+def write_recipe(folder: Path, output: str, **settings) -> Path:
+    """Write such a recipe as YAML."""
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder, output, **settings)))
+    return path
+
+
+def launch(arguments: list[str], **kwargs) -> subprocess.Popen:
+    """Start Python with these arguments, its output kept."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    """Wait for a process that must succeed; return what it printed."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-3000:]
+    return output
