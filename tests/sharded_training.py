@@ -20,7 +20,8 @@ torch.manual_seed(args.seed)
 draft = make_draft(arguments, target.config)
 device = args.device  # joins the process group
 target = shard_target(target.requires_grad_(False), mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
-types = sorted({type(parameter).__name__ for parameter in target.parameters()})
+text_model = [*target.get_decoder().parameters(), *target.get_output_embeddings().parameters()]
+types = sorted({type(parameter).__name__ for parameter in text_model})
 trainer = MSDTrainer(model=draft, target=target, args=args, train_dataset=rows, processing_class=processor)
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -8,13 +8,14 @@ import torch
 
 pytest.importorskip("trl")
 
+from training_fixtures import make_trainer
 from transformers import AutoConfig, AutoModel
 
 from training.tiny_world.target import build_model, build_processor
 from training.tiny_world.world import training_dataset
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
+from transformers_msd.trainer import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, visual_probability
 from transformers_msd.trainer.data import pair_rows, target_rows, unroll_attention_mask
 from transformers_msd.trainer.losses import (
@@ -46,25 +47,6 @@ def target(processor):
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def make_trainer(target, dataset, processor, output_dir, **settings):
-    torch.manual_seed(0)
-    draft = MSDDraftModel(MSDConfig.from_target(target.config, intermediate_size=32))
-    settings = {"max_steps": 1, "learning_rate": 3e-3, "lr_scheduler_type": "constant", **settings}
-    args = MSDTrainingConfig(
-        output_dir=str(output_dir),
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        disable_tqdm=True,
-        **settings,
-    )
-    return MSDTrainer(
-        model=draft, target=target, args=args, train_dataset=dataset, processing_class=processor, eval_dataset=dataset
-    )
 
 
 def test_feature_loss_is_smooth_l1():

@@ -10,6 +10,8 @@ import yaml
 
 from training.tiny_world.target import build_model, build_processor
 from training.tiny_world.world import training_dataset
+from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,27 @@ def write_recipe(folder: Path, output: str, **settings) -> Path:
     path = folder / f"{output}.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, output, **settings)))
     return path
+
+
+def make_trainer(target, dataset, processor, output_dir, draft_for=None, **settings) -> MSDTrainer:
+    """Make a trainer of a small draft, for another target on demand."""
+    torch.manual_seed(0)
+    draft = MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
+    defaults = {
+        "max_steps": 1,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    args = MSDTrainingConfig(output_dir=str(output_dir), **defaults | settings)
+    return MSDTrainer(
+        model=draft, target=target, args=args, train_dataset=dataset, processing_class=processor, eval_dataset=dataset
+    )
 
 
 def launch(arguments: list[str], **kwargs) -> subprocess.Popen:

@@ -15,8 +15,8 @@ def shard_target(target: PreTrainedModel, **fsdp_kwargs: Any) -> PreTrainedModel
 
     Its text layers are units of their own. So are its embeddings and its head, because drafting calls them on their
     own; they stay gathered from the first call to [`reshard`], since processes call them a different number of times.
-    All else, a vision tower too, is gathered with the whole: a process whose rows have no pictures never calls it.
-    A weight that embeddings and head share stays whole on every device, since units can't share.
+    All else, such as a vision tower, stays whole on every device: a process whose rows have no pictures never calls
+    it, and the others would wait. So does a weight that embeddings and head share, since units can't.
 
     Args:
         target (`PreTrainedModel`):
@@ -24,13 +24,16 @@ def shard_target(target: PreTrainedModel, **fsdp_kwargs: Any) -> PreTrainedModel
         fsdp_kwargs (`dict[str, Any]`, *optional*):
             Arguments of [`~torch.distributed.fsdp.fully_shard`], such as `mesh`.
     """
-    embeddings, head = target.get_input_embeddings(), target.get_output_embeddings()
+    embeddings, head, decoder = target.get_input_embeddings(), target.get_output_embeddings(), target.get_decoder()
+    whole = set(target.parameters()) - set(decoder.parameters()) - set(head.parameters())
+    units = [embeddings, head]
     if head.weight is embeddings.weight:
-        fsdp_kwargs["ignored_params"] = {*fsdp_kwargs.get("ignored_params", ()), head.weight}
-    else:
-        for unit in (embeddings, head):
-            fully_shard(unit, **fsdp_kwargs | {"reshard_after_forward": False})
-    for layer in target.get_decoder().layers:
+        whole.add(head.weight)
+        units = []
+    fsdp_kwargs["ignored_params"] = whole
+    for unit in units:
+        fully_shard(unit, **fsdp_kwargs | {"reshard_after_forward": False})
+    for layer in decoder.layers:
         fully_shard(layer, **fsdp_kwargs)
     return fully_shard(target, **fsdp_kwargs)
 

@@ -1,0 +1,195 @@
+"""Recipes: all that are shipped can be read, one is found on the Hub, and mistakes in them are told."""
+
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from PIL import Image
+from training_fixtures import ENVIRONMENT, ROOT, recipe, write_recipe, write_world
+from transformers import AutoConfig
+
+from transformers_msd import MSDConfig
+from transformers_msd.cli import main
+from transformers_msd.trainer import MSDTrainingConfig
+from transformers_msd.trainer.plan import GIB, memory_of_step, num_parameters
+from transformers_msd.trainer.recipe import DraftArguments, find_recipe, hold_out, load_rows
+from transformers_msd.trainer.run import make_parser
+
+
+RECIPES = sorted((ROOT / "training/recipes").glob("*.yaml"))
+LLAVA = ROOT.parent / "shared/data/processors/llava-1.5-7b-hf"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_can_be_read(path):
+    settings = yaml.safe_load(path.read_text()) | {"use_cpu": True, "bf16": False}
+    arguments, args = make_parser().parse_dict(settings)
+    assert arguments.target_model
+    assert args.stage == "ramp"
+
+
+def test_plan_tells_what_a_run_will_do(world, capsys):
+    path = write_recipe(world, "planned", num_eval_prompts=2, stage="multimodal", num_train_epochs=2)
+    main(["train", "--config", str(path), "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "rows: 8 of text, 28 with pictures" in printed
+    assert "steps: 18 of 4 rows" in printed
+    draft = MSDConfig.from_target(AutoConfig.from_pretrained(world / "target"), intermediate_size=32)
+    assert f"draft: {num_parameters(draft):,} parameters" in printed
+    assert not (world / "planned").exists()
+
+
+@pytest.mark.skipif(not LLAVA.exists(), reason="needs ../shared/data: the config of LLaVA-1.5-7B")
+def test_llava_trains_in_less_than_40_gb():
+    target = AutoConfig.from_pretrained(LLAVA)
+    args = MSDTrainingConfig(output_dir="none", use_cpu=True, bf16=True, per_device_train_batch_size=1)
+    memory = memory_of_step(target, MSDConfig.from_target(target), args, torch.bfloat16)
+    assert memory["target"] == pytest.approx(7.06e9 * 2, rel=0.01)
+    assert 14e9 < sum(memory.values()) < 40e9
+    assert sum(memory.values()) / GIB == pytest.approx(20, abs=4)
+
+
+@pytest.mark.parametrize("unknown", ["learning_rat: 0.1", "num_epochs: 3"])
+def test_unknown_key_raises(world, unknown, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(write_recipe(world, "unknown").read_text() + unknown)
+    with pytest.raises(SystemExit, match="options of `accelerate launch`, got"):
+        main(["train", "--config", str(path), "--dry_run"])
+
+
+@pytest.mark.parametrize("name", ["no_such.yaml", "folder/no_such.yaml", "a/b/c", "org/repo:recipe.txt"])
+def test_wrong_recipe_name_raises(name):
+    with pytest.raises(ValueError, match="must be a file, `org/repo` or `org/repo:file.yaml`"):
+        find_recipe(name)
+
+
+def test_recipe_without_data_raises(world):
+    with pytest.raises(ValueError, match="`datasets` must name a dataset"):
+        make_parser().parse_dict(recipe(world, "none") | {"datasets": []})
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A repository `org/drafts` as the Hub serves it."""
+
+    files: dict[str, bytes] = {}
+
+    def do_HEAD(self):
+        self._send(body=False)
+
+    def do_GET(self):
+        self._send(body=True)
+
+    def _send(self, body: bool):
+        prefix, _, name = self.path.partition("/resolve/main/")
+        content = self.files.get(name) if prefix == "/org/drafts" else None
+        self.send_response(200 if content else 404)
+        if content:
+            self.send_header("ETag", f'"{hash(content):x}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content)))
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if body and content:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("name", ["org/drafts", "org/drafts:small.yaml"])
+def test_recipe_from_the_hub(world, tmp_path, name):
+    content = write_recipe(world, "from-hub").read_bytes()
+    Hub.files = {"recipe.yaml" if ":" not in name else "small.yaml": content}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = ENVIRONMENT | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "no_proxy": "127.0.0.1",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "transformers_msd.cli", "train", "--config", name, "--dry_run"],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "steps:" in done.stdout
+
+
+def test_conversations_of_llava_and_sharegpt_are_read(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "picture.png")
+    talks = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A picture."},
+    ]
+    rows = [
+        {"id": "1", "image": "picture.png", "conversations": talks},
+        {"id": "2", "conversations": [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    arguments = DraftArguments(target_model="none", datasets=[str(tmp_path / "mix.json")])
+    [seen, told] = load_rows(arguments, is_multimodal=True)
+    assert [part["type"] for part in seen["messages"][0]["content"]] == ["image", "text"]
+    assert seen["messages"][0]["content"][1]["text"] == "What is it?"
+    assert seen["messages"][1] == {"role": "assistant", "content": [{"type": "text", "text": "A picture."}]}
+    assert [picture.size for picture in seen["images"]] == [(8, 6)]
+    assert told["images"] == []
+    [text] = load_rows(arguments, is_multimodal=False)
+    assert text["messages"][0] == {"role": "user", "content": "Hello."}
+
+
+def test_held_out_rows_are_of_both_kinds_and_not_trained_on(world):
+    rows = load_rows(DraftArguments(**{"target_model": "none", "datasets": [str(world / "rows")]}), True)
+    rest, held_out = hold_out(rows, 3, seed=0)
+    assert sorted(bool(row["images"]) for row in held_out) == [False] * 3 + [True] * 3
+    assert len(rest) == len(rows) - 6
+    with pytest.raises(ValueError, match="would hold out all 10 rows of one kind"):
+        hold_out(rows, 10, seed=0)
+
+
+def test_file_of_another_kind_raises(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="must be JSON, JSONL or Parquet"):
+        load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.csv")]), True)
+    Dataset.from_list([{"text": "hello"}]).to_json(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="must have a column `messages` or `conversations`"):
+        load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.jsonl")]), True)
+
+
+def test_command_generates_data_in_the_targets_words(world, tmp_path, capsys):
+    output = tmp_path / "answered"
+    main(
+        ["generate-data", "--target_model", str(world / "target"), "--datasets", str(world / "rows")]
+        + ["--output", str(output), "--num_rows", "6", "--max_new_tokens", "4", "--use_cpu"]
+    )
+    assert "Wrote 6 rows" in capsys.readouterr().out
+    assert isinstance(Path(output), Path)
+    arguments = DraftArguments(target_model="none", datasets=[str(output)])
+    assert len(load_rows(arguments, is_multimodal=True)) == 6

@@ -1,0 +1,202 @@
+"""What is trained on: long rows, unreadable pictures, answers of the target itself, other kinds of targets."""
+
+import logging
+
+import pytest
+import torch
+
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from training_fixtures import make_trainer
+
+from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.world import FEATURES, training_dataset
+from transformers_msd.trainer import ExactMatch
+from transformers_msd.trainer.dataset import drop_long_rows, row_length, split_rows, undecoded
+from transformers_msd.trainer.generation import GenerationSettings, answer_rows, generate_data
+from transformers_msd.trainer.metrics import AcceptanceLength
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(num_rows=200)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return training_dataset(24)
+
+
+@pytest.fixture(scope="module")
+def target(processor):
+    torch.manual_seed(0)
+    return build_model(processor, num_layers=1)
+
+
+def test_row_length_is_that_of_the_collated_row(target, processor, rows, tmp_path):
+    trainer = make_trainer(target, rows, processor, tmp_path, stage="multimodal")
+    pictures = undecoded(rows)
+    for number in range(8):
+        length = int(trainer.data_collator([rows[number]])["attention_mask"].sum())
+        assert row_length(pictures[number], number, processor) == length
+
+
+def test_long_rows_with_pictures_are_dropped_and_counted(rows, processor, caplog):
+    pictures = undecoded(rows)
+    _, visual = split_rows(rows)
+    lengths = sorted(row_length(pictures[row], row, processor) for row in visual)
+    middle = lengths[len(lengths) // 2]
+    with caplog.at_level(logging.WARNING):
+        kept = drop_long_rows(rows, processor, middle)
+    num_dropped = sum(length > middle for length in lengths)
+    assert f"{num_dropped} of {len(lengths)} rows with pictures are longer than" in caplog.text
+    assert len(kept) == len(rows) - num_dropped
+    with pytest.raises(ValueError, match=f"the shortest has {lengths[0]} tokens"):
+        drop_long_rows(rows, processor, lengths[0] - 1)
+
+
+def test_unreadable_picture_is_named(rows, processor):
+    broken = [
+        row | {"images": [{"bytes": b"not a picture", "path": None}]} for row in undecoded(rows) if row["images"]
+    ]
+    with pytest.raises(ValueError, match="A picture of row 0 can't be read"):
+        drop_long_rows(Dataset.from_list(broken, features=FEATURES), processor, 2048)
+
+
+def test_rows_without_answers_raise(target, processor, rows, tmp_path):
+    asked = rows.map(lambda row: {"messages": [turn for turn in row["messages"] if turn["role"] == "user"]})
+    with pytest.raises(ValueError, match="must hold turns of the assistant"):
+        make_trainer(target, asked, processor, tmp_path)
+
+
+def test_target_of_another_size_raises(target, processor, rows, tmp_path):
+    other = build_model(processor, num_layers=1)
+    other.config.text_config.vocab_size += 1
+    with pytest.raises(ValueError, match="made for a target of `vocab_size` 1024"):
+        make_trainer(other, rows, processor, tmp_path, draft_for=target)
+
+
+def test_prompt_completion_rows_supervise_the_completion(target, processor, rows, tmp_path):
+    split = rows.map(
+        lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:2]}, remove_columns=["messages"]
+    )
+    trainer = make_trainer(target, split, processor, tmp_path, stage="multimodal", max_steps=2)
+    labels = trainer.data_collator([trainer.train_dataset[0]])["labels"][0]
+    answer = processor.tokenizer.decode(labels[labels != -100], skip_special_tokens=True).strip()
+    assert answer == split[0]["completion"][0]["content"][0]["text"]
+    trainer.train()
+
+
+def test_text_target_trains(processor, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    text_target = LlamaForCausalLM(build_model(processor, num_layers=1).config.text_config)
+    talks = [
+        {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"It is {i}."}]}
+        for i in range(8)
+    ]
+    tokenizer = processor.tokenizer
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] + eos_token }}"
+        "{% endgeneration %}{% else %}U:{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        trainer = make_trainer(text_target, Dataset.from_list(talks), tokenizer, tmp_path, stage="text", max_steps=12)
+        trainer.train()
+    finally:
+        tokenizer.chat_template = before
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_adapted_target_gives_its_own_features(processor, rows, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = build_model(processor, num_layers=1)
+    first = make_trainer(plain, rows, processor, tmp_path, stage="multimodal").evaluate()["eval_loss"]
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    trainer = make_trainer(adapted, rows, processor, tmp_path, stage="multimodal", max_steps=2)
+    assert trainer.evaluate()["eval_loss"] != first
+    trainer.train()
+    assert all(weight.grad is None for weight in adapted.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_target_trains(processor, rows, tmp_path):
+    torch.manual_seed(0)
+    quantised = build_model(processor, num_layers=1)
+    first = make_trainer(quantised, rows, processor, tmp_path, stage="multimodal").evaluate()["eval_loss"]
+    # All but the head, as usual; a linear layer of these has no weight that could be multiplied with.
+    language_model = quantised.model.language_model
+    quantised.model.language_model = torch.ao.quantization.quantize_dynamic(language_model, {torch.nn.Linear})
+    assert not isinstance(quantised.model.language_model.layers[0].mlp.down_proj, torch.nn.Linear)
+    trainer = make_trainer(quantised, rows, processor, tmp_path, stage="multimodal", max_steps=8)
+    assert trainer.evaluate()["eval_loss"] != first
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"bf16": True}])
+def test_memory_savers_train(target, processor, rows, tmp_path, settings):
+    trainer = make_trainer(target, rows, processor, tmp_path, stage="multimodal", max_steps=8, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_target_answers_every_turn_itself(target, processor, rows):
+    settings = GenerationSettings(batch_size=4, max_new_tokens=5)
+    answered = answer_rows(target, processor, rows, settings)
+    assert len(answered) == len(rows)
+    for before, after in zip(rows, answered, strict=True):
+        assert [turn["role"] for turn in before["messages"]] == [turn["role"] for turn in after["messages"]]
+        asked = [turn for turn in before["messages"] if turn["role"] == "user"]
+        assert asked == [turn for turn in after["messages"] if turn["role"] == "user"]
+        assert len(before["images"]) == len(after["images"])
+    alone = answer_rows(target, processor, rows.select([3]), settings)
+    assert alone[0]["messages"] == answered[3]["messages"]
+
+
+def test_interrupted_generation_goes_on(target, processor, rows, tmp_path, monkeypatch):
+    settings = GenerationSettings(batch_size=4, max_new_tokens=3, temperature=1.0, rows_per_chunk=8)
+    whole = generate_data(target, processor, rows, tmp_path / "whole", settings)
+    calls = []
+
+    def answer_twice(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer_rows(*arguments)
+
+    monkeypatch.setattr("transformers_msd.trainer.generation.answer_rows", answer_twice)
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(target, processor, rows, tmp_path / "again", settings)
+    with pytest.raises(ValueError, match="holds chunks of another run"):
+        generate_data(target, processor, rows, tmp_path / "again", GenerationSettings(max_new_tokens=4))
+    resumed = generate_data(target, processor, rows, tmp_path / "again", settings)
+    assert len(calls) == 4
+    assert resumed["messages"] == whole["messages"]
+    with pytest.raises(ValueError, match="exists already"):
+        generate_data(target, processor, rows, tmp_path / "again", settings)
+
+
+def test_metrics():
+    assert AcceptanceLength().compute(predictions=[[4, 2], [3]]) == {
+        "acceptance_length": 3.0,
+        "num_tokens": 9,
+        "num_rounds": 3,
+    }
+    with pytest.raises(ValueError, match="must hold a round at least"):
+        AcceptanceLength().compute(predictions=[[]])
+    matched = ExactMatch().compute(predictions=["a b ", "c"], references=["a b", "d"])
+    assert matched == {"exact_match": 0.5}
