@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.target import TOKEN_TYPES, Committed, Target
@@ -98,6 +99,8 @@ def check_parity(
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens,
         do_sample=False,
+        # A target of random weights would answer with pictures, of which there are no pixels.
+        suppress_tokens=visual_token_ids(target.config) or None,
     )
     fed = recorder.fed[0]
     for committed in recorder.fed[1:]:
