@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import BatchFeature, LlavaForConditionalGeneration
+from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import ModelOutput, logging
 
 from training.tiny_world.target import encode_prompts, load_target
@@ -25,6 +25,7 @@ from training.tiny_world.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts
 from transformers_msd import CallInputs, Committed, MSDDraftModel, Target, TokenTree, TreeConfig
 from transformers_msd.drafters.msd import MSDCandidateGenerator
+from transformers_msd.trainer import AcceptanceLength, ExactMatch
 
 
 MODES = {"greedy": {"do_sample": False}, "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0}}
@@ -75,11 +76,13 @@ class Answer:
     """One prompt answered without and with the draft."""
 
     group: str
+    text: str
+    reference: str
     equal: bool
     num_tokens: int
     plain_seconds: float
     seconds: float
-    acceptance_lengths: torch.Tensor
+    acceptance_lengths: list[int]
 
 
 def timed(target: LlavaForConditionalGeneration, seed: int, **call: Any) -> tuple[ModelOutput, float]:
@@ -93,18 +96,23 @@ def timed(target: LlavaForConditionalGeneration, seed: int, **call: Any) -> tupl
 def compare(
     target: LlavaForConditionalGeneration,
     assistant: MSDDraftModel | Blinkered,
-    prompts: list[tuple[str, BatchFeature]],
+    processor: LlavaProcessor,
+    prompts: list[tuple[dict, BatchFeature]],
     settings: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Answer every prompt without and with the draft in turn; return figures for each group and for all."""
     answers = []
-    for seed, (group, inputs) in enumerate(prompts):
+    for seed, (prompt, inputs) in enumerate(prompts):
         plain, plain_seconds = timed(target, seed, **inputs, **settings)
         drafted, seconds = timed(target, seed, **inputs, **settings, assistant_model=assistant)
         equal = torch.equal(plain.sequences, drafted.sequences)
-        num_tokens = plain.sequences.shape[1] - inputs["input_ids"].shape[1]
-        lengths = drafted.speculative_stats.acceptance_lengths[:, 0]
-        answers.append(Answer(group, equal, num_tokens, plain_seconds, seconds, lengths))
+        new_tokens = drafted.sequences[0, inputs["input_ids"].shape[1] :]
+        lengths = drafted.speculative_stats.acceptance_lengths[:, 0].tolist()
+        text = processor.decode(new_tokens, skip_special_tokens=True)
+        answer = Answer(
+            prompt["group"], text, prompt["answer"], equal, len(new_tokens), plain_seconds, seconds, lengths
+        )
+        answers.append(answer)
     groups = dict.fromkeys([*(answer.group for answer in answers), "all"])
     return {group: summarize([answer for answer in answers if group in (answer.group, "all")]) for group in groups}
 
@@ -112,7 +120,7 @@ def compare(
 def blinker(
     target: LlavaForConditionalGeneration,
     assistant: Blinkered,
-    prompts: list[tuple[str, BatchFeature]],
+    prompts: list[tuple[dict, BatchFeature]],
     settings: dict[str, Any],
 ) -> dict[str, float]:
     """Answer the prompts that have pictures with a draft that is shown others; count the answers that changed."""
@@ -123,8 +131,12 @@ def blinker(
         drafted, _ = timed(target, seed, **inputs, **settings, assistant_model=assistant)
         seeing, _ = timed(target, seed, **inputs, **settings, assistant_model=assistant.draft)
         equal += torch.equal(drafted.sequences, seeing.sequences)
-        lengths.append(drafted.speculative_stats.acceptance_lengths[:, 0])
-    return {"prompts": len(lengths), "equal": equal, "tau": float(torch.cat(lengths).float().mean())}
+        lengths.append(drafted.speculative_stats.acceptance_lengths[:, 0].tolist())
+    return {"prompts": len(lengths), "equal": equal, "tau": acceptance_length(lengths)}
+
+
+def acceptance_length(lengths: list[list[int]]) -> float:
+    return AcceptanceLength(keep_in_memory=True).compute(predictions=lengths)["acceptance_length"]
 
 
 def summarize(answers: list[Answer]) -> dict[str, float]:
@@ -135,7 +147,10 @@ def summarize(answers: list[Answer]) -> dict[str, float]:
         "prompts": len(answers),
         "equal": sum(answer.equal for answer in answers),
         "tokens": num_tokens,
-        "tau": float(torch.cat([answer.acceptance_lengths for answer in answers]).float().mean()),
+        "tau": acceptance_length([answer.acceptance_lengths for answer in answers]),
+        "exact": ExactMatch(keep_in_memory=True).compute(
+            predictions=[answer.text for answer in answers], references=[answer.reference for answer in answers]
+        )["exact_match"],
         "plain_tokens_per_second": num_tokens / plain_seconds,
         "tokens_per_second": num_tokens / seconds,
         "speedup": plain_seconds / seconds,
@@ -171,7 +186,7 @@ def main() -> None:
     if arguments.tree:
         draft.tree_config = TreeConfig(*arguments.tree)
     prompts = evaluation_prompts(arguments.num_per_group)
-    encoded = [(prompt["group"], encode_prompts(processor, [prompt])) for prompt in prompts]
+    encoded = [(prompt, encode_prompts(processor, [prompt])) for prompt in prompts]
     machine = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} CPU, "
     machine += f"{torch.get_num_threads()} threads, float32"
     print(f"{machine}, {draft.tree_config}")
@@ -179,14 +194,16 @@ def main() -> None:
 
     for mode, settings in MODES.items():
         settings = settings | {"max_new_tokens": arguments.max_new_tokens}
-        compare(target, draft, encoded[::10], settings)  # warm up
-        results[mode] = combine([compare(target, draft, encoded, settings) for _ in range(arguments.repeats)])
-        print(f"\n| {mode} | prompts | equal | tokens | tau | plain tok/s | tok/s | speed-up |")
-        print("|---|---|---|---|---|---|---|---|")
+        compare(target, draft, processor, encoded[::10], settings)  # warm up
+        results[mode] = combine(
+            [compare(target, draft, processor, encoded, settings) for _ in range(arguments.repeats)]
+        )
+        print(f"\n| {mode} | prompts | equal | exact answers | tokens | tau | plain tok/s | tok/s | speed-up |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for group, row in results[mode].items():
             print(
-                f"| {group} | {row['prompts']} | {row['equal']} | {row['tokens']} | {row['tau']:.2f} "
-                f"| {row['plain_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f}x |"
+                f"| {group} | {row['prompts']} | {row['equal']} | {row['exact']:.0%} | {row['tokens']} "
+                f"| {row['tau']:.2f} | {row['plain_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f}x |"
             )
         results[f"{mode}, pictures"] = {}
         print(f"\n| {mode}, the draft sees | prompts | equal | tau |")
