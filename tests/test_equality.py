@@ -9,9 +9,9 @@ from oracle import Oracle
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.generation import LogitsProcessor, StoppingCriteria
-from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_inputs, make_target
+from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 
 
 NUM_TOKENS = 20
@@ -148,7 +148,7 @@ def ended_inside(oracle: Oracle, ends: list[int]) -> bool:
 def check_tokens(
     architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
 ) -> None:
-    """Compare plain decoding with a random draft and with oracles, in one cell of the table."""
+    """Compare plain decoding with a random draft, a draft model and oracles, in one cell of the table."""
     target = make_target(architecture, attn_implementation, device)
     inputs = make_inputs(architecture, (1,) if batch_size == 1 else (2, 0, 1))
     inputs = {name: values.to(device) for name, values in inputs.items()}
@@ -171,6 +171,13 @@ def check_tokens(
     draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval().to(device)
     draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3)
     drafted = generate(target, inputs, **kwargs, assistant_model=draft)
+    assert torch.equal(drafted.sequences, plain.sequences)
+    assert torch.equal(get_random_state(), random_state)
+
+    # A draft model that is often right, and whose trees have as many nodes as it is sure of.
+    tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)
+    drafter = VLMDrafter(make_draft_model(architecture, device), tree_config=tree)
+    drafted = generate(target, inputs, **kwargs, assistant_model=drafter)
     assert torch.equal(drafted.sequences, plain.sequences)
     assert torch.equal(get_random_state(), random_state)
 

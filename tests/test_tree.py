@@ -104,3 +104,50 @@ def test_tree_attention_mask() -> None:
     assert mask.dtype == torch.bfloat16
     assert (mask == 0).int().tolist() == [[[[1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]]]
     assert mask.isfinite().all()
+
+
+def grow(config: TreeConfig, first: torch.Tensor, later: torch.Tensor) -> tuple[TokenTree, list[int]]:
+    """Grow trees of a draft that gives `first` after the root and `later` everywhere else; tell the widths it ran."""
+    widths = []
+
+    def expand(token_ids, slots, visible):
+        widths.append(token_ids.shape[1])
+        assert visible.shape[1:] == (widths[-1], sum(widths))
+        return later.log().expand(*token_ids.shape, -1)
+
+    return grow_tree(config, torch.zeros(len(first), dtype=torch.long), first.log(), expand), widths
+
+
+def test_tree_is_as_large_as_the_draft_is_sure():
+    first = torch.tensor([[0.05, 0.9, 0.03, 0.02], [0.3, 0.3, 0.3, 0.1]])
+    later = torch.tensor([0.6, 0.3, 0.06, 0.04])
+    config = TreeConfig(num_nodes=20, depth=5, top_k=3, min_probability=0.25)
+    tree, widths = grow(config, first, later)
+    # Row 0: 1 (0.9), 1-0 (0.54), 1-1 (0.27), 1-0-0 (0.324). Row 1: three of 0.3, whose children have 0.18 at most.
+    assert widths == [3, 2, 1]
+    assert tree.num_nodes == 5
+    assert tree.depths.max() == 3
+    paths = [[] for _ in range(2)]
+    for row in range(2):
+        for node in range(1, 5):
+            if tree.parents[row, node] >= 0:
+                mask = tree.ancestor_mask[row, node].nonzero()[1:, 0]
+                paths[row].append(tree.token_ids[row, mask].tolist())
+    assert paths[0] == [[1], [1, 0], [1, 1], [1, 0, 0]]
+    assert sorted(paths[1]) == [[0], [1], [2]]
+    full, widths = grow(TreeConfig(num_nodes=20, depth=5, top_k=3), first, later)
+    assert widths == [3] * 4
+    assert full.num_nodes == 20
+
+
+def test_unsure_draft_still_tries_one_token():
+    tree, widths = grow(TreeConfig(8, 3, 2, min_probability=0.9), torch.full((2, 4), 0.25), torch.full((4,), 0.25))
+    assert widths == []
+    assert tree.num_nodes == 2
+    assert (tree.parents[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_wrong_probability_raises(value):
+    with pytest.raises(ValueError, match="must be at least 0 and less than 1"):
+        TreeConfig(min_probability=value)

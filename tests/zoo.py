@@ -1,5 +1,6 @@
 """Tiny random targets of every supported architecture, with prompts of text and pictures."""
 
+import copy
 import functools
 
 import torch
@@ -123,6 +124,17 @@ def make_target(architecture: str, attn_implementation: str = "sdpa", device: st
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = PAD_ID
     return target
+
+
+@functools.cache
+def make_draft_model(architecture: str, device: str = "cpu") -> PreTrainedModel:
+    """Make a draft of a target's architecture whose weights are a little off the target's."""
+    draft = copy.deepcopy(make_target(architecture, "sdpa", device))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight.add_(0.02 * weight.std().nan_to_num() * torch.randn_like(weight))
+    return draft
 
 
 def make_inputs(

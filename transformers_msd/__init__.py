@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.convert import convert_msd_checkpoint
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
+from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
@@ -26,6 +27,7 @@ __all__ = [
     "TreeAssistant",
     "TreeCandidateGenerator",
     "TreeConfig",
+    "VLMDrafter",
     "convert_msd_checkpoint",
     "disable",
     "enable",

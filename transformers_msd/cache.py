@@ -24,7 +24,14 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def keep_rows(cache: Cache, past_length: int, lengths: torch.Tensor, rows: torch.Tensor, new_length: int) -> None:
+def keep_rows(
+    cache: Cache,
+    past_length: int,
+    lengths: torch.Tensor,
+    rows: torch.Tensor,
+    new_length: int,
+    starts_with_first: bool = True,
+) -> None:
     """
     Move some of the newest rows of a cache behind the rows that stand, and drop all others.
 
@@ -40,11 +47,13 @@ def keep_rows(cache: Cache, past_length: int, lengths: torch.Tensor, rows: torch
             really keeps is overwritten later.
         new_length (`int`):
             Columns to keep.
+        starts_with_first (`bool`, *optional*, defaults to `True`):
+            Whether the first of `rows` is the first of the newest rows, as a root is.
     """
     places = lengths[:, None] + torch.arange(rows.shape[1], device=lengths.device)
     sources, places = (rows + past_length)[:, None, :, None], places[:, None, :, None]  # (batch, 1, num_rows, 1)
     # The root of a batch of one already lies where it belongs.
-    in_place = rows.shape[0] == 1 and new_length == past_length + 1
+    in_place = rows.shape[0] == 1 and new_length <= past_length + starts_with_first
     for layer in cache.layers:
         if not in_place:
             sources, places = sources.to(layer.keys.device), places.to(layer.keys.device)

@@ -51,9 +51,10 @@ def validate_generation_mode(
     assistant = generation_mode_kwargs.get("assistant_model")
     if not isinstance(assistant, TreeAssistant):
         return _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
-    check_call(self, generation_mode, generation_config, _arguments.get() or {}, generation_mode_kwargs)
+    arguments = _arguments.get() or {}
+    check_call(self, generation_mode, generation_config, arguments, generation_mode_kwargs)
     if isinstance(assistant, ChecksTarget):
-        assistant.check_target(self)
+        assistant.check_target(self, arguments)
     # All else is as in the plain call that gives the same tokens.
     plain_mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
     plain_kwargs = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}

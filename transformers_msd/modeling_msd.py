@@ -1,8 +1,9 @@
 """The MSD draft: one decoder layer on the target's features, text and visual tokens decoupled."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -94,13 +95,15 @@ class MSDDraftModel(PreTrainedModel):
 
         return MSDCandidateGenerator(self, target, inputs)
 
-    def check_target(self, target: PreTrainedModel) -> None:
+    def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any] | None = None) -> None:
         """
         Raise a `ValueError` unless this draft can read the target's features and use its embeddings and head.
 
         Args:
             target (`PreTrainedModel`):
                 Model to draft for.
+            arguments (`dict[str, Any]`, *optional*):
+                The keyword arguments of `generate`; any will do.
         """
         ours, theirs = self.config.get_text_config(), target.config.get_text_config()
         for name in ("hidden_size", "vocab_size"):

@@ -130,22 +130,24 @@ class Target:
         """
         recorder = _Recorder(self.model)
         outputs = type(self.model)._prefill(recorder, input_ids, self._generation_config, self._model_kwargs)
+        self._settle_prompt(len(outputs.logits), outputs.hidden_states[-1].device)
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
-        batch_size, num_rows, _ = features.shape
         self._device = features.device
-        self._num_columns = self.cache.get_seq_length()
-        mask = self._model_kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(batch_size, self._num_columns, dtype=torch.long, device=features.device)
-        self._prompt_mask = mask.to(features.device).bool()
-        self._num_real = self._prompt_mask.sum(-1)
-        self._prompt_length = self._num_columns
-        self._lengths = torch.full_like(self._num_real, self._num_columns)
-        self._num_generated = [1] * batch_size  # the token that the prefill gives has no row yet
+        self._num_generated = [1] * len(features)  # the token that the prefill gives has no row yet
         self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
-        return TokenTree.root(input_ids.new_zeros(batch_size)), outputs
+        return TokenTree.root(input_ids.new_zeros(len(features))), outputs
+
+    def _settle_prompt(self, batch_size: int, device: torch.device) -> None:
+        """Take what the cache holds after the prefill as the settled rows."""
+        self._num_columns = self._prompt_length = self.cache.get_seq_length()
+        mask = self._model_kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(batch_size, self._num_columns, dtype=torch.long)
+        self._prompt_mask = mask.to(device).bool()
+        self._num_real = self._prompt_mask.sum(-1)
+        self._lengths = torch.full_like(self._num_real, self._num_columns)
 
     def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
@@ -162,27 +164,61 @@ class Target:
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
+        return self.forward_rows(tree.token_ids, tree.depths, tree.ancestor_mask)
+
+    def forward_rows(self, token_ids: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> ModelOutput:
+        """
+        Run tokens that are no settled part of the sequences, behind the cache.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+                The tokens.
+            depths (`torch.Tensor` of shape `(batch_size, num_rows)` or `(num_rows,)`):
+                How far each lies behind the first token that has no settled row.
+            visible (`torch.Tensor` of shape `(batch_size, num_rows, num_unsettled)`):
+                Which of the unsettled rows, these last ones included, each row sees.
+        """
+        num_rows = token_ids.shape[1]
         columns = torch.arange(self._num_columns, device=self._lengths.device) < self._lengths[:, None]
         columns[:, : self._prompt_length] &= self._prompt_mask[:, : self._num_columns]
         kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
                 # All that is generated is text, and so is the end of a prompt.
-                kwargs[name] = kwargs[name][:, -1:].expand(-1, tree.num_nodes)
+                kwargs[name] = kwargs[name][:, -1:].expand(-1, num_rows)
         if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = tree.num_nodes
-        generated = (self._lengths - self._prompt_length)[:, None] + tree.depths + 1
+            kwargs["logits_to_keep"] = num_rows
+        generated = (self._lengths - self._prompt_length)[:, None] + depths + 1
         position_ids = self._model_kwargs["position_ids"]
         model_inputs = self.model.prepare_inputs_for_generation(
-            tree.token_ids,
+            token_ids,
             past_key_values=self.cache,
-            attention_mask=tree_attention_mask(columns, tree.ancestor_mask, self._dtype),
+            attention_mask=tree_attention_mask(columns, visible, self._dtype),
             position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
             use_cache=True,
             is_first_iteration=False,
             **kwargs,
         )
         return self.model(**model_inputs, return_dict=True)
+
+    def settle(
+        self, rows: torch.Tensor, lengths: torch.Tensor, num_columns: int, starts_with_first: bool = True
+    ) -> None:
+        """
+        Keep some of the unsettled rows, and drop all others.
+
+        Args:
+            rows (`torch.Tensor` of shape `(batch_size, num_rows)`):
+                Which to move behind the settled rows, in this order.
+            lengths (`torch.Tensor` of shape `(batch_size,)`):
+                Columns that each sequence has then; what else was moved is overwritten later.
+            num_columns (`int`):
+                Columns that the cache has then.
+        starts_with_first (`bool`, *optional*, defaults to `True`):
+            Whether the first of `rows` is the first unsettled row.
+        """
+        keep_rows(self.cache, self._num_columns, self._lengths, rows, num_columns, starts_with_first)
+        self._lengths, self._num_columns = lengths, num_columns
 
     def commit(
         self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]
@@ -209,8 +245,6 @@ class Target:
             return self._pair(prompt, roots)
         num_generated = [len(row) for row in tokens]
         lengths = self._prompt_length - 1 + torch.tensor(num_generated, device=device)
-        num_columns = self._prompt_length - 1 + max(num_generated)
-        keep_rows(self.cache, self._num_columns, self._lengths, acceptance.path, num_columns)
         # Counted on the host, where the tokens are: the device is not asked.
         new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
         path = acceptance.path[:, : max(*new, 1)]
@@ -222,7 +256,8 @@ class Target:
             visual_mask=torch.zeros_like(path, dtype=torch.bool),
             lengths=torch.tensor(new, device=device),
         )
-        self._lengths, self._num_columns, self._num_generated = lengths, num_columns, num_generated
+        self.settle(acceptance.path, lengths, self._prompt_length - 1 + max(num_generated))
+        self._num_generated = num_generated
         return self._pair(rows, roots)
 
     def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:

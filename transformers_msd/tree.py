@@ -1,5 +1,6 @@
 """Token trees as plain tensors: their settings, how they grow, and the attention mask that lays them flat."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +21,18 @@ class TreeConfig:
         top_k (`int`, *optional*, defaults to 10):
             Children tried for each expanded node, and nodes expanded at each depth. `1` drafts a chain.
 
+        min_probability (`float`, *optional*, defaults to 0.0):
+            Probability that the draft must give the path to a node for the node to be expanded and verified, so that
+            the tree is as large as the draft is sure of itself (Spec-LLaVA, arXiv 2509.11961, on probabilities in
+            place of its raw logits). 0 always fills the tree.
+
     The defaults are MSD's (arXiv 2505.14260): its `total_token=59, depth=5, top_k=10`.
     """
 
     num_nodes: int = 59
     depth: int = 6
     top_k: int = 10
+    min_probability: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("num_nodes", 2), ("depth", 1), ("top_k", 1)):
@@ -35,6 +42,11 @@ class TreeConfig:
                     f"`TreeConfig.{name}` must be an integer of at least {least}, got {value!r}. "
                     "The smallest tree, `TreeConfig(num_nodes=2, depth=1, top_k=1)`, drafts one token per round."
                 )
+        if not 0 <= self.min_probability < 1:
+            raise ValueError(
+                f"`TreeConfig.min_probability` must be at least 0 and less than 1, got {self.min_probability!r}. Try "
+                "0.02; 0 always fills the tree."
+            )
 
 
 @dataclass(frozen=True)
@@ -127,11 +139,20 @@ def grow_tree(
     frontier_scores, frontier_ids, frontier = scores, token_ids, level
     slots = parents
     identity = torch.eye(top_k, dtype=torch.bool, device=token_ids.device).expand(len(token_ids), -1, -1)
-    visible = identity
+    visible = identity[:, :, :0]
     num_candidates = top_k
-    for depth in range(1, config.depth):
-        if depth > 1:
-            visible = torch.cat([take_rows(visible, slots), identity], dim=-1)
+    depth = 1
+    while depth < config.depth:
+        if config.min_probability:
+            # The best come first: of all rows the one that is surest tells how many are open.
+            width = int((frontier_scores >= math.log(config.min_probability)).sum(-1).max())
+            if width == 0:
+                break
+            frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
+            frontier, slots = frontier[:, :width], slots[:, :width]
+        width = frontier.shape[1]
+        visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
+        visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
         scores, token_ids = expand(frontier_ids, slots, visible).topk(top_k)  # (batch, frontier, top_k)
         scores = (scores + frontier_scores[..., None]).flatten(1)
         token_ids = token_ids.flatten(1)
@@ -143,8 +164,14 @@ def grow_tree(
         frontier = best + num_candidates + 1
         slots = best // top_k
         num_candidates += scores.shape[1]
+        depth += 1
     return _keep_best(
-        config, root_token_ids, torch.cat(all_scores, 1), torch.cat(all_token_ids, 1), torch.cat(all_parents, 1)
+        config,
+        root_token_ids,
+        torch.cat(all_scores, 1),
+        torch.cat(all_token_ids, 1),
+        torch.cat(all_parents, 1),
+        depth,
     )
 
 
@@ -154,21 +181,28 @@ def _keep_best(
     scores: torch.Tensor,
     token_ids: torch.Tensor,
     parents: torch.Tensor,
+    depth: int,
 ) -> TokenTree:
     """Build the tree of the most likely candidates, in the order in which they were tried."""
+    num_kept = min(config.num_nodes - 1, scores.shape[1])
+    unsure = torch.zeros_like(scores, dtype=torch.bool)
+    if config.min_probability:
+        unsure = scores < math.log(config.min_probability)
+        unsure.scatter_(1, scores.argmax(-1, keepdim=True), False)  # a tree holds one drafted token at least
+        num_kept = min(num_kept, int((~unsure).sum(-1).max()))
     # Stable: on a tie the parent, which comes first, must win over its child.
-    kept = scores.sort(descending=True, stable=True).indices[:, : config.num_nodes - 1].sort().values
+    kept = scores.sort(descending=True, stable=True).indices[:, :num_kept].sort().values
     batch_size, num_kept = kept.shape
     nodes = torch.arange(num_kept + 1, device=kept.device).expand(batch_size, -1)
     node_of_candidate = kept.new_zeros(batch_size, scores.shape[1] + 1).scatter(1, kept + 1, nodes[:, 1:])
     root_token_ids = root_token_ids[:, None]
+    # A row that is less sure than another has fillers, which no node leads to.
+    kept_parents = node_of_candidate.gather(1, parents.gather(1, kept)).masked_fill(unsure.gather(1, kept), -1)
     return TokenTree(
         token_ids=torch.cat([root_token_ids, token_ids.gather(1, kept)], dim=1),
-        parents=torch.cat(
-            [torch.full_like(root_token_ids, -1), node_of_candidate.gather(1, parents.gather(1, kept))], 1
-        ),
+        parents=torch.cat([torch.full_like(root_token_ids, -1), kept_parents], 1),
         scores=torch.cat([scores.new_zeros(batch_size, 1), scores.gather(1, kept)], dim=1),
-        depth=min(config.depth, num_kept),
+        depth=min(depth, num_kept),
     )
 
 

@@ -203,7 +203,8 @@ def main() -> None:
         for group, row in results[mode].items():
             print(
                 f"| {group} | {row['prompts']} | {row['equal']} | {row['exact']:.0%} | {row['tokens']} "
-                f"| {row['tau']:.2f} | {row['plain_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f}x |"
+                f"| {row['tau']:.2f} | {row['plain_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} "
+                f"| {row['speedup']:.2f}x |"
             )
         results[f"{mode}, pictures"] = {}
         print(f"\n| {mode}, the draft sees | prompts | equal | tau |")

@@ -1,6 +1,7 @@
 """The two roles of drafting: an assistant, which the user passes, makes a candidate generator for each call."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,5 +70,5 @@ class TreeAssistant(Protocol):
 class ChecksTarget(Protocol):
     """An assistant that can tell, before anything runs, whether it fits a target."""
 
-    def check_target(self, target: PreTrainedModel) -> None:
-        """Raise a `ValueError` if the assistant can't draft for this model."""
+    def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if the assistant can't draft for this model, called with these arguments."""

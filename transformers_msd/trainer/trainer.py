@@ -46,8 +46,8 @@ class MSDTrainer(SFTTrainer):
         args ([`MSDTrainingConfig`]):
             Settings.
         train_dataset ([`~datasets.Dataset`]):
-            Rows of `messages`, or of `prompt` and `completion` (then the completion is supervised), and for a
-            multimodal target of `images` (an empty list in text rows).
+            Rows of `messages`, of `prompt` and `completion` (then the completion is supervised), or of `text` or
+            `input_ids` (then all of it is), and for a multimodal target of `images` (an empty list in text rows).
         processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
             Processor of the target.
         kwargs (`dict[str, Any]`, *optional*):
@@ -88,8 +88,8 @@ class MSDTrainer(SFTTrainer):
                 f"`stage={args.stage!r}` needs rows without pictures, and `ramp` also some with, got "
                 f"{len(self._text_rows)} without and {len(self._visual_rows)} with. Add rows or choose another stage."
             )
-        if "prompt" in train_dataset.column_names:
-            # The completion is supervised instead.
+        if "messages" not in train_dataset.column_names:
+            # Completions are supervised instead, or whole texts.
             args = copy.copy(args)
             args.assistant_only_loss = False
         # TRL writes special token ids there, and a model that can't generate has none.
@@ -234,5 +234,7 @@ class MSDTrainer(SFTTrainer):
         totals, self._totals[mode] = self._totals[mode], {}
         if totals:
             sums = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
-            self._metrics[mode].update({name: [(a / b).item()] for name, (a, b) in zip(totals, sums, strict=True)})
+            self._metrics[mode].update(
+                {name: [(a / b.clamp(min=1)).item()] for name, (a, b) in zip(totals, sums, strict=True)}
+            )
         super().log(logs, start_time)
