@@ -27,8 +27,8 @@ def pair() -> tuple[Any, Any, MSDDraftModel]:
 
 
 @pytest.fixture(scope="module")
-def encoded(pair: tuple) -> list[tuple[str, Any]]:
-    return [(prompt["group"], encode_prompts(pair[1], [prompt])) for prompt in evaluation_prompts(3)]
+def encoded(pair: tuple) -> list[tuple[dict, Any]]:
+    return [(prompt, encode_prompts(pair[1], [prompt])) for prompt in evaluation_prompts(3)]
 
 
 def next_turn(processor: Any, sequences: torch.Tensor, text: str) -> dict[str, torch.Tensor]:
@@ -40,8 +40,8 @@ def next_turn(processor: Any, sequences: torch.Tensor, text: str) -> dict[str, t
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_tokens_are_equal_and_many_are_accepted(pair: tuple, encoded: list, do_sample: bool) -> None:
-    target, _, draft = pair
-    figures = compare(target, draft, encoded, {"do_sample": do_sample, "max_new_tokens": 100})
+    target, processor, draft = pair
+    figures = compare(target, draft, processor, encoded, {"do_sample": do_sample, "max_new_tokens": 100})
     for row in figures.values():
         assert row["equal"] == row["prompts"]
     assert figures["all"]["tau"] >= 3.5
