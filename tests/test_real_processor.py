@@ -98,3 +98,36 @@ def test_pipeline_takes_a_draft_through_generate_kwargs(
     assisted = pipe(**call, generate_kwargs={**settings, "assistant_model": draft})
     assert assisted == plain
     assert len(made) == 1
+
+
+def test_photos_and_texts_train_a_draft(
+    target: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    from training_fixtures import make_trainer
+
+    from transformers_msd.trainer import check_parity
+    from transformers_msd.trainer.callbacks import encode_prompt, prompt_of
+    from transformers_msd.trainer.dataset import row_length, undecoded
+    from transformers_msd.trainer.recipe import DraftArguments, load_rows
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    processor = AutoProcessor.from_pretrained(DATA / "processors" / "llava-1.5-7b-hf-tf5-resaved")
+    lines = (PHOTOS / "messages.jsonl").read_text().splitlines()[:4]
+    talks = [json.loads(line) | {"images": [str(PHOTOS / json.loads(line)["images"][0])]} for line in lines]
+    texts = [json.loads(line) for line in (DATA / "text" / "instruct_messages.jsonl").read_text().splitlines()[:4]]
+    for name, rows in (("photos", talks), ("texts", texts)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    files = [str(tmp_path / "photos.jsonl"), str(tmp_path / "texts.jsonl")]
+    rows = load_rows(DraftArguments(target_model="none", datasets=files), is_multimodal=True)
+    trainer = make_trainer(
+        target, rows, processor, tmp_path, stage="multimodal", max_steps=8, per_device_train_batch_size=2
+    )
+    first = trainer.data_collator([trainer.train_dataset[0]])
+    assert row_length(undecoded(rows)[0], 0, processor) == first["input_ids"].shape[1] > 576
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    parity = check_parity(target, trainer.model.eval(), encode_prompt(processor, prompt_of(rows[0])), 8)
+    assert parity.holds(1e-3), parity
+    assert parity.num_visual_rows == 576

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from PIL import Image
-from training_fixtures import ENVIRONMENT, ROOT, recipe, write_recipe, write_world
+from training_fixtures import ENVIRONMENT, ROOT, finish, launch, recipe, write_recipe, write_world
 from transformers import AutoConfig
 
-from transformers_msd import MSDConfig
+from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.cli import main
 from transformers_msd.trainer import MSDTrainingConfig
 from transformers_msd.trainer.plan import GIB, memory_of_step, num_parameters
@@ -64,7 +63,7 @@ def test_llava_trains_in_less_than_40_gb():
     memory = memory_of_step(target, MSDConfig.from_target(target), args, torch.bfloat16)
     assert memory["target"] == pytest.approx(7.06e9 * 2, rel=0.01)
     assert 14e9 < sum(memory.values()) < 40e9
-    assert sum(memory.values()) / GIB == pytest.approx(20, abs=4)
+    assert sum(memory.values()) / GIB == pytest.approx(19, abs=3)
 
 
 @pytest.mark.parametrize("unknown", ["learning_rat: 0.1", "num_epochs: 3"])
@@ -183,13 +182,23 @@ def test_file_of_another_kind_raises(tmp_path):
         load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.jsonl")]), True)
 
 
-def test_command_generates_data_in_the_targets_words(world, tmp_path, capsys):
+def test_command_launches_a_run(world):
+    path = write_recipe(world, "launched", stage="multimodal", num_processes=1)
+    finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), "--max_steps", "1"]))
+    assert "1 steps of 4 rows" in (world / "launched/README.md").read_text()
+    assert MSDDraftModel.from_pretrained(world / "launched").num_parameters() > 0
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_command_generates_data_in_the_targets_words(world, tmp_path, num_processes):
     output = tmp_path / "answered"
-    main(
-        ["generate-data", "--target_model", str(world / "target"), "--datasets", str(world / "rows")]
-        + ["--output", str(output), "--num_rows", "6", "--max_new_tokens", "4", "--use_cpu"]
-    )
-    assert "Wrote 6 rows" in capsys.readouterr().out
-    assert isinstance(Path(output), Path)
-    arguments = DraftArguments(target_model="none", datasets=[str(output)])
-    assert len(load_rows(arguments, is_multimodal=True)) == 6
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29586"]
+    command = ["-m", "transformers_msd.cli", "generate-data", "--target_model", str(world / "target")]
+    command += ["--datasets", str(world / "rows"), "--output", str(output), "--num_rows", "6"]
+    command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--use_cpu"]
+    printed = finish(launch([*(launcher if num_processes == 2 else []), *command]))
+    assert "Wrote 6 rows" in printed
+    rows = load_rows(DraftArguments(target_model="none", datasets=[str(output)]), is_multimodal=True)
+    asked = load_rows(DraftArguments(target_model="none", datasets=[str(world / "rows")]), is_multimodal=True)
+    assert [row["messages"][0] for row in rows] == [row["messages"][0] for row in asked.select(range(6))]
+    assert all(row["messages"][1]["role"] == "assistant" for row in rows)

@@ -43,31 +43,29 @@ def memory_of_step(
     """
     Estimate the peak memory of a training step on one device, unsharded, in bytes by part.
 
-    Counted are the tensors that are alive at once when the draft's loss is computed; a longest row of `max_length`
-    tokens is taken. It is a sum of shapes, not a measurement, and leaves out what the allocator wastes.
+    Counted are the tensors that are alive at once, for rows of `max_length` tokens. It is a sum of shapes, not a
+    measurement, and leaves out what the allocator wastes.
     """
     text = draft.get_text_config()
-    rows = args.per_device_train_batch_size * (args.max_length or text.max_position_embeddings)
+    batch_size, length = args.per_device_train_batch_size, args.max_length or text.max_position_embeddings
+    rows, steps = batch_size * length, args.num_unroll_steps
     width, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
     half = target_dtype.itemsize
     computed = 2 if args.bf16 or args.fp16 else _FLOAT
-    weights = num_parameters(draft)
-    # Of a layer's backward: inputs of norms and residuals, q, k, v and output, three times the MLP's inner width.
+    # What a layer keeps for its backward: inputs of norms and projections, q, k, v and output, thrice the MLP's width.
     layer = rows * (10 * width + 3 * inner) * computed
-    unrolled = args.num_unroll_steps
-    if unrolled > 1:
-        layer += args.per_device_train_batch_size * (args.max_length or 0) ** 2 * unrolled * _FLOAT  # the mask
-    chunk = min(rows, args.head_chunk_size) * text.vocab_size * _FLOAT
-    head_losses = 1 + bool(args.token_loss_weight) + bool(args.top_k_loss_weight) + bool(args.probability_loss_weight)
+    # Scores and their softmax, where attention has no kernel that does without; unrolled steps see the keys of all
+    # steps before.
+    scores = 2 * batch_size * heads * length**2 * computed
+    losses = 1 + sum(map(bool, (args.token_loss_weight, args.top_k_loss_weight, args.probability_loss_weight)))
     return {
         "target": num_parameters(target_config) * half,
-        "draft, gradients and AdamW's moments": weights * 4 * _FLOAT,
+        "draft, gradients and AdamW's moments": num_parameters(draft) * 4 * _FLOAT,
         "features and embeddings": rows * width * (2 * half + 3 * _FLOAT),
-        # A layer of the target without gradients, and the features of all rows it returns.
-        "a layer of the target": rows * (6 * width + 3 * inner) * half,
-        "a layer of the draft": layer * text.num_hidden_layers * unrolled,
-        "attention scores of the draft": rows * heads * 64 * _FLOAT * unrolled,
-        "logits of a chunk": chunk * (2 + 2 * head_losses),
+        "a layer of the target": rows * (6 * width + 3 * inner) * half + scores // computed * half,
+        "layers of the draft": steps * text.num_hidden_layers * layer,
+        "attention scores of the draft": text.num_hidden_layers * scores * steps * (steps + 1) // 2,
+        "logits of a chunk": min(rows, args.head_chunk_size) * text.vocab_size * _FLOAT * (2 + 2 * losses),
     }
 
 
