@@ -1,0 +1,255 @@
+"""Drafting with models of their own: their caches, which rounds extend, and the trees they grow."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.target import Committed, Target
+from transformers_msd.tree import TokenTree, TreeConfig, grow_tree
+
+
+class DraftModel(Target):
+    """A model that drafts, as one call uses it: the rows it has settled, and those of the tree behind them."""
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, inputs: Mapping[str, Any], num_copies: int = 1) -> "DraftModel":
+        """
+        Run a prompt, its pictures encoded once.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            inputs (`dict[str, Any]`):
+                Prompts as for `generate`, left-padded.
+            num_copies (`int`, *optional*, defaults to 1):
+                Rows to draft for each prompt.
+        """
+
+        def prefilled(
+            model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs
+        ) -> "DraftModel":
+            draft = cls(model, model_kwargs, generation_config)
+            draft._model_kwargs["output_hidden_states"] = None
+            type(model)._prefill(model, input_ids, generation_config, draft._model_kwargs)
+            draft._settle_prompt(len(input_ids), input_ids.device)
+            return draft
+
+        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        settings = GenerationConfig(
+            max_new_tokens=1,
+            do_sample=True,  # nothing is sampled: it lets a prompt have several rows
+            num_return_sequences=num_copies,
+            pad_token_id=0,
+            eos_token_id=None,
+            cache_implementation=None,
+        )
+        return model.generate(**moved, generation_config=settings, custom_generate=prefilled)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Settled columns of each sequence, padding of the prompt included, of shape `(batch_size,)`."""
+        return self._lengths
+
+    def extend(self, token_ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """
+        Settle further tokens.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`):
+                Tokens, fillers behind the first `counts` of them.
+            counts (`torch.Tensor` of shape `(batch_size,)`):
+                Tokens of each sequence.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens, vocab_size)`: Logits after each of them.
+        """
+        rows = torch.arange(token_ids.shape[1], device=token_ids.device)
+        visible = (rows <= rows[:, None]).expand(len(token_ids), -1, -1)
+        logits = self.forward_rows(token_ids, rows, visible).logits
+        lengths = self._lengths + counts
+        self.settle(rows.expand(len(token_ids), -1), lengths, int(lengths.max()))
+        return logits
+
+    def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Replace tokens that the draft's vocabulary lacks."""
+        return token_ids.clamp(max=self.model.config.get_text_config().vocab_size - 1)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    drafts: list[DraftModel]
+    offsets: list[torch.Tensor]
+    lengths: list[torch.Tensor]
+    pending: Committed
+    key: Any
+
+
+class ModelCandidateGenerator(TreeCandidateGenerator):
+    """
+    Grows trees with models of their own, each of which may read several views of a prompt as rows of one batch.
+
+    Rows of the tree that came to stand stay in the models' caches; only the tokens after them are run again.
+
+    Args:
+        key (`Any`):
+            Tells whether a later turn goes on with the same models and views.
+        tree_config ([`TreeConfig`]):
+            Tree to draft.
+        target ([`Target`]):
+            The target of the call.
+        inputs ([`CallInputs`]):
+            Inputs of the call.
+    """
+
+    def __init__(self, key: Any, tree_config: TreeConfig, target: Target, inputs: CallInputs) -> None:
+        self._key = key
+        self._tree_config = tree_config
+        self._target = target
+        self._inputs = inputs
+        self._sampler = inputs.sampler
+        self._vocab_size = target.model.config.get_text_config().vocab_size
+        self._drafts: list[DraftModel] = []
+        # How many more columns a draft has settled than the target has real rows.
+        self._offsets: list[torch.Tensor] = []
+        self._pending: Committed | None = None
+        self._levels: list[tuple[torch.Tensor, torch.Tensor]] = []
+        carried = inputs.carried
+        if isinstance(carried, _Carried) and carried.key == key:
+            self._drafts, self._offsets, self._pending = carried.drafts, carried.offsets, carried.pending
+            for draft, lengths in zip(self._drafts, carried.lengths, strict=True):
+                no_rows = lengths.new_zeros(len(lengths), 0)
+                draft.settle(no_rows, lengths, int(lengths.max()), starts_with_first=False)
+
+    @abstractmethod
+    def start(self, batch_size: int) -> list[DraftModel]:
+        """Run the prompts; the rows of a model are those of its first view, then those of its second, and so on."""
+
+    def mix(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Turn what the views say into one distribution.
+
+        Args:
+            logits (`torch.Tensor` of shape `(num_views, batch_size, num_nodes, vocab_size)`):
+                Logits of each view.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_nodes, vocab_size)`: Logits, up to a constant.
+        """
+        return logits[0]
+
+    def draft(self, committed: Committed) -> TokenTree:
+        roots = committed.root_token_ids
+        log_probs = self._sampler.rank(self._advance(committed), 0)[:, 0]
+        depth = 0
+        self._levels = []
+
+        def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+            nonlocal depth
+            self._levels.append((token_ids, slots))
+            parts = []
+            for draft in self._drafts:
+                copies = len(draft.lengths) // len(token_ids)
+                outputs = draft.forward_rows(
+                    draft.readable(token_ids).repeat(copies, 1), torch.tensor(depth), visible.repeat(copies, 1, 1)
+                )
+                parts.append(self._by_view(outputs.logits, copies))
+            depth += 1
+            return self._sampler.rank(self.mix(torch.cat(parts)), depth)
+
+        return grow_tree(self._tree_config, roots.to(log_probs.device), log_probs, expand)
+
+    def carry(self, committed: Committed, target: Target) -> _Carried | None:
+        if not self._drafts or self._pending is not None:
+            return None
+        lengths = []
+        for draft, offset in zip(self._drafts, self._offsets, strict=True):
+            # A row that ran ahead of the end of the call may have drafted on more than the target kept.
+            kept = (target.num_real_rows - committed.lengths + 1).to(offset.device)
+            lengths.append(torch.minimum(draft.lengths, kept.repeat(len(offset) // len(kept)) + offset))
+        return _Carried(self._drafts, self._offsets, lengths, committed, self._key)
+
+    def _advance(self, committed: Committed) -> torch.Tensor:
+        """Settle what has come to stand since the call before; return the mixed logits after it."""
+        if self._pending is not None:
+            # A picture in a later turn is no token that could be run on: the whole conversation is.
+            restart = bool(committed.visual_mask.any())
+            committed, self._pending = self._pending.join(committed), None
+            if restart:
+                self._drafts, self._offsets = [], []
+        is_first = not self._drafts
+        token_ids, lengths = committed.token_ids, committed.lengths
+        if is_first:
+            self._drafts = self.start(len(lengths))
+            token_ids, lengths = committed.root_token_ids[:, None], torch.ones_like(lengths)
+        device = self._drafts[0].lengths.device
+        token_ids, lengths = token_ids.to(device), lengths.to(device)
+        matched, rows = self._match(token_ids, lengths)
+        # What is left of each sequence, moved to the left.
+        left = lengths - matched
+        places = torch.arange(max(int(left.max()), 1), device=device) + matched[:, None]
+        new_ids = token_ids.gather(1, places.clamp(max=token_ids.shape[1] - 1))
+        parts = []
+        for draft in self._drafts:
+            copies = len(draft.lengths) // len(lengths)
+            settled = draft.lengths + matched.repeat(copies)
+            draft.settle(rows.repeat(copies, 1), settled, int(settled.max()), starts_with_first=False)
+            logits = draft.extend(draft.readable(new_ids).repeat(copies, 1), left.repeat(copies))
+            parts.append(self._by_view(logits, copies))
+        if is_first:
+            num_real = self._target.num_real_rows.to(device)
+            self._offsets = [
+                draft.lengths - num_real.repeat(len(draft.lengths) // len(num_real)) - 1 for draft in self._drafts
+            ]
+        logits = torch.cat(parts)
+        self.observe(committed, logits, matched, rows)
+        last = (left - 1).clamp(min=0)
+        return self.mix(logits[:, torch.arange(len(last)), last][:, :, None])
+
+    def observe(self, committed: Committed, logits: torch.Tensor, matched: torch.Tensor, rows: torch.Tensor) -> None:
+        """
+        See what the views said about tokens that have come to stand; nothing is done with it by default.
+
+        Args:
+            committed ([`Committed`]):
+                Tokens since the call before.
+            logits (`torch.Tensor` of shape `(num_views, batch_size, num_tokens, vocab_size)`):
+                Logits after those of them that were run just now.
+            matched (`torch.Tensor` of shape `(batch_size,)`):
+                How many of the first of them were rows of the last tree.
+            rows (`torch.Tensor` of shape `(batch_size, depth)`):
+                These rows, in the order they were drafted.
+        """
+
+    def _by_view(self, logits: torch.Tensor, num_views: int) -> torch.Tensor:
+        """
+        Bring logits `(num_views * batch_size, num_rows, vocab_size)` into the shape of `mix`, of the target's
+        vocabulary; tokens that a draft lacks are not drafted.
+        """
+        missing = self._vocab_size - logits.shape[-1]
+        if missing:
+            logits = torch.nn.functional.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
+        return logits.unflatten(0, (num_views, -1))
+
+    def _match(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Find the rows of the last tree that hold the first tokens that came to stand, all but the very last.
+
+        Returns:
+            Their number, of shape `(batch_size,)`, and the rows, of shape `(batch_size, depth)`, fillers behind.
+        """
+        matched, place, first = torch.zeros_like(lengths), torch.zeros_like(lengths), 0
+        standing = torch.ones_like(lengths, dtype=torch.bool)
+        rows = []
+        for depth, (level, slots) in enumerate(self._levels[: token_ids.shape[1] - 1]):
+            hits = (level == token_ids[:, depth, None]) & ((slots == place[:, None]) | (depth == 0))
+            standing = standing & hits.any(-1) & (depth + 1 < lengths)
+            place = hits.int().argmax(-1)
+            rows.append(torch.where(standing, place + first, 0))
+            matched = matched + standing
+            first += level.shape[1]
+        return matched, torch.stack(rows, dim=1) if rows else lengths.new_zeros(len(lengths), 0)
