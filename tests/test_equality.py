@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 
 
 NUM_TOKENS = 20
@@ -148,7 +148,7 @@ def ended_inside(oracle: Oracle, ends: list[int]) -> bool:
 def check_tokens(
     architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
 ) -> None:
-    """Compare plain decoding with a random draft, a draft model and oracles, in one cell of the table."""
+    """Compare plain decoding with a random draft, a draft model alone and as an ensemble, and oracles, in one cell of the table."""
     target = make_target(architecture, attn_implementation, device)
     inputs = make_inputs(architecture, (1,) if batch_size == 1 else (2, 0, 1))
     inputs = {name: values.to(device) for name, values in inputs.items()}
@@ -174,12 +174,13 @@ def check_tokens(
     assert torch.equal(drafted.sequences, plain.sequences)
     assert torch.equal(get_random_state(), random_state)
 
-    # A draft model that is often right, and whose trees have as many nodes as it is sure of.
+    # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)
-    drafter = VLMDrafter(make_draft_model(architecture, device), tree_config=tree)
-    drafted = generate(target, inputs, **kwargs, assistant_model=drafter)
-    assert torch.equal(drafted.sequences, plain.sequences)
-    assert torch.equal(get_random_state(), random_state)
+    model = make_draft_model(architecture, device)
+    for drafter in (VLMDrafter(model, tree_config=tree), EnsembleDrafter(model, tree_config=tree)):
+        drafted = generate(target, inputs, **kwargs, assistant_model=drafter)
+        assert torch.equal(drafted.sequences, plain.sequences)
+        assert torch.equal(get_random_state(), random_state)
 
     # An end falls inside a block by chance: among a few oracles there is one that the claim is tested at.
     for seed in range(20):

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import ARCHITECTURES, IMAGE_ID, TEXT, make_draft_model, make_inputs, make_target
 
-from transformers_msd import TreeConfig, VLMDrafter
+from transformers_msd import EnsembleDrafter, TreeConfig, VLMDrafter
 from transformers_msd.drafters.model import DraftModel
 
 
@@ -159,9 +159,10 @@ def test_second_turn_goes_on_in_the_drafts_cache(architecture):
     assert max(widths) < 6 + CHAIN.depth + 3  # the prompt is not run again
 
 
-def test_two_threads_share_a_drafter():
+@pytest.mark.parametrize("drafter_class", [VLMDrafter, EnsembleDrafter])
+def test_two_threads_share_a_drafter(drafter_class):
     target = make_target("llava")
-    drafter = VLMDrafter(make_draft_model("llava"), tree_config=TREE)
+    drafter = drafter_class(make_draft_model("llava"), tree_config=TREE)
     prompts = [make_inputs("llava", (1,), seed=seed) for seed in range(2)]
     plain = [generate(target, prompt).sequences for prompt in prompts]
     results: dict[tuple[int, int], torch.Tensor] = {}

@@ -5,6 +5,8 @@ from transformers import AutoConfig, AutoModel
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.convert import convert_msd_checkpoint
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
+from transformers_msd.drafters.ensemble import EnsembleDrafter
+from transformers_msd.drafters.views import Caption, Multimodal, Pooled, Prompts, TextOnly, ViewPrompt
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
 from transformers_msd.modeling_msd import MSDDraftModel
@@ -17,17 +19,24 @@ from transformers_msd.tree import TokenTree, TreeConfig
 __version__ = "0.1.0.dev0"
 __all__ = [
     "CallInputs",
+    "Caption",
     "Committed",
+    "EnsembleDrafter",
     "MSDConfig",
     "MSDDraftModel",
+    "Multimodal",
+    "Pooled",
+    "Prompts",
     "SpeculativeDecoderOnlyOutput",
     "SpeculativeStats",
     "Target",
+    "TextOnly",
     "TokenTree",
     "TreeAssistant",
     "TreeCandidateGenerator",
     "TreeConfig",
     "VLMDrafter",
+    "ViewPrompt",
     "convert_msd_checkpoint",
     "disable",
     "enable",

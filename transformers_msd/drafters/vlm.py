@@ -63,17 +63,27 @@ class VLMDrafter:
             arguments (`dict[str, Any]`):
                 The keyword arguments of `generate`.
         """
-        ours, theirs = (model.config.get_text_config().vocab_size for model in (self.draft_vlm, target))
-        if abs(ours - theirs) > MOST_PADDING:
-            raise ValueError(
-                f"The draft must have the target's vocabulary, got {ours} tokens for the draft and {theirs} for "
-                f"{type(target).__name__}. Choose a draft of the same tokenizer."
-            )
-        if self.draft_inputs is None and prompt_ids(arguments) is None:
-            raise ValueError(
-                "A draft model can't read `inputs_embeds` of the target, got no `input_ids`. Pass them, too, or what "
-                "the draft's processor makes of the prompt: `VLMDrafter(draft_vlm, draft_inputs=...)`."
-            )
+        check_draft(self.draft_vlm, target, self.draft_inputs, arguments)
+
+
+def check_draft(
+    draft: PreTrainedModel,
+    target: PreTrainedModel,
+    draft_inputs: Mapping[str, Any] | None,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Raise a `ValueError` unless a draft model shares the target's vocabulary and can read the prompt of a call."""
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (draft, target))
+    if abs(ours - theirs) > MOST_PADDING:
+        raise ValueError(
+            f"The draft must have the target's vocabulary, got {ours} tokens for the draft and {theirs} for "
+            f"{type(target).__name__}. Choose a draft of the same tokenizer."
+        )
+    if draft_inputs is None and prompt_ids(arguments) is None:
+        raise ValueError(
+            "A draft model can't read `inputs_embeds` of the target, got no `input_ids`. Pass them, too, or what the "
+            "draft's processor makes of the prompt: `draft_inputs=...`."
+        )
 
 
 def prompt_ids(arguments: Mapping[str, Any]) -> torch.Tensor | None:

@@ -1,0 +1,247 @@
+"""Views of a prompt: with its pictures, without, with small ones, or with words in their place (arXiv 2601.20357)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ViewPrompt:
+    """
+    One prompt as a view shows it.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `(length, hidden_size)`):
+            Input embeddings of the draft model.
+        position_ids (`torch.Tensor` of shape `(num_axes, length)`, *optional*):
+            Positions where they don't just count, for models with several axes.
+    """
+
+    inputs_embeds: torch.Tensor
+    position_ids: torch.Tensor | None = None
+
+
+class Prompts:
+    """
+    The prompts of a call, as a draft model can read them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The draft model.
+        inputs (`dict[str, torch.Tensor]`):
+            Prompts as for `generate`: `input_ids`, `attention_mask`, and what belongs to the pictures.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
+        if inputs.get("pixel_values_videos") is not None:
+            raise ValueError("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
+        self.model = model
+        self.inputs = {name: value.to(model.device) for name, value in inputs.items() if torch.is_tensor(value)}
+        ids = self.inputs["input_ids"]
+        mask = self.inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        self.ids = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
+        self.image_token_id: int | None = getattr(model.config, "image_token_id", None)
+
+    def embed(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Return the embeddings of tokens, of shape `(num_tokens, hidden_size)`."""
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self.model.device)
+        return self.model.get_input_embeddings()(ids)
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of all prompts."""
+        for name in ("image_grid_thw", "image_sizes", "pixel_values"):
+            if name in self.inputs:
+                return len(self.inputs[name])
+        return 0
+
+    @cached_property
+    def pictures(self) -> list[torch.Tensor]:
+        """What the model makes of each picture, of shape `(num_tokens, hidden_size)`; encoded when first asked for."""
+        if self.num_pictures == 0:
+            return []
+        names = ("pixel_values", "image_sizes", "image_grid_thw")
+        vision = {name: self.inputs[name] for name in names if name in self.inputs}
+        vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
+        features = self.model.get_image_features(**vision, return_dict=True).pooler_output
+        return [picture.flatten(0, -2) for picture in features]
+
+    def replace_pictures(self, replacements: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """
+        Embed all prompts, each picture's tokens replaced.
+
+        Args:
+            replacements (`list[torch.Tensor]`):
+                What stands for each picture, of shape `(num_tokens, hidden_size)`, in the order of the pictures.
+        """
+        runs = [self._runs(ids) for ids in self.ids]
+        lengths = [len(run) for prompt in runs for run in prompt if self._is_picture(run)]
+        counts, rest, embedded = iter(self._pictures_of(lengths)), list(replacements), []
+        for prompt in runs:
+            pieces = []
+            for run in prompt:
+                if self._is_picture(run):
+                    count = next(counts)
+                    pieces += rest[:count]
+                    del rest[:count]
+                else:
+                    pieces.append(self.embed(run))
+            embedded.append(torch.cat(pieces))
+        return embedded
+
+    def _is_picture(self, run: torch.Tensor) -> bool:
+        return self.image_token_id is not None and bool(run[0] == self.image_token_id)
+
+    def _runs(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Split ids where text ends and pictures begin, and the other way round."""
+        is_picture = ids == (-1 if self.image_token_id is None else self.image_token_id)
+        ends = (is_picture[1:] != is_picture[:-1]).nonzero()[:, 0] + 1
+        return list(torch.tensor_split(ids, ends.cpu()))
+
+    def _pictures_of(self, lengths: list[int]) -> list[int]:
+        """Tell how many pictures each run of image tokens holds."""
+        if len(lengths) == self.num_pictures:
+            return [1] * len(lengths)
+        size, rest = divmod(sum(lengths), max(self.num_pictures, 1))
+        if rest or any(length % size for length in lengths):
+            raise ValueError(
+                f"Pictures of different sizes must have text between them, got {self.num_pictures} pictures in "
+                f"{len(lengths)} places. Put a word between them, or use `VLMDrafter`."
+            )
+        return [length // size for length in lengths]
+
+
+class View(Protocol):
+    """Shows all prompts of a call in its own way. It must be hashable: a later turn asks whether it is the same."""
+
+    def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
+        """Return one `ViewPrompt` for each prompt."""
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """The prompt as it is."""
+
+    def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
+        embeds = prompts.replace_pictures(prompts.pictures)
+        if not hasattr(prompts.model.model, "get_rope_index") or not prompts.num_pictures:
+            return [ViewPrompt(rows) for rows in embeds]
+        # Pictures have positions on three axes.
+        inputs = prompts.inputs
+        positions, _ = prompts.model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=inputs.get("attention_mask"),
+        )
+        masks = inputs["attention_mask"].bool() if "attention_mask" in inputs else [slice(None)] * len(embeds)
+        return [ViewPrompt(rows, positions[:, i, masks[i]]) for i, rows in enumerate(embeds)]
+
+
+@dataclass(frozen=True)
+class TextOnly:
+    """
+    The text without its pictures.
+
+    Args:
+        replacement_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
+            Tokens in the place of each picture. The published drafts had a newline there.
+    """
+
+    replacement_ids: tuple[int, ...] = ()
+
+    def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
+        replacement = prompts.embed(self.replacement_ids)
+        return [ViewPrompt(rows) for rows in prompts.replace_pictures([replacement] * prompts.num_pictures)]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """
+    The prompt with small pictures: the features of the vision tower averaged before the projector.
+
+    Of pictures that a model cuts into tiles, the whole at low resolution is taken.
+
+    Args:
+        height, width (`int`, *optional*, defaults to 12):
+            Visual tokens of a picture, vertically and horizontally.
+    """
+
+    height: int = 12
+    width: int = 12
+
+    def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
+        return [ViewPrompt(rows) for rows in prompts.replace_pictures(self._pool(prompts))]
+
+    def _pool(self, prompts: Prompts) -> list[torch.Tensor]:
+        if prompts.num_pictures == 0:
+            return []
+        base, config = prompts.model.model, prompts.model.config
+        if not (hasattr(base, "vision_tower") and hasattr(base, "multi_modal_projector")):
+            raise ValueError(
+                f"Pictures can be pooled in models of the LLaVA family, got {type(prompts.model).__name__}. Leave the "
+                "view `pooled` out."
+            )
+        pixels = prompts.inputs["pixel_values"].to(prompts.model.dtype)
+        pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
+        layers = config.vision_feature_layer
+        states = base.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
+        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        features = torch.cat(chosen, dim=-1)
+        side = int(features.shape[1] ** 0.5)
+        features = features[:, features.shape[1] - side**2 :]  # without a class token
+        grid = features.transpose(1, 2).unflatten(-1, (side, side))
+        pooled = F.adaptive_avg_pool2d(grid, (self.height, self.width)).flatten(2).transpose(1, 2)
+        return list(base.multi_modal_projector(pooled))
+
+
+@dataclass(frozen=True)
+class Caption:
+    """
+    The text with captions in the place of its pictures.
+
+    Args:
+        ids (`tuple[int, ...]` or `Callable`):
+            Tokens in the place of each picture, or a function of the call's inputs that returns one list of tokens for
+            each picture.
+    """
+
+    ids: tuple[int, ...] | Callable[[Mapping[str, Any]], Sequence[Sequence[int]]]
+
+    def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
+        captions = self.ids(prompts.inputs) if callable(self.ids) else [self.ids] * prompts.num_pictures
+        if len(captions) != prompts.num_pictures:
+            raise ValueError(
+                f"A caption is needed for each of {prompts.num_pictures} pictures, got {len(captions)}. Return one "
+                "list of tokens for each."
+            )
+        return [ViewPrompt(rows) for rows in prompts.replace_pictures([prompts.embed(ids) for ids in captions])]
+
+
+VIEWS: dict[str, Callable[[], View]] = {"multimodal": Multimodal, "text_only": TextOnly, "pooled": Pooled}
+
+
+def stack(rows: list[ViewPrompt]) -> dict[str, torch.Tensor]:
+    """Put prompts into one left-padded batch."""
+    lengths = [len(row.inputs_embeds) for row in rows]
+    longest = max(lengths)
+    embeds = [F.pad(row.inputs_embeds, (0, 0, longest - length, 0)) for row, length in zip(rows, lengths, strict=True)]
+    mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
+    batch = {"inputs_embeds": torch.stack(embeds), "attention_mask": mask.to(embeds[0].device)}
+    if any(row.position_ids is not None for row in rows):
+        counted = [torch.arange(length, device=mask.device).expand(3, -1) for length in lengths]
+        axes = [
+            count if row.position_ids is None else row.position_ids.to(mask.device)
+            for row, count in zip(rows, counted, strict=True)
+        ]
+        # The axis that counts tokens comes before those of the pictures.
+        axes = [torch.cat([count[:1], own]) for count, own in zip(counted, axes, strict=True)]
+        padded = [F.pad(own, (longest - length, 0)) for own, length in zip(axes, lengths, strict=True)]
+        batch["position_ids"] = torch.stack(padded, dim=1)
+    return batch
