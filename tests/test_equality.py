@@ -148,7 +148,7 @@ def ended_inside(oracle: Oracle, ends: list[int]) -> bool:
 def check_tokens(
     architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
 ) -> None:
-    """Compare plain decoding with a random draft, a draft model alone and as an ensemble, and oracles, in one cell of the table."""
+    """Compare plain decoding with a random draft, a draft model, an ensemble and oracles, in one cell of the table."""
     target = make_target(architecture, attn_implementation, device)
     inputs = make_inputs(architecture, (1,) if batch_size == 1 else (2, 0, 1))
     inputs = {name: values.to(device) for name, values in inputs.items()}
