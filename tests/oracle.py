@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from transformers_msd import CallInputs, Committed, Target, TokenTree, TreeCandidateGenerator
+from transformers_msd import CallInputs, Committed, Target, TokenTree, TreeCandidateGenerator, TreeConfig
 
 
 class Oracle:
@@ -27,6 +27,7 @@ class Oracle:
     def __init__(
         self, token_ids: torch.Tensor, vocab_size: int, depth: int = 4, error_rate: float = 0.3, seed: int = 0
     ) -> None:
+        self.tree_config = TreeConfig(gate=False)
         self.token_ids = token_ids.tolist()
         self.vocab_size = vocab_size
         self.depth = depth

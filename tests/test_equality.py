@@ -169,10 +169,11 @@ def check_tokens(
 
     torch.manual_seed(1)
     draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval().to(device)
-    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3)
-    drafted = generate(target, inputs, **kwargs, assistant_model=draft)
-    assert torch.equal(drafted.sequences, plain.sequences)
-    assert torch.equal(get_random_state(), random_state)
+    for gate in (False, True):
+        draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=gate)
+        drafted = generate(target, inputs, **kwargs, assistant_model=draft)
+        assert torch.equal(drafted.sequences, plain.sequences)
+        assert torch.equal(get_random_state(), random_state)
 
     # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)

@@ -38,7 +38,7 @@ class MSDConfig(PreTrainedConfig):
     decoupled: bool = True
     fc_bias: bool = True
     input_layernorm: bool = False
-    tree_config: dict[str, int | float] | None = None
+    tree_config: dict[str, int | float | bool] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

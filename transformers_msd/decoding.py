@@ -10,9 +10,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers_msd.cache import carry, check_cache, take_carried
 from transformers_msd.drafters.base import CallInputs, TreeAssistant
 from transformers_msd.emission import Emission
+from transformers_msd.gate import Gate
 from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.sampling import Sampler
 from transformers_msd.target import Target
+from transformers_msd.tree import TreeConfig
 from transformers_msd.verify import NoiseTape, verify
 
 
@@ -62,7 +64,12 @@ def tree_decoding(
     if generation_config.do_sample:
         noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
     sampler = Sampler(logits_processor, emission, noise)
-    candidates = assistant.candidate_generator(target, CallInputs(arguments, sampler, carried))
+    tree_config = getattr(assistant, "tree_config", None)
+    candidates = Gate(
+        assistant.candidate_generator(target, CallInputs(arguments, sampler, carried)),
+        emission,
+        is_active=not isinstance(tree_config, TreeConfig) or tree_config.gate,
+    )
     while True:
         logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
         choices, scores = sampler.choose(tree, logits)

@@ -113,11 +113,12 @@ class Emission:
                 self._eos_ends[row] = len(self.tokens[row])
         counts = [length - start for length, start in zip(self.lengths, starts, strict=True)]
         self.outputs.add(acceptance.path, counts, scores, logits, hidden_states)
-        if tree.depth > 0:
+        if any(starts):
             self._rounds.starts.append(starts)
             self._rounds.lengths.append(self.lengths)
             self._rounds.num_accepted.append([num_accepted for num_accepted, *_ in found])
             self._rounds.num_drafted.append((tree.parents >= 0).sum(-1))
+            self._rounds.num_plain_steps += tree.num_nodes == 1
         while not self.is_done and min(self.lengths) > self.num_steps:
             self._complete_step()
 

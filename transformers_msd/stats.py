@@ -23,12 +23,16 @@ class SpeculativeStats:
             Drafted tokens emitted.
         acceptance_by_depth (`list[float]`):
             Share of the rounds that accepted a token at depth 1, 2, and so on.
+        num_plain_steps (`int`):
+            Rounds in which nothing was drafted, because drafting did not pay of late. They count as rounds of one
+            token.
     """
 
     acceptance_lengths: torch.Tensor
     num_drafted: int = 0
     num_accepted: int = 0
     acceptance_by_depth: list[float] = field(default_factory=list)
+    num_plain_steps: int = 0
 
     @property
     def num_rounds(self) -> int:
@@ -56,6 +60,7 @@ class Rounds:
     lengths: list[list[int]] = field(default_factory=list)
     num_accepted: list[list[int]] = field(default_factory=list)
     num_drafted: list[torch.Tensor] = field(default_factory=list)
+    num_plain_steps: int = 0
 
     def summarize(self, ends: list[int]) -> SpeculativeStats:
         """
@@ -78,4 +83,5 @@ class Rounds:
             num_drafted=int(num_drafted[emitted > 0].sum()),
             num_accepted=int(accepted.sum()),
             acceptance_by_depth=[float((accepted >= depth).sum() / num_row_rounds) for depth in range(1, deepest + 1)],
+            num_plain_steps=self.num_plain_steps,
         )

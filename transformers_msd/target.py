@@ -67,9 +67,9 @@ class Committed:
             lengths=lengths,
         )
 
-    def join(self, later: "Committed") -> "Committed":
-        """Put the rows of `later` behind these."""
-        parts = (self, later)
+    def join(self, *later: "Committed") -> "Committed":
+        """Put later rows behind these."""
+        parts = (self, *later)
         real = [
             torch.arange(part.token_ids.shape[1], device=part.lengths.device) < part.lengths[:, None] for part in parts
         ]
@@ -78,7 +78,7 @@ class Committed:
             for field in fields(self)
             if field.name != "lengths"
         }
-        return Committed(**rows, lengths=self.lengths + later.lengths).pack(torch.cat(real, dim=1))
+        return Committed(**rows, lengths=self.lengths).pack(torch.cat(real, dim=1))
 
     @property
     def root_token_ids(self) -> torch.Tensor:
@@ -143,6 +143,8 @@ class Target:
         """Take what the cache holds after the prefill as the settled rows."""
         self._num_columns = self._prompt_length = self.cache.get_seq_length()
         mask = self._model_kwargs.get("attention_mask")
+        # Told on the host: one sequence without padding, whose columns are all real.
+        self._is_packed = mask is None and batch_size == 1
         if mask is None:
             mask = torch.ones(batch_size, self._num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
@@ -164,9 +166,11 @@ class Target:
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
+        if tree.num_nodes == 1 and self._is_packed:
+            return self.forward_rows(tree.token_ids, tree.depths, None)
         return self.forward_rows(tree.token_ids, tree.depths, tree.ancestor_mask)
 
-    def forward_rows(self, token_ids: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> ModelOutput:
+    def forward_rows(self, token_ids: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor | None) -> ModelOutput:
         """
         Run tokens that are no settled part of the sequences, behind the cache.
 
@@ -176,11 +180,15 @@ class Target:
             depths (`torch.Tensor` of shape `(batch_size, num_rows)` or `(num_rows,)`):
                 How far each lies behind the first token that has no settled row.
             visible (`torch.Tensor` of shape `(batch_size, num_rows, num_unsettled)`):
-                Which of the unsettled rows, these last ones included, each row sees.
+                Which of the unsettled rows, these last ones included, each row sees; `None` where it is all of them
+                and no column of the cache is padding.
         """
         num_rows = token_ids.shape[1]
-        columns = torch.arange(self._num_columns, device=self._lengths.device) < self._lengths[:, None]
-        columns[:, : self._prompt_length] &= self._prompt_mask[:, : self._num_columns]
+        attention_mask = None
+        if visible is not None:
+            columns = torch.arange(self._num_columns, device=self._lengths.device) < self._lengths[:, None]
+            columns[:, : self._prompt_length] &= self._prompt_mask[:, : self._num_columns]
+            attention_mask = tree_attention_mask(columns, visible, self._dtype)
         kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
@@ -193,7 +201,7 @@ class Target:
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
             past_key_values=self.cache,
-            attention_mask=tree_attention_mask(columns, visible, self._dtype),
+            attention_mask=attention_mask,
             position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
             use_cache=True,
             is_first_iteration=False,
@@ -239,7 +247,7 @@ class Target:
         """
         device = self._lengths.device
         roots = torch.tensor([row[-1] for row in tokens], device=device)
-        if tree.depth == 0:
+        if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
             prompt, self._prompt = self._prompt, None
             return self._pair(prompt, roots)

@@ -25,6 +25,8 @@ class TreeConfig:
             Probability that the draft must give the path to a node for the node to be expanded and verified, so that
             the tree is as large as the draft is sure of itself (Spec-LLaVA, arXiv 2509.11961, on probabilities in
             place of its raw logits). 0 always fills the tree.
+        gate (`bool`, *optional*, defaults to `True`):
+            Whether to decode plainly for a while where few drafted tokens are accepted of late.
 
     The defaults are MSD's (arXiv 2505.14260): its `total_token=59, depth=5, top_k=10`.
     """
@@ -33,6 +35,7 @@ class TreeConfig:
     depth: int = 6
     top_k: int = 10
     min_probability: float = 0.0
+    gate: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("num_nodes", 2), ("depth", 1), ("top_k", 1)):

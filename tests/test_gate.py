@@ -1,0 +1,81 @@
+"""Where drafting does not pay it rests; the tokens stay the same, and it comes back when it pays again."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from zoo import ARCHITECTURES, make_inputs, make_target
+
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS
+
+
+def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return target.generate(**inputs, return_dict_in_generate=True, **{"max_new_tokens": 60} | kwargs)
+
+
+def random_draft(target: PreTrainedModel, **settings: Any) -> MSDDraftModel:
+    torch.manual_seed(1)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
+    draft.tree_config = TreeConfig(num_nodes=4, depth=3, top_k=1, **settings)
+    return draft
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("num_images", [(1,), (2, 0, 1)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bad_draft_rests_and_the_tokens_are_equal(architecture, num_images, do_sample):
+    target = make_target(architecture)
+    inputs = make_inputs(architecture, num_images)
+    plain = generate(target, inputs, do_sample=do_sample)
+    drafted = generate(target, inputs, do_sample=do_sample, assistant_model=random_draft(target))
+    assert torch.equal(drafted.sequences, plain.sequences)
+    for layer, plain_layer in zip(drafted.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        torch.testing.assert_close(layer.keys, plain_layer.keys, atol=1e-4, rtol=1e-4)
+    stats = drafted.speculative_stats
+    assert stats.num_plain_steps > FIRST_REST
+    assert stats.acceptance_lengths.sum() == plain.sequences.shape[0] * 59
+    ungated = generate(target, inputs, do_sample=do_sample, assistant_model=random_draft(target, gate=False))
+    assert torch.equal(ungated.sequences, plain.sequences)
+    assert ungated.speculative_stats.num_plain_steps == 0
+
+
+def test_rests_grow_and_probes_are_short():
+    target = make_target("llama")
+    draft = random_draft(target)
+    widths = []
+    draft.register_forward_hook(lambda module, args, kwargs, output: widths.append(1), with_kwargs=True)
+    output = generate(target, make_inputs("llama", (1,)), max_new_tokens=300, assistant_model=draft)
+    lengths = output.speculative_stats.acceptance_lengths[:, 0]
+    assert lengths.float().mean() < 1.2
+    num_drafted_rounds = len(lengths) - output.speculative_stats.num_plain_steps
+    # Rests of 24, 72 and 216 steps come after 3, 2 and 2 rounds.
+    assert num_drafted_rounds == FIRST_ROUNDS + 2 * PROBE_ROUNDS
+    assert output.speculative_stats.num_plain_steps == len(lengths) - num_drafted_rounds
+    assert FIRST_REST * (1 + LONGER) < output.speculative_stats.num_plain_steps < FIRST_REST * (1 + LONGER + LONGER**2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llava", "qwen2_5_vl"])
+def test_draft_knows_what_came_to_stand_while_it_rested(architecture, monkeypatch):
+    target = make_target(architecture)
+    chain = TreeConfig(num_nodes=5, depth=4, top_k=1)
+    drafter = VLMDrafter(copy.deepcopy(target), tree_config=chain)
+    # The first rounds count as bad whatever they were, the later ones as good.
+    monkeypatch.setattr("transformers_msd.gate.BREAK_EVEN", 100.0)
+    monkeypatch.setattr("transformers_msd.gate.LONGER", 1)
+    output = generate(target, make_inputs(architecture, (1,)), max_new_tokens=80, assistant_model=drafter)
+    lengths = output.speculative_stats.acceptance_lengths[:-1, 0].tolist()
+    first, rest, probe = [5] * FIRST_ROUNDS, [1] * FIRST_REST, [5] * PROBE_ROUNDS
+    expected = first + rest + probe + rest
+    assert lengths[: len(expected)] == expected[: len(lengths)]
+    assert len(lengths) > len(first + rest + probe)
+
+
+def test_good_draft_never_rests():
+    target = make_target("llava")
+    drafter = VLMDrafter(copy.deepcopy(target), tree_config=TreeConfig(num_nodes=5, depth=4, top_k=1))
+    output = generate(target, make_inputs("llava", (1, 1)), assistant_model=drafter)
+    assert output.speculative_stats.num_plain_steps == 0
