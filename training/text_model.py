@@ -20,7 +20,7 @@ from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
 from transformers_msd.trainer import AcceptanceLength, MSDTrainer, MSDTrainingConfig
 
 
-TREES = (TreeConfig(16, 5, 4), TreeConfig(32, 6, 4))
+TREES = (TreeConfig(16, 5, 4, gate=False), TreeConfig(32, 6, 4, gate=False))
 MODES = {"greedy": {"do_sample": False}, "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0}}
 PROMPT_LENGTH = 12
 

@@ -46,6 +46,7 @@ class Blinkered:
     def __init__(self, draft: MSDDraftModel, picture: str) -> None:
         self.draft = draft
         self.picture = picture
+        self.tree_config = replace(draft.tree_config, gate=False)
         # Visual rows of earlier prompts by their number, from which the next prompt gets its other picture.
         self.seen: dict[int, torch.Tensor] = {}
 

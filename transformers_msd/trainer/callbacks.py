@@ -1,16 +1,18 @@
 """How fast the draft will be, seen while it is trained."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import ModelOutput
 from trl.data_utils import prepare_multimodal_messages
 
+from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.target import Target
 from transformers_msd.trainer.metrics import AcceptanceLength
 
 
@@ -32,6 +34,23 @@ def encode_prompt(processing_class: Any, messages: list[dict[str, Any]]) -> dict
     return processing_class.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+
+
+class Ungated:
+    """
+    A draft that is tried in every round, whether it pays or not: its acceptance length is its own.
+
+    Args:
+        draft ([`MSDDraftModel`]):
+            The draft.
+    """
+
+    def __init__(self, draft: MSDDraftModel) -> None:
+        self.draft = draft
+        self.tree_config = replace(draft.tree_config, gate=False)
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        return self.draft.candidate_generator(target, inputs)
 
 
 class AcceptanceLengthCallback(TrainerCallback):
@@ -78,7 +97,7 @@ class AcceptanceLengthCallback(TrainerCallback):
                 Whether to answer them without the draft, too, and tell the speed-up.
         """
         trainer = self.trainer
-        draft: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+        draft: MSDDraftModel = trainer.accelerator.unwrap_model(trainer.model)
         was_training = draft.training
         draft.eval()
         answers: list[_Answer] = []
@@ -107,7 +126,7 @@ class AcceptanceLengthCallback(TrainerCallback):
                 metrics[f"eval_speedup{kind}"] = plain_seconds / sum(answer.seconds for answer in part)
         return metrics
 
-    def _timed(self, inputs: dict[str, torch.Tensor], draft: nn.Module | None) -> tuple[ModelOutput, float]:
+    def _timed(self, inputs: dict[str, torch.Tensor], draft: MSDDraftModel | None) -> tuple[ModelOutput, float]:
         """Generate; return the output and the seconds it took."""
         torch.manual_seed(self.trainer.args.seed)
         start = time.perf_counter()
@@ -115,7 +134,7 @@ class AcceptanceLengthCallback(TrainerCallback):
             **inputs,
             **self.sampling,
             max_new_tokens=self.max_new_tokens,
-            assistant_model=draft,
+            assistant_model=None if draft is None else Ungated(draft),
             return_dict_in_generate=True,
             synced_gpus=False,  # all processes answer the same prompts, in step by themselves
         )

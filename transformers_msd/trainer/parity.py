@@ -12,7 +12,7 @@ from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.target import TOKEN_TYPES, Committed, Target
 from transformers_msd.trainer.data import target_rows
-from transformers_msd.tree import TokenTree
+from transformers_msd.tree import TokenTree, TreeConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class _Recorder:
 
     draft: MSDDraftModel
     fed: list[Committed] = field(default_factory=list)
+    tree_config: TreeConfig = TreeConfig(gate=False)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "_RecordingGenerator":
         return _RecordingGenerator(self.draft.candidate_generator(target, inputs), self.fed)
