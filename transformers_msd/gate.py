@@ -76,7 +76,8 @@ class Gate:
         self._recent.append(sum(emitted) / len(emitted))
         if len(self._recent) < self._num_needed:
             return
-        if sum(self._recent) < BREAK_EVEN * len(self._recent):
+        break_even = self._candidates.break_even or BREAK_EVEN
+        if sum(self._recent) < break_even * len(self._recent):
             self._num_left, self._rest = self._rest, self._rest * LONGER
             self._num_needed = PROBE_ROUNDS
             self._recent.clear()

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+
+from transformers_msd.costs import Sizing
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def grow_tree(
     root_token_ids: torch.Tensor,
     log_probs: torch.Tensor,
     expand: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    sizing: Sizing | None = None,
 ) -> TokenTree:
     """
     Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858).
@@ -132,6 +135,8 @@ def grow_tree(
             parent in the frontier before, of the same shape, and which of the rows drafted so far, these included,
             each node sees, of shape `(batch_size, frontier, rows)`; returns log-probabilities of shape
             `(batch_size, frontier, vocab_size)`.
+        sizing ([`Sizing`], *optional*):
+            Chooses depth and size within the settings, for a batch of one.
     """
     top_k = min(config.top_k, log_probs.shape[-1])
     scores, token_ids = log_probs.topk(top_k)  # (batch, top_k)
@@ -153,6 +158,10 @@ def grow_tree(
                 break
             frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
             frontier, slots = frontier[:, :width], slots[:, :width]
+        if sizing is not None:
+            path, open_path = (scores.exp()[0].tolist() for scores in (_ranked(all_scores), frontier_scores))
+            if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1):
+                break
         width = frontier.shape[1]
         visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
         visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
@@ -168,6 +177,9 @@ def grow_tree(
         slots = best // top_k
         num_candidates += scores.shape[1]
         depth += 1
+    if sizing is not None:
+        path = _ranked(all_scores).exp()[0].tolist()
+        config = replace(config, num_nodes=sizing.settle(path, depth, config.num_nodes - 1) + 1)
     return _keep_best(
         config,
         root_token_ids,
@@ -176,6 +188,10 @@ def grow_tree(
         torch.cat(all_parents, 1),
         depth,
     )
+
+
+def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(scores, dim=1).sort(descending=True).values
 
 
 def _keep_best(

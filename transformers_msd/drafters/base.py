@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
+from transformers_msd.costs import Sizing
 from transformers_msd.sampling import Sampler
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TokenTree
@@ -35,6 +36,9 @@ class CallInputs:
 class TreeCandidateGenerator(CandidateGenerator, ABC):
     """Drafts the token trees of one `generate` call and holds the call's draft caches."""
 
+    # Chooses the size of trees, where the costs of this pair were measured on this machine.
+    sizing: Sizing | None = None
+
     @abstractmethod
     def draft(self, committed: Committed) -> TokenTree:
         """
@@ -44,6 +48,18 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
             committed (`Committed`):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
+
+    @property
+    def break_even(self) -> float | None:
+        """Acceptance length from which rounds pay, where it was measured."""
+        return None if self.sizing is None else self.sizing.costs.break_even
+
+    def sizing_for(self, committed: Committed) -> Sizing | None:
+        """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""
+        if self.sizing is None or len(committed.lengths) > 1:
+            return None
+        self.sizing.observe(int(committed.lengths) - 1)
+        return self.sizing
 
     def carry(self, committed: Committed, target: Target) -> Any | None:
         """

@@ -107,7 +107,7 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
     """
 
     def __init__(self, drafter: EnsembleDrafter, target: Target, inputs: CallInputs) -> None:
-        super().__init__((drafter.models, drafter.views), drafter.tree_config, target, inputs)
+        super().__init__(drafter.models, drafter.views, drafter.tree_config, target, inputs)
         self._drafter = drafter
         # What the views said in the last round: after the root, then after each level of the tree.
         self._said: list[torch.Tensor] = []

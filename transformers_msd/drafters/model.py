@@ -1,13 +1,14 @@
 """Drafting with models of their own: their caches, which rounds extend, and the trees they grow."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from transformers_msd.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TokenTree, TreeConfig, grow_tree
@@ -96,8 +97,10 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
     Rows of the tree that came to stand stay in the models' caches; only the tokens after them are run again.
 
     Args:
-        key (`Any`):
-            Tells whether a later turn goes on with the same models and views.
+        models (`Sequence[PreTrainedModel]`):
+            The models that draft.
+        views (`Sequence[Any]`):
+            What each of them reads. A later turn goes on with the same models and views.
         tree_config ([`TreeConfig`]):
             Tree to draft.
         target ([`Target`]):
@@ -106,8 +109,16 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             Inputs of the call.
     """
 
-    def __init__(self, key: Any, tree_config: TreeConfig, target: Target, inputs: CallInputs) -> None:
-        self._key = key
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        views: Sequence[Any],
+        tree_config: TreeConfig,
+        target: Target,
+        inputs: CallInputs,
+    ) -> None:
+        self._key = (tuple(models), tuple(views))
+        self.sizing = load_sizing(models, target.model)
         self._tree_config = tree_config
         self._target = target
         self._inputs = inputs
@@ -119,7 +130,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         self._pending: Committed | None = None
         self._levels: list[tuple[torch.Tensor, torch.Tensor]] = []
         carried = inputs.carried
-        if isinstance(carried, _Carried) and carried.key == key:
+        if isinstance(carried, _Carried) and carried.key == self._key:
             self._drafts, self._offsets, self._pending = carried.drafts, carried.offsets, carried.pending
             for draft, lengths in zip(self._drafts, carried.lengths, strict=True):
                 no_rows = lengths.new_zeros(len(lengths), 0)
@@ -143,6 +154,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         return logits[0]
 
     def draft(self, committed: Committed) -> TokenTree:
+        sizing = self.sizing_for(committed)
         roots = committed.root_token_ids
         log_probs = self._sampler.rank(self._advance(committed), 0)[:, 0]
         depth = 0
@@ -161,7 +173,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             depth += 1
             return self._sampler.rank(self.mix(torch.cat(parts)), depth)
 
-        return grow_tree(self._tree_config, roots.to(log_probs.device), log_probs, expand)
+        return grow_tree(self._tree_config, roots.to(log_probs.device), log_probs, expand, sizing)
 
     def carry(self, committed: Committed, target: Target) -> _Carried | None:
         if not self._drafts or self._pending is not None:

@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from transformers_msd.cache import keep_rows
+from transformers_msd.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.target import Committed, Target
@@ -44,6 +45,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._device, self._dtype = draft.device, draft.dtype
         self._target = target
         self._sampler = inputs.sampler
+        self.sizing = load_sizing([draft], target.model)
         self._cache = DynamicCache(config=draft.config.get_text_config())
         self._lengths: torch.Tensor | None = None
         self._pending: Committed | None = None
@@ -53,6 +55,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._lengths, self._starts = carried.lengths, carried.starts
 
     def draft(self, committed: Committed) -> TokenTree:
+        sizing = self.sizing_for(committed)
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
         last_rows = committed.last_rows[:, None]
@@ -74,7 +77,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             return self._rank(hidden, depth)
 
         log_probs = self._rank(hidden, depth)[:, 0]
-        tree = grow_tree(self._draft.tree_config, committed.root_token_ids, log_probs, expand)
+        tree = grow_tree(self._draft.tree_config, committed.root_token_ids, log_probs, expand, sizing)
         self._cache.crop(num_columns - self._cache.get_seq_length())
         return tree
 

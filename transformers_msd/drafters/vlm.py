@@ -126,7 +126,7 @@ class VLMCandidateGenerator(ModelCandidateGenerator):
     """
 
     def __init__(self, drafter: VLMDrafter, target: Target, inputs: CallInputs) -> None:
-        super().__init__(drafter.draft_vlm, drafter.tree_config, target, inputs)
+        super().__init__([drafter.draft_vlm], [], drafter.tree_config, target, inputs)
         self._drafter = drafter
 
     def start(self, batch_size: int) -> list[DraftModel]:

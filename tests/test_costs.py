@@ -1,0 +1,135 @@
+"""Trees are sized by what rounds cost, where it was measured; the tokens stay the same."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from zoo import make_draft_model, make_inputs, make_target
+
+from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd.calibration import costs_path, load_sizing, save_costs
+from transformers_msd.cli import main
+from transformers_msd.costs import Costs, Sizing
+from transformers_msd.tuning import measure_costs
+
+
+# A step takes 1 second, a node of a tree 0.1 more, a level `level`.
+def costs(level: float, node: float = 0.1) -> Costs:
+    return Costs(1.0, [2, 10], [1 + 2 * node + 2 * level, 1 + 10 * node + 2 * level], level, 2)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_msd.calibration.HF_HOME", str(tmp_path))
+    return tmp_path
+
+
+def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return target.generate(**inputs, max_new_tokens=40, return_dict_in_generate=True, **kwargs)
+
+
+def test_rounds_are_linear_between_and_beyond_what_was_measured():
+    measured = costs(level=0.5)
+    assert [measured.round(num_nodes, 2) for num_nodes in (2, 6, 10, 20)] == pytest.approx([2.2, 2.6, 3.0, 4.0])
+    assert measured.round(6, 4) == pytest.approx(3.6)
+    assert measured.break_even == pytest.approx(1.7)
+
+
+def test_most_tokens_for_each_second_by_hand():
+    sizing = Sizing(costs(level=0.5))
+    probabilities = [0.9, 0.5, 0.1, 0.05]
+    # 1.9 tokens in 2.2 s, 2.4 in 2.3, 2.5 in 2.4, 2.55 in 2.5: two nodes are best.
+    number, rate = sizing.choose(probabilities, depth=2, most=4)
+    assert number == 2
+    assert rate == pytest.approx(2.4 / 2.3)
+    assert sizing.choose(probabilities, depth=2, most=1)[0] == 1
+    # A level more costs 0.5 s, and can give what its nodes have: 0.9 + 0.5 tokens, but not 0.1.
+    assert sizing.goes_on(probabilities, [0.9, 0.5], depth=2, most=9)
+    assert not sizing.goes_on(probabilities, [0.1], depth=2, most=9)
+
+
+def test_probabilities_are_scaled_by_how_they_turned_out():
+    sizing = Sizing(costs(level=0.5, node=0.6))
+    assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 3
+    for _ in range(20):
+        sizing.settle([0.9, 0.5, 0.4], depth=3, most=3)
+        sizing.observe(0)
+    assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 1
+    sizing.observe(7)  # more than the tree was deep: it rested since, and nothing is learned
+    assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 1
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("kind", ["msd", "vlm", "ensemble"])
+def test_tokens_are_equal_and_trees_follow_the_costs(kind, do_sample):
+    target = make_target("llava")
+    inputs = make_inputs("llava", (1,))
+    plain = generate(target, inputs, do_sample=do_sample)
+    tree = TreeConfig(num_nodes=12, depth=5, top_k=3, gate=False)
+    if kind == "msd":
+        torch.manual_seed(1)
+        assistant = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
+        assistant.tree_config, models = tree, [assistant]
+    else:
+        model = make_draft_model("llava")
+        assistant = (VLMDrafter if kind == "vlm" else EnsembleDrafter)(model, tree_config=tree)
+        models = [model]
+    drafted = []
+    for measured in (None, costs(level=0.0, node=0.0), costs(level=5.0), costs(level=0.0, node=3.0)):
+        if measured is not None:
+            save_costs(measured, models, target)
+        output = generate(target, inputs, do_sample=do_sample, assistant_model=assistant)
+        assert torch.equal(output.sequences, plain.sequences)
+        drafted.append(output.speculative_stats.num_drafted / output.speculative_stats.num_rounds)
+    assert drafted[:2] == [11, 11]  # what costs nothing is always worth it
+    assert drafted[2] <= 3  # one level
+    assert drafted[3] < 2
+
+
+def test_costs_of_another_pair_or_machine_are_ignored(monkeypatch):
+    target, draft = make_target("llama"), make_draft_model("llama")
+    save_costs(costs(1.0), [draft], target)
+    assert load_sizing([draft], target).costs == costs(1.0)
+    assert load_sizing([make_draft_model("llava")], target) is None
+    assert load_sizing([draft, draft], target) is None
+    assert load_sizing([draft], copy.deepcopy(target).to(torch.bfloat16)) is None
+    assert load_sizing([draft], make_target("llama", "eager")) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert load_sizing([draft], target) is None
+
+
+def test_several_prompts_are_drafted_with_the_fixed_tree():
+    target = make_target("llava")
+    drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(12, 5, 3, gate=False))
+    save_costs(costs(level=5.0), [drafter.draft_vlm], target)
+    inputs = make_inputs("llava", (1, 1))
+    output = generate(target, inputs, assistant_model=drafter)
+    assert torch.equal(output.sequences, generate(target, inputs).sequences)
+    assert output.speculative_stats.num_drafted == 11 * int((output.speculative_stats.acceptance_lengths > 0).sum())
+
+
+def test_measuring_leaves_the_draft_as_it_was():
+    target = make_target("llama")
+    tree = TreeConfig(num_nodes=5, depth=3, top_k=2)
+    drafter = VLMDrafter(make_draft_model("llama"), tree_config=tree)
+    measured = measure_costs(target, drafter, prompt_length=32)
+    assert drafter.tree_config == tree
+    assert measured.step > 0
+    assert measured.rounds == sorted(measured.rounds)
+    assert measured.rounds[0] > measured.step / 2
+
+
+def test_command_measures_and_saves(tmp_path, capsys):
+    make_target("llama").save_pretrained(tmp_path / "target")
+    torch.manual_seed(1)
+    MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(tmp_path / "draft")
+    main(["tune", "--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")])
+    assert "A plain step takes" in capsys.readouterr().out
+    target = type(make_target("llama")).from_pretrained(tmp_path / "target")
+    draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
+    saved = json.loads(costs_path([draft], target).read_text())
+    assert load_sizing([draft], target).costs == Costs(**saved)

@@ -1,0 +1,55 @@
+"""`transformers-msd tune`: measure what rounds cost here, so that trees are sized by it."""
+
+import argparse
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="measure what rounds cost on this machine",
+        description="Measure the target's time for verifying trees and the draft's time for growing them. Calls of "
+        "this pair on this machine with one prompt then choose the size of every tree by it.",
+    )
+    parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
+    parser.add_argument("--draft_model", required=True, help="an MSD draft, or a VLM or language model")
+    parser.add_argument("--dtype", default="auto", help="dtype both are loaded in")
+    parser.add_argument("--device", default="cuda if there is one", help="device both run on")
+    parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, save, and print."""
+    import torch
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    from transformers_msd import MSDConfig, MSDDraftModel, VLMDrafter
+    from transformers_msd.calibration import save_costs
+    from transformers_msd.tuning import measure_costs
+
+    def load(name: str) -> torch.nn.Module:
+        config = AutoConfig.from_pretrained(name)
+        auto_class = MSDDraftModel
+        if not isinstance(config, MSDConfig):
+            is_multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+        return auto_class.from_pretrained(name, dtype=arguments.dtype).to(device).eval()
+
+    device = arguments.device
+    if device.startswith("cuda if"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target, draft = load(arguments.target_model), load(arguments.draft_model)
+    costs = measure_costs(
+        target, draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft), arguments.prompt_length
+    )
+    path = save_costs(costs, [draft], target)
+    print(f"A plain step takes {costs.step * 1e3:.2f} ms, a further level of a tree {costs.level * 1e3:.2f} ms.")
+    for num_nodes, seconds in zip(costs.num_nodes, costs.rounds, strict=True):
+        print(f"A round of {num_nodes:3} nodes in {costs.depth} levels: {seconds * 1e3:.2f} ms")
+    print(f"Written to {path}.")

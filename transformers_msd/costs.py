@@ -1,0 +1,108 @@
+"""What rounds cost, and the trees that pay most by it: numbers only, no model."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    Seconds of rounds with one prompt.
+
+    Args:
+        step (`float`):
+            A step of plain decoding.
+        num_nodes (`list[int]`):
+            Sizes of trees that were measured, ascending.
+        rounds (`list[float]`):
+            Rounds with trees of these sizes, grown in `depth` levels.
+        level (`float`):
+            A further level of a tree.
+        depth (`int`):
+            Levels of the measured trees.
+    """
+
+    step: float
+    num_nodes: list[int]
+    rounds: list[float]
+    level: float
+    depth: int
+
+    @property
+    def break_even(self) -> float:
+        """Tokens that the smallest round must emit to pay."""
+        return self.round(2, 1) / self.step
+
+    def round(self, num_nodes: int, depth: int) -> float:
+        """Seconds of a round with a tree of this size, linear between the sizes that were measured and beyond them."""
+        last = len(self.num_nodes) - 1
+        i = min(max(bisect_left(self.num_nodes, num_nodes), 1), last)
+        (low, high), (start, end) = self.num_nodes[i - 1 : i + 1], self.rounds[i - 1 : i + 1]
+        seconds = start + (end - start) * (num_nodes - low) / (high - low)
+        return seconds + (depth - self.depth) * self.level
+
+
+class Sizing:
+    """
+    Chooses depth and size of the trees of one call, so that the most tokens are expected for each second.
+
+    The tokens expected of a tree are 1 and the sum of the probabilities that the draft gives to its paths, scaled by
+    how these turned out so far.
+
+    Args:
+        costs ([`Costs`]):
+            What rounds cost.
+    """
+
+    # Tokens by which the scale is held at 1 in the beginning.
+    PRIOR = 8.0
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self._expected = self._accepted = self.PRIOR
+        # Of the last tree: tokens expected, and its depth.
+        self._last, self._depth = 0.0, 0
+
+    def observe(self, num_accepted: int) -> None:
+        """Learn how many tokens were accepted since the last tree; more than it was deep were not drafted."""
+        if num_accepted <= self._depth:
+            self._expected += self._last
+            self._accepted += num_accepted
+        self._last, self._depth = 0.0, 0
+
+    def choose(self, probabilities: list[float], depth: int, most: int) -> tuple[int, float]:
+        """
+        Choose how many nodes to keep.
+
+        Args:
+            probabilities (`list[float]`):
+                Probabilities of the paths to all candidates, descending.
+            depth (`int`):
+                Levels grown.
+            most (`int`):
+                Most nodes to keep, the root not among them.
+
+        Returns:
+            Their number, and the tokens expected for each second.
+        """
+        scale = self._accepted / self._expected
+        best, best_rate, total = 1, 0.0, 0.0
+        for number, probability in enumerate(probabilities[:most], 1):
+            total += probability
+            rate = (1 + scale * total) / self.costs.round(number + 1, depth)
+            if rate > best_rate:
+                best, best_rate = number, rate
+        return best, best_rate
+
+    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int) -> bool:
+        """Tell whether a further level could pay: the nodes to expand pass on what they have at the most."""
+        number, rate = self.choose(probabilities, depth, most)
+        scale = self._accepted / self._expected
+        total = 1 + scale * (sum(probabilities[:number]) + sum(frontier))
+        return total / self.costs.round(min(number + len(frontier), most) + 1, depth + 1) > rate
+
+    def settle(self, probabilities: list[float], depth: int, most: int) -> int:
+        """Choose how many nodes to keep of a grown tree, and remember what is expected of it."""
+        number, _ = self.choose(probabilities, depth, most)
+        self._last, self._depth = sum(probabilities[:number]), depth
+        return number
