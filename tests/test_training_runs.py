@@ -22,7 +22,15 @@ from transformers_msd.trainer.run import make_parser, train
 
 NUM_STEPS = 6
 # Several epochs, the rows of which do not fill whole steps.
-CURVE = {"stage": "ramp", "max_steps": NUM_STEPS, "num_unroll_steps": 2}
+CURVE = {
+    "stage": "ramp",
+    "max_steps": NUM_STEPS,
+    "num_unroll_steps": 2,
+    "num_eval_prompts": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "eval_max_new_tokens": 6,
+}
 # Sums in another order, over rows padded to another length.
 TOLERANCE = {"rtol": 2e-4, "atol": 0.0}
 
@@ -84,6 +92,8 @@ def test_two_processes_leave_the_curve(world, unbroken):
     finish(launch([*launcher, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
     state = json.loads((world / f"two/checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
     torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
+    measured = [entry["step"] for entry in state["log_history"] if "eval_acceptance_length_image" in entry]
+    assert measured == [3, 6]
 
 
 def test_killed_run_goes_on_where_it_was(world, unbroken):
@@ -134,12 +144,7 @@ def test_run_reports_and_loads(world):
     trainer = run(
         world,
         "reported",
-        stage="ramp",
-        max_steps=4,
-        num_eval_prompts=2,
-        eval_max_new_tokens=8,
-        eval_strategy="steps",
-        eval_steps=2,
+        **CURVE | {"max_steps": 4, "num_eval_prompts": 2, "eval_steps": 2},
     )
     logged = [entry for entry in trainer.state.log_history if "eval_acceptance_length_image" in entry]
     assert [entry["step"] for entry in logged] == [2, 4, 4]

@@ -40,7 +40,12 @@ def probability_loss(logits: torch.Tensor, target_logits: torch.Tensor) -> torch
 
 
 def chunked_token_losses(
-    predicted: torch.Tensor, target: torch.Tensor, head: nn.Module, chunk_size: int, losses: list[TokenLoss]
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    head: nn.Module,
+    chunk_size: int,
+    losses: list[TokenLoss],
+    draft_head: nn.Module | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """
     Compute losses on tokens through the target's head, the logits of one chunk in memory at a time.
@@ -56,6 +61,8 @@ def chunked_token_losses(
             Rows per chunk.
         losses (`list[TokenLoss]`):
             Functions of the draft's and the target's logits.
+        draft_head (`torch.nn.Module`, *optional*):
+            Head of the draft, where it has one of its own.
 
     Returns:
         `tuple[list[torch.Tensor], torch.Tensor]`: The losses, and whether the most likely tokens agree, all of shape
@@ -63,7 +70,7 @@ def chunked_token_losses(
     """
 
     def chunk_losses(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = head(predicted)
+        logits = (draft_head or head)(predicted)
         with torch.no_grad():
             target_logits = head(target)
         agrees = logits.argmax(-1) == target_logits.argmax(-1)

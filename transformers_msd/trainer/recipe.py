@@ -196,7 +196,7 @@ def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> 
     messages = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in messages]
     num_places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     if num_places == 0 and pictures:
-        first = next(turn for turn in messages if turn["role"] == "user")
+        first = next((turn for turn in messages if turn["role"] == "user"), messages[0])
         first["content"] = [{"type": "image", "text": None} for _ in pictures] + first["content"]
     return {"messages": messages, "images": [_located(picture, folder) for picture in pictures]}
 
