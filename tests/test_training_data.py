@@ -1,5 +1,6 @@
 """What is trained on: long rows, unreadable pictures, answers of the target itself, other kinds of targets."""
 
+import copy
 import logging
 
 import pytest
@@ -200,3 +201,36 @@ def test_metrics():
         AcceptanceLength().compute(predictions=[[]])
     matched = ExactMatch().compute(predictions=["a b ", "c"], references=["a b", "d"])
     assert matched == {"exact_match": 0.5}
+
+
+def test_small_model_is_distilled_from_the_target(target, processor, rows, tmp_path):
+    from trl import SFTConfig
+
+    from transformers_msd.trainer.vlm import VLMDraftTrainer
+
+    torch.manual_seed(1)
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        learning_rate=3e-3,
+        assistant_only_loss=True,
+        activation_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    student = build_model(processor, num_layers=1)
+    settings = {"args": args, "train_dataset": rows, "eval_dataset": rows, "processing_class": processor}
+    trainer = VLMDraftTrainer(model=student, target=target, **settings)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    # What the target says of itself is the least that can be reached.
+    itself = VLMDraftTrainer(model=copy.deepcopy(target).requires_grad_(True), target=target, **settings).evaluate()
+    assert itself["eval_loss"] < trainer.evaluate()["eval_loss"]
+    assert itself["eval_agreement"] == 1
+    student.config.text_config.vocab_size += 1
+    with pytest.raises(ValueError, match="must have the target's vocabulary"):
+        VLMDraftTrainer(model=student, target=target, **settings)
