@@ -105,6 +105,7 @@ def main() -> None:
     independent = AutoModelForCausalLM.from_pretrained(arguments.independent, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     texts = write(target, arguments.num_texts, arguments.length, seed=0)
+    print(f"{len(texts)} texts written", flush=True)
     rows = Dataset.from_dict({"input_ids": texts, "labels": texts})
     torch.manual_seed(0)
     draft = MSDDraftModel(MSDConfig.from_target(target.config, intermediate_size=4 * target.config.hidden_size))

@@ -15,8 +15,8 @@ from datasets import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from trl import SFTConfig
 
+from training.tiny_world.ablation import make_rows
 from training.tiny_world.target import CHECKPOINT, draw_weights, load_target
-from training.tiny_world.train_draft import training_batches
 from transformers_msd.trainer.generation import GenerationSettings, generate_data
 from transformers_msd.trainer.vlm import VLMDraftTrainer
 
@@ -39,16 +39,13 @@ def build_draft_vlm(target: LlavaForConditionalGeneration) -> LlavaForConditiona
     return draft
 
 
-def answered_rows(
-    target: LlavaForConditionalGeneration, processor: LlavaProcessor, num_rows: int, work: Path
-) -> Dataset:
-    """Let the target answer training rows, in batches of similar length; the answers are kept below `work`."""
+def answered_rows(target: LlavaForConditionalGeneration, processor: LlavaProcessor, work: Path) -> Dataset:
+    """Let the target answer training rows, half of them with pictures; the answers are kept below `work`."""
     output = work / "answered"
     if output.exists():
         return Dataset.load_from_disk(output)
-    rows = training_batches("multimodal", num_rows // 16, 16, seed=50)
     settings = GenerationSettings(batch_size=64, max_new_tokens=160, rows_per_chunk=512)
-    return generate_data(target, processor, rows, output, settings)
+    return generate_data(target, processor, make_rows(), output, settings)
 
 
 def main() -> None:
@@ -56,8 +53,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=CHECKPOINT)
     parser.add_argument("--output", type=Path, default=DRAFT_VLM_CHECKPOINT)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world/draft_vlm"), help="answers and log")
-    parser.add_argument("--num-rows", type=int, default=3200)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
@@ -84,7 +80,7 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    rows = answered_rows(target, processor, arguments.num_rows, arguments.work)
+    rows = answered_rows(target, processor, arguments.work)
     trainer = VLMDraftTrainer(
         model=draft,
         target=target,
