@@ -45,7 +45,7 @@ def measure(target: PreTrainedModel, prompts: list[list[int]], assistant: Any, s
     """Continue the prompts without and with an assistant in turn: τ, speed-up, and how many are equal."""
     rounds, equal, seconds, plain_seconds = [], 0, 0.0, 0.0
     for seed, prompt in enumerate(prompts):
-        call = {"input_ids": torch.tensor([prompt]), "max_new_tokens": 128, "return_dict_in_generate": True} | settings
+        call = {"input_ids": torch.tensor([prompt]), "max_new_tokens": 100, "return_dict_in_generate": True} | settings
         outputs = []
         for assistant_model in (None, assistant):
             torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def measure_stock(
 
     num_tokens, seconds, plain_seconds = 0, 0.0, 0.0
     for seed, prompt in enumerate(prompts):
-        call = {"input_ids": torch.tensor([prompt]), "max_new_tokens": 128} | settings
+        call = {"input_ids": torch.tensor([prompt]), "max_new_tokens": 100} | settings
         torch.manual_seed(seed)
         start = time.perf_counter()
         target.generate(**call)
@@ -93,9 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--independent", type=Path, required=True, help="model of the same vocabulary")
-    parser.add_argument("--num-texts", type=int, default=2560)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--num-texts", type=int, default=1280)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--work", type=Path, default=Path("/tmp/text_model"))
     parser.add_argument("--output", type=Path, help="where results are saved as JSON")
@@ -113,14 +113,14 @@ def main() -> None:
         output_dir=str(arguments.work),
         stage="text",
         max_steps=arguments.steps,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         max_grad_norm=1.0,
         token_loss_weight=1.0,
         feature_noise=0.0,
-        num_unroll_steps=4,
+        num_unroll_steps=3,
         head_chunk_size=8192,
         logging_steps=50,
         save_strategy="no",

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=CHECKPOINT)
     parser.add_argument("--output", type=Path, default=DRAFT_VLM_CHECKPOINT)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world/draft_vlm"), help="answers and log")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=350)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
