@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 
 pytest.importorskip("datasets")
 from training.tiny_world.evaluate import Blinkered, blinker, compare
 from training.tiny_world.target import encode_prompts, load_target
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.train_draft_vlm import DRAFT_VLM_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts
-from transformers_msd import MSDDraftModel
+from transformers_msd import EnsembleDrafter, MSDDraftModel, TreeConfig, VLMDrafter
 
 
 ROOT = Path(__file__).parents[1]
@@ -116,3 +118,14 @@ def test_checkpoints_are_small_and_hold_no_vocabulary_twice(pair: tuple) -> None
     target, _, draft = pair
     vocab_size = target.config.get_text_config().vocab_size
     assert not any(vocab_size in parameter.shape for parameter in draft.parameters())
+
+
+@pytest.mark.parametrize("drafter_class", [VLMDrafter, EnsembleDrafter])
+def test_the_small_vlm_drafts(pair: tuple, encoded: list, drafter_class: type) -> None:
+    target, processor, _ = pair
+    draft_vlm = LlavaForConditionalGeneration.from_pretrained(DRAFT_VLM_CHECKPOINT, dtype=torch.float32)
+    drafter = drafter_class(draft_vlm, tree_config=TreeConfig(num_nodes=16, depth=5, top_k=3))
+    figures = compare(target, drafter, processor, encoded, {"do_sample": False, "max_new_tokens": 60})
+    for row in figures.values():
+        assert row["equal"] == row["prompts"]
+    assert figures["all"]["tau"] >= 2.5

@@ -2,8 +2,8 @@
 Train a draft for a small text model on what it writes itself, and measure it on held-out beginnings.
 
 `python -m training.text_model --target FOLDER --independent FOLDER`. The target writes from nothing at temperature 1;
-what it wrote from other seeds gives the held-out prompts. The independent model of the same vocabulary drafts for it
-as Transformers' own assistant, for comparison.
+what it wrote from other seeds gives the held-out prompts. For comparison an independent model of the same vocabulary
+drafts for it, in the same trees, and as Transformers' own assistant.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.trainer import AcceptanceLength, MSDTrainer, MSDTrainingConfig
 
 
@@ -89,21 +89,10 @@ def measure_stock(
     return {"tau": num_tokens / forwards, "speedup": plain_seconds / seconds, "prompts": len(prompts)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--independent", type=Path, required=True, help="model of the same vocabulary")
-    parser.add_argument("--num-texts", type=int, default=1280)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--num-prompts", type=int, default=24)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/text_model"))
-    parser.add_argument("--output", type=Path, help="where results are saved as JSON")
-    arguments = parser.parse_args()
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
-    target.generation_config.pad_token_id = target.config.eos_token_id
-    independent = AutoModelForCausalLM.from_pretrained(arguments.independent, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+def train_draft(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> MSDDraftModel:
+    """Train a draft on what the target writes."""
     texts = write(target, arguments.num_texts, arguments.length, seed=0)
     print(f"{len(texts)} texts written", flush=True)
     rows = Dataset.from_dict({"input_ids": texts, "labels": texts})
@@ -131,14 +120,38 @@ def main() -> None:
     )
     MSDTrainer(model=draft, target=target, args=args, train_dataset=rows, processing_class=tokenizer).train()
     draft.save_pretrained(arguments.work)
-    draft.eval()
+    return draft.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--independent", type=Path, required=True, help="model of the same vocabulary")
+    parser.add_argument("--draft", type=Path, help="a trained draft, to measure only")
+    parser.add_argument("--num-texts", type=int, default=1280)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--num-prompts", type=int, default=24)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/text_model"))
+    parser.add_argument("--output", type=Path, help="where results are saved as JSON")
+    arguments = parser.parse_args()
+    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
+    target.generation_config.pad_token_id = target.config.eos_token_id
+    independent = AutoModelForCausalLM.from_pretrained(arguments.independent, dtype=torch.float32).eval()
+    if arguments.draft is None:
+        draft = train_draft(target, AutoTokenizer.from_pretrained(arguments.target), arguments)
+    else:
+        draft = MSDDraftModel.from_pretrained(arguments.draft, dtype=torch.float32).eval()
     prompts = [text[:PROMPT_LENGTH] for text in write(target, arguments.num_prompts, 64, seed=1)]
     results: dict[str, dict[str, dict[str, float]]] = {}
     for mode, settings in MODES.items():
         results[mode] = {}
         for tree in TREES:
             draft.tree_config = tree
-            results[mode][f"MSD, {tree}"] = measure(target, prompts, draft, settings)
+            shape = f"{tree.num_nodes} nodes in {tree.depth} levels"
+            results[mode][f"MSD, {shape}"] = measure(target, prompts, draft, settings)
+            drafter = VLMDrafter(independent, tree_config=tree)
+            results[mode][f"independent model, {shape}"] = measure(target, prompts, drafter, settings)
         results[mode]["independent model, Transformers' assistant"] = measure_stock(
             target, prompts, independent, settings
         )
