@@ -20,6 +20,7 @@ class GoldenTarget:
     """The embeddings and head of a golden file, all that a draft asks of its target."""
 
     def __init__(self, embed_tokens: torch.Tensor, head: torch.Tensor) -> None:
+        self.model = None
         self.embed = lambda token_ids: embedding(token_ids, embed_tokens)
         self.logits = lambda features: linear(features, head)
 
