@@ -78,6 +78,8 @@ def test_views_replace_every_picture():
     assert [len(row.inputs_embeds) for row in TextOnly()(prompts)] == [len(own) for own in text]
     captions = Caption(lambda inputs: [(11,), (12, 13), (14, 15, 16)])(prompts)
     assert [len(row.inputs_embeds) - len(own) for row, own in zip(captions, text, strict=True)] == [3, 0, 3]
+    # Nothing to caption, nobody to ask.
+    assert len(Caption(lambda inputs: 1 / 0)(Prompts(model, make_inputs("llava", (0,))))) == 1
     with pytest.raises(ValueError, match="A caption is needed for each of 3 pictures, got 1"):
         Caption(lambda inputs: [(11,)])(prompts)
 

@@ -215,7 +215,9 @@ class Caption:
     ids: tuple[int, ...] | Callable[[Mapping[str, Any]], Sequence[Sequence[int]]]
 
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
-        captions = self.ids(prompts.inputs) if callable(self.ids) else [self.ids] * prompts.num_pictures
+        captions = [self.ids] * prompts.num_pictures
+        if callable(self.ids) and captions:
+            captions = self.ids(prompts.inputs)
         if len(captions) != prompts.num_pictures:
             raise ValueError(
                 f"A caption is needed for each of {prompts.num_pictures} pictures, got {len(captions)}. Return one "
