@@ -105,7 +105,7 @@ def test_costs_of_another_pair_or_machine_are_ignored(monkeypatch):
 def test_several_prompts_are_drafted_with_the_fixed_tree():
     target = make_target("llava")
     drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(12, 5, 3, gate=False))
-    save_costs(costs(level=5.0), [drafter.draft_vlm], target)
+    save_costs(costs(level=5.0), [*drafter.models], target)
     inputs = make_inputs("llava", (1, 1))
     output = generate(target, inputs, assistant_model=drafter)
     assert torch.equal(output.sequences, generate(target, inputs).sequences)

@@ -20,8 +20,8 @@ from transformers_msd import (
 )
 from transformers_msd.drafters.ensemble import EnsembleCandidateGenerator, simplex
 from transformers_msd.drafters.model import DraftModel
-from transformers_msd.drafters.views import stack
-from transformers_msd.drafters.vlm import prompt_of
+from transformers_msd.drafters.prompts import prompt_of
+from transformers_msd.drafters.views import left_pad
 
 
 TREE = TreeConfig(num_nodes=9, depth=4, top_k=2)
@@ -52,8 +52,8 @@ def test_each_view_says_in_the_batch_what_it_says_alone(architecture):
     model = make_target(architecture)
     prompts = Prompts(model, prompt_of(model, model, make_inputs(architecture, (2, 0, 1))))
     views = [view(prompts) for view in views_of(architecture)]
-    together = logits_after(model, stack([row for rows in views for row in rows]))
-    alone = torch.cat([logits_after(model, stack([row])) for rows in views for row in rows])
+    together = logits_after(model, left_pad([row for rows in views for row in rows]))
+    alone = torch.cat([logits_after(model, left_pad([row])) for rows in views for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_multimodal_view_is_the_prompt(architecture):
     inputs = prompt_of(model, model, make_inputs(architecture, (2, 0, 1)))
     with torch.no_grad():
         rows = Multimodal()(Prompts(model, inputs))
-    torch.testing.assert_close(logits_after(model, stack(rows)), logits_after(model, inputs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_after(model, left_pad(rows)), logits_after(model, inputs), atol=1e-4, rtol=1e-4)
 
 
 def test_views_replace_every_picture():

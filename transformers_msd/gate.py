@@ -76,7 +76,9 @@ class Gate:
         self._recent.append(sum(emitted) / len(emitted))
         if len(self._recent) < self._num_needed:
             return
-        break_even = self._candidates.break_even or BREAK_EVEN
+        # Costs were measured with one prompt.
+        measured = self._candidates.break_even if len(self._lengths) == 1 else None
+        break_even = measured or BREAK_EVEN
         if sum(self._recent) < break_even * len(self._recent):
             self._num_left, self._rest = self._rest, self._rest * LONGER
             self._num_needed = PROBE_ROUNDS

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -10,9 +11,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from transformers_msd.drafters.base import CallInputs
-from transformers_msd.drafters.model import DraftModel, ModelCandidateGenerator
-from transformers_msd.drafters.views import VIEWS, Prompts, View, stack
-from transformers_msd.drafters.vlm import check_draft, prompt_of
+from transformers_msd.drafters.model import DraftModel, ModelCandidateGenerator, ModelDrafter
+from transformers_msd.drafters.views import VIEWS, Prompts, View, left_pad
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TreeConfig
 
@@ -22,7 +22,7 @@ GRID_STEPS = 10
 _EPSILON = 1e-6
 
 
-class EnsembleDrafter:
+class EnsembleDrafter(ModelDrafter):
     """
     Drafts with one small model that reads several views of the prompt as rows of one batch; the tree grows from the
     weighted mean of their probabilities.
@@ -54,7 +54,9 @@ class EnsembleDrafter:
         draft_inputs: Mapping[str, Any] | None = None,
         tree_config: TreeConfig | None = None,
     ) -> None:
-        self.models = (draft_vlm,) if isinstance(draft_vlm, PreTrainedModel) else tuple(draft_vlm)
+        super().__init__(
+            [draft_vlm] if isinstance(draft_vlm, PreTrainedModel) else draft_vlm, draft_inputs, tree_config
+        )
         unknown = [view for view in views if isinstance(view, str) and view not in VIEWS]
         if unknown or not views:
             raise ValueError(f"`views` must be some of {sorted(VIEWS)}, or objects, got {list(views)}.")
@@ -72,25 +74,9 @@ class EnsembleDrafter:
             raise ValueError(f"`window` must not be negative, got {window}. 0 takes all tokens.")
         self.weights = weights
         self.window = window
-        self.draft_inputs = draft_inputs
-        self.tree_config = tree_config or TreeConfig(num_nodes=32, depth=6, top_k=4)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "EnsembleCandidateGenerator":
-        """Make the candidate generator of one `generate` call."""
         return EnsembleCandidateGenerator(self, target, inputs)
-
-    def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-        """
-        Raise a `ValueError` unless the drafts share the target's vocabulary and can read the prompt.
-
-        Args:
-            target (`PreTrainedModel`):
-                Model to draft for.
-            arguments (`dict[str, Any]`):
-                The keyword arguments of `generate`.
-        """
-        for model in self.models:
-            check_draft(model, target, self.draft_inputs, arguments)
 
 
 class EnsembleCandidateGenerator(ModelCandidateGenerator):
@@ -107,30 +93,19 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
     """
 
     def __init__(self, drafter: EnsembleDrafter, target: Target, inputs: CallInputs) -> None:
-        super().__init__(drafter.models, drafter.views, drafter.tree_config, target, inputs)
-        self._drafter = drafter
+        super().__init__(drafter, target, inputs, drafter.views)
         # What the views said in the last round: after the root, then after each level of the tree.
         self._said: list[torch.Tensor] = []
         self._weights: torch.Tensor | None = None  # (num_views, batch_size)
         self._history: list[deque[torch.Tensor]] = []
 
     def start(self, batch_size: int) -> list[DraftModel]:
-        drafts = []
-        for model in self._drafter.models:
-            inputs = self._drafter.draft_inputs
-            if inputs is None:
-                inputs = prompt_of(model, self._target.model, self._inputs.arguments)
-            prompts = Prompts(model, inputs)
-            rows = [row for view in self._drafter.views for row in view(prompts)]
-            copies, rest = divmod(batch_size, len(prompts.ids))
-            if rest:
-                raise ValueError(
-                    f"`draft_inputs` must hold as many prompts as the call, got {len(prompts.ids)} for {batch_size} "
-                    "rows."
-                )
-            drafts.append(DraftModel.start(model, stack(rows), copies))
         self._said = []
-        return drafts
+        return super().start(batch_size)
+
+    def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        prompts = Prompts(model, inputs)
+        return left_pad([row for view in self._drafter.views for row in view(prompts)])
 
     def mix(self, logits: torch.Tensor) -> torch.Tensor:
         if self._weights is None:
@@ -211,6 +186,7 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
         return inverse / inverse.sum()
 
 
+@cache
 def simplex(num_views: int) -> torch.Tensor:
     """List all weights in steps of 0.1 that sum to 1, of shape `(num_weights, num_views)`."""
     counts = product(range(GRID_STEPS + 1), repeat=num_views)

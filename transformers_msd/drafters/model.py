@@ -1,17 +1,22 @@
 """Drafting with models of their own: their caches, which rounds extend, and the trees they grow."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_msd.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.prompts import prompt_ids, prompt_of
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TokenTree, TreeConfig, grow_tree
+
+
+# Models of one tokenizer pad their vocabularies to different multiples.
+MOST_PADDING = 512
 
 
 class DraftModel(Target):
@@ -81,6 +86,58 @@ class DraftModel(Target):
         return token_ids.clamp(max=self.model.config.get_text_config().vocab_size - 1)
 
 
+class ModelDrafter:
+    """
+    What drafters share that draft with models of their own.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`):
+            Models of the target's tokens.
+        draft_inputs (`dict[str, Any]`, *optional*):
+            What the models' own processor makes of the prompt, where it differs from the target's.
+        tree_config ([`TreeConfig`], *optional*):
+            Tree to draft, 32 nodes by default.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        draft_inputs: Mapping[str, Any] | None = None,
+        tree_config: TreeConfig | None = None,
+    ) -> None:
+        self.models = tuple(models)
+        self.draft_inputs = draft_inputs
+        self.tree_config = tree_config or TreeConfig(num_nodes=32, depth=6, top_k=4)
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "ModelCandidateGenerator":
+        """Make the candidate generator of one `generate` call."""
+        return ModelCandidateGenerator(self, target, inputs)
+
+    def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+        """
+        Raise a `ValueError` unless the models share the target's vocabulary and can read the prompt.
+
+        Args:
+            target (`PreTrainedModel`):
+                Model to draft for.
+            arguments (`dict[str, Any]`):
+                The keyword arguments of `generate`.
+        """
+        theirs = target.config.get_text_config().vocab_size
+        for model in self.models:
+            ours = model.config.get_text_config().vocab_size
+            if abs(ours - theirs) > MOST_PADDING:
+                raise ValueError(
+                    f"The draft must have the target's vocabulary, got {ours} tokens for the draft and {theirs} for "
+                    f"{type(target).__name__}. Choose a draft of the same tokenizer."
+                )
+        if self.draft_inputs is None and prompt_ids(arguments) is None:
+            raise ValueError(
+                "A draft model can't read `inputs_embeds` of the target, got no `input_ids`. Pass them, too, or what "
+                "the draft's processor makes of the prompt: `draft_inputs=...`."
+            )
+
+
 @dataclass(frozen=True)
 class _Carried:
     drafts: list[DraftModel]
@@ -97,29 +154,20 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
     Rows of the tree that came to stand stay in the models' caches; only the tokens after them are run again.
 
     Args:
-        models (`Sequence[PreTrainedModel]`):
-            The models that draft.
-        views (`Sequence[Any]`):
-            What each of them reads. A later turn goes on with the same models and views.
-        tree_config ([`TreeConfig`]):
-            Tree to draft.
+        drafter ([`ModelDrafter`]):
+            Models and settings.
         target ([`Target`]):
             The target of the call.
         inputs ([`CallInputs`]):
             Inputs of the call.
+        views (`Sequence[Any]`, *optional*):
+            What each model reads. A later turn goes on with the same models and views.
     """
 
-    def __init__(
-        self,
-        models: Sequence[PreTrainedModel],
-        views: Sequence[Any],
-        tree_config: TreeConfig,
-        target: Target,
-        inputs: CallInputs,
-    ) -> None:
-        self._key = (tuple(models), tuple(views))
-        self.sizing = load_sizing(models, target.model)
-        self._tree_config = tree_config
+    def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
+        self._drafter = drafter
+        self._key = (tuple(drafter.models), tuple(views))
+        self.sizing = load_sizing(drafter.models, target.model)
         self._target = target
         self._inputs = inputs
         self._sampler = inputs.sampler
@@ -136,9 +184,25 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
                 no_rows = lengths.new_zeros(len(lengths), 0)
                 draft.settle(no_rows, lengths, int(lengths.max()), starts_with_first=False)
 
-    @abstractmethod
     def start(self, batch_size: int) -> list[DraftModel]:
         """Run the prompts; the rows of a model are those of its first view, then those of its second, and so on."""
+        drafts = []
+        for model in self._drafter.models:
+            inputs = self._drafter.draft_inputs
+            if inputs is None:
+                inputs = prompt_of(model, self._target.model, self._inputs.arguments)
+            num_prompts = len(inputs["input_ids"])
+            copies, rest = divmod(batch_size, num_prompts)
+            if rest:
+                raise ValueError(
+                    f"`draft_inputs` must hold as many prompts as the call, got {num_prompts} for {batch_size} rows."
+                )
+            drafts.append(DraftModel.start(model, self.read(model, inputs), copies))
+        return drafts
+
+    def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Turn prompts into what a model reads: themselves, or several views of them."""
+        return inputs
 
     def mix(self, logits: torch.Tensor) -> torch.Tensor:
         """
@@ -173,7 +237,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             depth += 1
             return self._sampler.rank(self.mix(torch.cat(parts)), depth)
 
-        return grow_tree(self._tree_config, roots.to(log_probs.device), log_probs, expand, sizing)
+        return grow_tree(self._drafter.tree_config, roots.to(log_probs.device), log_probs, expand, sizing)
 
     def carry(self, committed: Committed, target: Target) -> _Carried | None:
         if not self._drafts or self._pending is not None:
@@ -244,7 +308,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         """
         missing = self._vocab_size - logits.shape[-1]
         if missing:
-            logits = torch.nn.functional.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
+            logits = pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
         return logits.unflatten(0, (num_views, -1))
 
     def _match(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

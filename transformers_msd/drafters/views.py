@@ -82,7 +82,7 @@ class Prompts:
         """
         runs = [self._runs(ids) for ids in self.ids]
         lengths = [len(run) for prompt in runs for run in prompt if self._is_picture(run)]
-        counts, rest, embedded = iter(self._pictures_of(lengths)), list(replacements), []
+        counts, rest, embedded = iter(self._pictures_per_run(lengths)), list(replacements), []
         for prompt in runs:
             pieces = []
             for run in prompt:
@@ -104,7 +104,7 @@ class Prompts:
         ends = (is_picture[1:] != is_picture[:-1]).nonzero()[:, 0] + 1
         return list(torch.tensor_split(ids, ends.cpu()))
 
-    def _pictures_of(self, lengths: list[int]) -> list[int]:
+    def _pictures_per_run(self, lengths: list[int]) -> list[int]:
         """Tell how many pictures each run of image tokens holds."""
         if len(lengths) == self.num_pictures:
             return [1] * len(lengths)
@@ -118,7 +118,7 @@ class Prompts:
 
 
 class View(Protocol):
-    """Shows all prompts of a call in its own way. It must be hashable: a later turn asks whether it is the same."""
+    """Shows all prompts of a call in its own way; later turns whose views are equal go on with the draft's cache."""
 
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
         """Return one `ViewPrompt` for each prompt."""
@@ -229,7 +229,7 @@ class Caption:
 VIEWS: dict[str, Callable[[], View]] = {"multimodal": Multimodal, "text_only": TextOnly, "pooled": Pooled}
 
 
-def stack(rows: list[ViewPrompt]) -> dict[str, torch.Tensor]:
+def left_pad(rows: list[ViewPrompt]) -> dict[str, torch.Tensor]:
     """Put prompts into one left-padded batch."""
     lengths = [len(row.inputs_embeds) for row in rows]
     longest = max(lengths)

@@ -103,9 +103,7 @@ def check_parity(
         # A target of random weights would answer with pictures, of which there are no pixels.
         suppress_tokens=visual_token_ids(target.config) or None,
     )
-    fed = recorder.fed[0]
-    for committed in recorder.fed[1:]:
-        fed = fed.join(committed)
+    fed = recorder.fed[0].join(*recorder.fed[1:])
     num_new = sequences.shape[1] - inputs["input_ids"].shape[1]
     training_inputs = {
         **inputs,

@@ -18,6 +18,7 @@ from transformers import (
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.curriculum import EpochSampler
 from transformers_msd.trainer.dataset import row_length, split_rows, undecoded
 
 
@@ -145,7 +146,9 @@ def make_plan(
     text_rows, visual_rows = split_rows(rows)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     per_epoch = {"text": len(text_rows), "multimodal": len(rows), "ramp": min(len(text_rows), len(visual_rows))}
-    steps = math.ceil(math.ceil(per_epoch[args.stage] / rows_per_step) * args.num_train_epochs)
+    # As the trainer draws them: an epoch fills whole steps.
+    rows_per_epoch = len(EpochSampler(per_epoch[args.stage], rows_per_step))
+    steps = math.ceil(math.ceil(rows_per_epoch / rows_per_step) * args.num_train_epochs)
     draft_parameters = num_parameters(draft)
     return Plan(
         num_text_rows=len(text_rows),
