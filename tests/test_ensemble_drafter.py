@@ -43,7 +43,7 @@ def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> 
 def logits_after(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
     draft = DraftModel.start(model, inputs)
     token_ids = torch.full((len(draft.lengths), 2), 5)
-    return draft.extend(token_ids, torch.full((len(token_ids),), 2))
+    return draft.extend(token_ids, torch.full((len(token_ids),), 2), [2] * len(token_ids))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

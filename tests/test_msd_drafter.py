@@ -31,7 +31,7 @@ def commit(token_ids: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor, torc
     padded = torch.zeros(1, num_rows, dtype=torch.long)
     padded[:, num_rows - token_ids.shape[1] :] = token_ids
     position_ids = torch.arange(start, start + num_rows)[None]
-    return Committed(padded, inputs_embeds, features, position_ids, visual_mask, torch.tensor([num_rows]))
+    return Committed(padded, inputs_embeds, features, position_ids, visual_mask, torch.tensor([num_rows]), [num_rows])
 
 
 def assert_tree_is(tree: TokenTree, tensors: dict[str, torch.Tensor], name: str) -> None:

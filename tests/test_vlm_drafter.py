@@ -70,7 +70,7 @@ def test_draft_sees_the_picture():
     token = torch.tensor([[5]])
     with torch.no_grad():
         first, again, swapped = (
-            DraftModel.start(model, prompt).extend(token, torch.tensor([1])) for prompt in (inputs, inputs, other)
+            DraftModel.start(model, prompt).extend(token, torch.tensor([1]), [1]) for prompt in (inputs, inputs, other)
         )
     assert torch.equal(first, again)
     assert (first - swapped).abs().max() > 1e-2

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_msd.cache import carry, check_cache, take_carried
+from transformers_msd.cache import carry, check_cache, leave_room, take_carried
 from transformers_msd.drafters.base import CallInputs, TreeAssistant
 from transformers_msd.emission import Emission
 from transformers_msd.gate import Gate
@@ -87,6 +87,7 @@ def tree_decoding(
     if noise is not None:
         noise.rewind(emission.num_steps)
     if generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False):
+        leave_room(cache)
         carry(cache, candidates.carry(committed, target))
     if not generation_config.return_dict_in_generate:
         return emission.sequences

@@ -2,7 +2,7 @@
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import EosTokenCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_msd.outputs import StepOutputs
@@ -37,7 +37,6 @@ class Emission:
         streamer: BaseStreamer | None = None,
     ) -> None:
         batch_size = len(input_ids)
-        self.sequences = input_ids  # the prompt and all complete steps
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.outputs = StepOutputs(generation_config, batch_size)
         self.num_steps = 0
@@ -49,6 +48,10 @@ class Emission:
         self._max_steps = None if max_length is None else max_length - input_ids.shape[1]
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         self._eos_token_ids = {token_id for ids in eos for token_id in ids.tolist()}
+        # Told by exact type: these are decided on the host, where the tokens are.
+        self._on_host = all(
+            type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in stopping_criteria
+        )
         # Plain decoding pads ended rows if any criterion has an EOS id, and lets them go on otherwise.
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         pad_token = generation_config._pad_token_tensor
@@ -56,6 +59,11 @@ class Emission:
         # Number of tokens up to and with the one that ended a row, and where an EOS token is sure to end it.
         self._ends: list[int | None] = [None] * batch_size
         self._eos_ends: list[int | None] = [None] * batch_size
+
+    @property
+    def sequences(self) -> torch.Tensor:
+        """The prompt and all complete steps, of shape `(batch_size, sequence_length)`."""
+        return self.prefix(self.tokens, self.num_steps)
 
     @property
     def lengths(self) -> list[int]:
@@ -123,15 +131,16 @@ class Emission:
             self._complete_step()
 
     def _complete_step(self) -> None:
-        token_ids = torch.tensor(
-            [row[self.num_steps] for row in self.tokens], dtype=self.sequences.dtype, device=self.sequences.device
-        )
-        self.sequences = torch.cat([self.sequences, token_ids[:, None]], dim=1)
+        token_ids = [row[self.num_steps] for row in self.tokens]
         self.outputs.complete(self.num_steps)
         self.num_steps += 1
-        ended = self._criteria(self.sequences, self.outputs.scores).tolist()
+        if self._on_host:
+            at_limit = self._max_steps is not None and self.num_steps >= self._max_steps
+            ended = [at_limit or token_id in self._eos_token_ids for token_id in token_ids]
+        else:
+            ended = self._criteria(self.sequences, self.outputs.scores).tolist()
         if self._streamer is not None:
-            self._streamer.put(token_ids.cpu())
+            self._streamer.put(torch.tensor(token_ids, dtype=self._prompt_ids.dtype))
         for row, has_ended in enumerate(ended):
             if has_ended and self._ends[row] is None:
                 self._ends[row] = self.num_steps

@@ -79,8 +79,9 @@ class Sampler:
         noise = None
         if self._noise is not None:
             noise = torch.stack([self._noise_after(depth) for depth in range(tree.depth + 1)], dim=1)
-            rows = torch.arange(len(logits), device=noise.device)
-            noise = noise[rows[:, None], tree.depths]  # (batch, num_nodes, vocab)
+            if tree.num_nodes > 1:
+                rows = torch.arange(len(logits), device=noise.device)
+                noise = noise[rows[:, None], tree.depths]  # (batch, num_nodes, vocab)
         choices = _pick(scores, noise)
         pad_rows = self._emission.pad_rows
         if any(pad_rows):

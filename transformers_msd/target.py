@@ -1,6 +1,6 @@
 """The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from transformers_msd.cache import keep_rows
+from transformers_msd.cache import keep_rows, make_room
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.modeling_msd import visual_token_mask
 from transformers_msd.tree import TokenTree, take_rows, tree_attention_mask
@@ -40,6 +40,8 @@ class Committed:
             Whether tokens `r + 1` are visual.
         lengths (`torch.Tensor` of shape `(batch_size,)`):
             Rows of each sequence; what lies behind them is filler.
+        host_lengths (`list[int]`):
+            The same where the device need not be asked.
     """
 
     token_ids: torch.Tensor
@@ -48,6 +50,7 @@ class Committed:
     position_ids: torch.Tensor
     visual_mask: torch.Tensor
     lengths: torch.Tensor
+    host_lengths: list[int]
 
     @property
     def last_rows(self) -> torch.Tensor:
@@ -57,7 +60,8 @@ class Committed:
     def pack(self, real: torch.Tensor) -> "Committed":
         """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
         lengths = real.sum(-1)
-        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(int(lengths.max()), 1)]
+        host_lengths = lengths.tolist()
+        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
         return Committed(
             token_ids=self.token_ids.gather(1, rows),
             inputs_embeds=take_rows(self.inputs_embeds, rows),
@@ -65,6 +69,7 @@ class Committed:
             position_ids=self.position_ids.gather(1, rows),
             visual_mask=self.visual_mask.gather(1, rows),
             lengths=lengths,
+            host_lengths=host_lengths,
         )
 
     def join(self, *later: "Committed") -> "Committed":
@@ -76,9 +81,9 @@ class Committed:
         rows = {
             field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1)
             for field in fields(self)
-            if field.name != "lengths"
+            if field.name not in ("lengths", "host_lengths")
         }
-        return Committed(**rows, lengths=self.lengths).pack(torch.cat(real, dim=1))
+        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1))
 
     @property
     def root_token_ids(self) -> torch.Tensor:
@@ -112,6 +117,7 @@ class Target:
         # Columns of the cache, and how many of them are tokens of each sequence (padding of the prompt included).
         self._num_columns = 0
         self._lengths = torch.tensor([])
+        self._host_lengths: list[int] = []
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of tokens."""
@@ -141,7 +147,9 @@ class Target:
 
     def _settle_prompt(self, batch_size: int, device: torch.device) -> None:
         """Take what the cache holds after the prefill as the settled rows."""
+        make_room(self.cache)
         self._num_columns = self._prompt_length = self.cache.get_seq_length()
+        self._host_lengths = [self._num_columns] * batch_size
         mask = self._model_kwargs.get("attention_mask")
         # Told on the host: one sequence without padding, whose columns are all real.
         self._is_packed = mask is None and batch_size == 1
@@ -162,7 +170,7 @@ class Target:
             visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
         real = self._prompt_mask[:, -num_rows:]
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
-        return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1)).pack(real)
+        return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
@@ -209,24 +217,21 @@ class Target:
         )
         return self.model(**model_inputs, return_dict=True)
 
-    def settle(
-        self, rows: torch.Tensor, lengths: torch.Tensor, num_columns: int, starts_with_first: bool = True
-    ) -> None:
+    def settle(self, rows: torch.Tensor | None, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         """
         Keep some of the unsettled rows, and drop all others.
 
         Args:
             rows (`torch.Tensor` of shape `(batch_size, num_rows)`):
-                Which to move behind the settled rows, in this order.
+                Which to move behind the settled rows, in this order; `None` where they already lie there.
             lengths (`torch.Tensor` of shape `(batch_size,)`):
                 Columns that each sequence has then; what else was moved is overwritten later.
-            num_columns (`int`):
-                Columns that the cache has then.
-        starts_with_first (`bool`, *optional*, defaults to `True`):
-            Whether the first of `rows` is the first unsettled row.
+            host_lengths (`list[int]`):
+                The same where the device need not be asked.
         """
-        keep_rows(self.cache, self._num_columns, self._lengths, rows, num_columns, starts_with_first)
-        self._lengths, self._num_columns = lengths, num_columns
+        num_columns = max(host_lengths)
+        keep_rows(self.cache, self._num_columns, self._lengths, rows, num_columns)
+        self._lengths, self._host_lengths, self._num_columns = lengths, host_lengths, num_columns
 
     def commit(
         self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]
@@ -245,16 +250,16 @@ class Target:
                 Generated tokens of each row that stand after the round: fewer than accepted where a row ended, and
                 fewer than before where it had run ahead of its end.
         """
+        # Counted on the host, where the tokens are: the device is told once, and not asked.
+        num_generated = [len(row) for row in tokens]
+        new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
+        host_lengths = [self._prompt_length - 1 + number for number in num_generated]
         device = self._lengths.device
-        roots = torch.tensor([row[-1] for row in tokens], device=device)
+        roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
             prompt, self._prompt = self._prompt, None
             return self._pair(prompt, roots)
-        num_generated = [len(row) for row in tokens]
-        lengths = self._prompt_length - 1 + torch.tensor(num_generated, device=device)
-        # Counted on the host, where the tokens are: the device is not asked.
-        new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
         path = acceptance.path[:, : max(*new, 1)]
         rows = Committed(
             token_ids=tree.token_ids.gather(1, path),
@@ -262,23 +267,27 @@ class Target:
             features=take_rows(outputs.hidden_states[-1], path),
             position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
             visual_mask=torch.zeros_like(path, dtype=torch.bool),
-            lengths=torch.tensor(new, device=device),
+            lengths=counts,
+            host_lengths=new,
         )
-        self.settle(acceptance.path, lengths, self._prompt_length - 1 + max(num_generated))
+        # The root of a batch of one already lies where it belongs.
+        is_in_place = len(tokens) == 1 and new[0] <= 1
+        self.settle(None if is_in_place else path, lengths, host_lengths)
         self._num_generated = num_generated
         return self._pair(rows, roots)
 
     def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
         """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
-        is_last = torch.arange(rows.token_ids.shape[1], device=roots.device) == rows.last_rows[:, None]
         next_embeds = self.embed(roots)[:, None].to(rows.inputs_embeds)
-        return Committed(
+        if rows.token_ids.shape[1] == 1:
+            is_visual = torch.zeros_like(rows.visual_mask)
+            return replace(rows, token_ids=roots[:, None], inputs_embeds=next_embeds, visual_mask=is_visual)
+        is_last = torch.arange(rows.token_ids.shape[1], device=roots.device) == rows.last_rows[:, None]
+        return replace(
+            rows,
             token_ids=torch.where(is_last, roots[:, None], rows.token_ids.roll(-1, 1)),
             inputs_embeds=torch.where(is_last[..., None], next_embeds, rows.inputs_embeds.roll(-1, 1)),
-            features=rows.features,
-            position_ids=rows.position_ids,
             visual_mask=~is_last & rows.visual_mask.roll(-1, 1),
-            lengths=rows.lengths,
         )
 
     @property

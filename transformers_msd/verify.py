@@ -37,6 +37,8 @@ def verify(tree: TokenTree, choices: torch.Tensor) -> Acceptance:
         choices (`torch.Tensor` of shape `(batch_size, num_nodes)`):
             Token that the target picks after each node: its argmax, or its sample.
     """
+    if tree.num_nodes == 1:
+        return Acceptance(torch.zeros_like(choices), choices.new_zeros(len(choices)), choices)
     parents = tree.parents.clamp(min=0)
     chosen = (tree.token_ids == choices.gather(1, parents)) & (tree.parents >= 0)
     chosen[:, 0] = True

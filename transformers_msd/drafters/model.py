@@ -61,7 +61,12 @@ class DraftModel(Target):
         """Settled columns of each sequence, padding of the prompt included, of shape `(batch_size,)`."""
         return self._lengths
 
-    def extend(self, token_ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    @property
+    def host_lengths(self) -> list[int]:
+        """The same where the device need not be asked."""
+        return self._host_lengths
+
+    def extend(self, token_ids: torch.Tensor, counts: torch.Tensor, host_counts: list[int]) -> torch.Tensor:
         """
         Settle further tokens.
 
@@ -70,15 +75,20 @@ class DraftModel(Target):
                 Tokens, fillers behind the first `counts` of them.
             counts (`torch.Tensor` of shape `(batch_size,)`):
                 Tokens of each sequence.
+            host_counts (`list[int]`):
+                The same where the device need not be asked.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_tokens, vocab_size)`: Logits after each of them.
         """
         rows = torch.arange(token_ids.shape[1], device=token_ids.device)
-        visible = (rows <= rows[:, None]).expand(len(token_ids), -1, -1)
+        visible = None
+        if not self._is_packed:
+            visible = (rows <= rows[:, None]).expand(len(token_ids), -1, -1)
         logits = self.forward_rows(token_ids, rows, visible).logits
-        lengths = self._lengths + counts
-        self.settle(rows.expand(len(token_ids), -1), lengths, int(lengths.max()))
+        host_lengths = [before + new for before, new in zip(self._host_lengths, host_counts, strict=True)]
+        rows = None if len(token_ids) == 1 else rows.expand(len(token_ids), -1)
+        self.settle(rows, self._lengths + counts, host_lengths)
         return logits
 
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -181,8 +191,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         if isinstance(carried, _Carried) and carried.key == self._key:
             self._drafts, self._offsets, self._pending = carried.drafts, carried.offsets, carried.pending
             for draft, lengths in zip(self._drafts, carried.lengths, strict=True):
-                no_rows = lengths.new_zeros(len(lengths), 0)
-                draft.settle(no_rows, lengths, int(lengths.max()), starts_with_first=False)
+                draft.settle(None, lengths, lengths.tolist())
 
     def start(self, batch_size: int) -> list[DraftModel]:
         """Run the prompts; the rows of a model are those of its first view, then those of its second, and so on."""
@@ -265,16 +274,20 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         device = self._drafts[0].lengths.device
         token_ids, lengths = token_ids.to(device), lengths.to(device)
         matched, rows = self._match(token_ids, lengths)
-        # What is left of each sequence, moved to the left.
+        # What is left of each sequence, moved to the left; the only question to the device.
         left = lengths - matched
-        places = torch.arange(max(int(left.max()), 1), device=device) + matched[:, None]
+        host_matched, host_left = torch.stack([matched, left]).tolist()
+        places = torch.arange(max(*host_left, 1), device=device) + matched[:, None]
         new_ids = token_ids.gather(1, places.clamp(max=token_ids.shape[1] - 1))
         parts = []
         for draft in self._drafts:
             copies = len(draft.lengths) // len(lengths)
             settled = draft.lengths + matched.repeat(copies)
-            draft.settle(rows.repeat(copies, 1), settled, int(settled.max()), starts_with_first=False)
-            logits = draft.extend(draft.readable(new_ids).repeat(copies, 1), left.repeat(copies))
+            host_settled = [
+                before + new for before, new in zip(draft.host_lengths, host_matched * copies, strict=True)
+            ]
+            draft.settle(rows.repeat(copies, 1) if any(host_matched) else None, settled, host_settled)
+            logits = draft.extend(draft.readable(new_ids).repeat(copies, 1), left.repeat(copies), host_left * copies)
             parts.append(self._by_view(logits, copies))
         if is_first:
             num_real = self._target.num_real_rows.to(device)

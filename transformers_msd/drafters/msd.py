@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from transformers_msd.cache import keep_rows
+from transformers_msd.cache import keep_rows, make_room
 from transformers_msd.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
@@ -53,6 +53,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if isinstance(carried, _Carried) and carried.weights == self._draft.fc.weight.data_ptr():
             self._cache, self._pending = carried.cache, carried.pending
             self._lengths, self._starts = carried.lengths, carried.starts
+            self._host_lengths = self._lengths.tolist()
 
     def draft(self, committed: Committed) -> TokenTree:
         sizing = self.sizing_for(committed)
@@ -78,7 +79,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
         log_probs = self._rank(hidden, depth)[:, 0]
         tree = grow_tree(self._draft.tree_config, committed.root_token_ids, log_probs, expand, sizing)
-        self._cache.crop(num_columns - self._cache.get_seq_length())
+        keep_rows(self._cache, num_columns, self._lengths, None, num_columns)
         return tree
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
@@ -92,6 +93,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def _start(self, committed: Committed) -> None:
         self._lengths = torch.zeros_like(committed.lengths)
+        self._host_lengths = [0] * len(committed.lengths)
         self._starts = committed.position_ids[:, 0]
 
     def _extend(self, committed: Committed) -> torch.Tensor:
@@ -113,11 +115,14 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             attention_mask=attention_mask,
             position_ids=committed.position_ids,
         )
-        lengths = self._lengths + committed.lengths
+        self._host_lengths = [
+            before + new for before, new in zip(self._host_lengths, committed.host_lengths, strict=True)
+        ]
+        make_room(self._cache)
         if batch_size > 1:
-            rows = torch.arange(num_rows, device=lengths.device).expand(batch_size, -1)
-            keep_rows(self._cache, num_columns, self._lengths, rows, int(lengths.max()))
-        self._lengths = lengths
+            rows = torch.arange(num_rows, device=self._lengths.device).expand(batch_size, -1)
+            keep_rows(self._cache, num_columns, self._lengths, rows, max(self._host_lengths))
+        self._lengths = self._lengths + committed.lengths
         return hidden
 
     def _forward(self, **inputs: torch.Tensor | None) -> torch.Tensor:
