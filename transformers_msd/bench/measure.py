@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -162,13 +163,13 @@ class Runs:
             The method.
         passes (`list[list[Run]]`):
             Runs of each timed pass, one for each batch.
-        split (`list[Run]`):
-            Runs in which the phases were timed, where there are any.
+        split (`list[list[Run]]`):
+            Runs of each pass in which the phases were timed; none of a method that has no phases.
     """
 
     method: Method
-    passes: list[list[Run]]
-    split: list[Run]
+    passes: list[list[Run]] = field(default_factory=list)
+    split: list[list[Run]] = field(default_factory=list)
 
 
 def run_methods(
@@ -179,10 +180,10 @@ def run_methods(
     repeats: int,
     seed: int,
     on_run: Callable[[], None],
-) -> list[Runs]:
+) -> tuple[list[Runs], list[tuple[str, str]]]:
     """
     Let all methods answer all batches: once to warm up, then in timed passes, method after method for each batch, so
-    that what disturbs the machine disturbs them all. Last come passes of their own in which phases are timed.
+    that what disturbs the machine disturbs them all. Phases are timed in runs of their own beside these.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -199,6 +200,9 @@ def run_methods(
             Seed of sampling; every batch has one of its own.
         on_run (`Callable`):
             Called after every run.
+
+    Returns:
+        The runs of each method, and the names of baselines that raised an error with what it says.
     """
     assert methods[0] is PLAIN
     # Of each method and batch, what it last said.
@@ -213,29 +217,44 @@ def run_methods(
         on_run()
         return result
 
-    passes: dict[str, list[list[Run]]] = {method.name: [] for method in methods}
+    results = [Runs(method) for method in methods]
+    failures: list[tuple[str, str]] = []
     for number in range(repeats + 1):
-        runs: dict[str, list[Run]] = {method.name: [] for method in methods}
+        for result in results:
+            result.passes.append([])
+            result.split.append([])
         for index in range(len(batches)):
-            for method in methods:
-                runs[method.name].append(run(method, index))
-        if number > 0:
-            for name, own in runs.items():
-                passes[name].append(own)
-    results = []
-    for method in methods:
-        split = []
-        if method.drafts_trees:
-            split = [run(method, index, PhaseTimer(method.call["assistant_model"])) for index in range(len(batches))]
-        results.append(Runs(method, passes[method.name], split))
-    return results
+            for result in list(results):
+                method = result.method
+                try:
+                    result.passes[-1].append(run(method, index))
+                except Exception as error:
+                    if method.is_ours:
+                        raise
+                    # That it can't answer these prompts belongs into the report.
+                    failures.append((method.name, f"it raises {type(error).__name__}: {str(error).splitlines()[0]}"))
+                    results.remove(result)
+                    continue
+                if method.drafts_trees:
+                    result.split[-1].append(run(method, index, PhaseTimer(method.call["assistant_model"])))
+        if number == 0:
+            for result in results:
+                result.passes.clear()
+                result.split.clear()
+    return results, failures
 
 
-def split_of(runs: list[Run]) -> dict[str, float]:
-    """Divide the time of a round among its phases, in seconds; the first round of each run is left out."""
-    num_rounds = sum(run.num_rounds - 1 for run in runs)
-    if num_rounds < 1:
-        return {}
-    seconds = {phase: sum(run.phase_seconds[phase] for run in runs) / num_rounds for phase in PHASES}
-    total = sum(run.later_seconds for run in runs) / num_rounds
-    return seconds | {"rest": total - sum(seconds.values())}
+def split_of(passes: list[list[Run]]) -> dict[str, float]:
+    """
+    Divide the time of a round among its phases, in seconds, by runs in which they were timed: medians over the passes.
+
+    The first round of each run is left out. Without rounds, there is nothing to divide.
+    """
+    parts = []
+    for runs in passes:
+        num_rounds = sum(max(run.num_rounds - 1, 0) for run in runs)
+        if num_rounds == 0:
+            return {}
+        own = {phase: sum(run.phase_seconds[phase] for run in runs) / num_rounds for phase in PHASES}
+        parts.append(own | {"rest": sum(run.later_seconds for run in runs) / num_rounds - sum(own.values())})
+    return {phase: median(part[phase] for part in parts) for phase in parts[0]}

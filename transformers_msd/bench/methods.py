@@ -41,6 +41,11 @@ class Method:
     is_batched: bool = True
 
     @property
+    def is_ours(self) -> bool:
+        """Whether an error in it is one of this package or of the call, not of a baseline."""
+        return self.drafts_trees or not self.call
+
+    @property
     def simulated(self) -> Simulated | None:
         """The simulated draft, where it is one."""
         assistant = self.call.get("assistant_model")
@@ -87,7 +92,7 @@ def make_methods(
                 methods.append(Method(label, {"assistant_model": assistant}, drafts_trees=True))
             for probability in arguments.simulate_acceptance:
                 call = {"assistant_model": Simulated(assistant, probability, arguments.seed)}
-                methods.append(Method(f"{label}, simulated p={probability:g}", call, drafts_trees=True))
+                methods.append(Method(f"{label}, simulated {probability:g}", call, drafts_trees=True))
     return methods, left_out
 
 
@@ -118,7 +123,7 @@ def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) ->
         tree = assistant.tree_config
         if arguments.random_weights:
             assistant.tree_config = tree = replace(tree, gate=False)
-        assistants.append((assistant, f"{label}, tree {tree.num_nodes}/{tree.depth}/{tree.top_k}{_minimum(tree)}"))
+        assistants.append((assistant, f"{label} {tree.num_nodes}/{tree.depth}/{tree.top_k}{_minimum(tree)}"))
     return assistants
 
 

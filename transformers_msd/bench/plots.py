@@ -94,23 +94,22 @@ def _panels(
 
 
 def _styles(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Give each method one look in all panels."""
-    names = dict.fromkeys(method["name"] for cell in report["cells"] for method in cell["methods"])
-    return {
-        name: {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": MARKERS[number // len(COLOURS) % len(MARKERS)],
-            "label": name,
-        }
-        for number, name in enumerate(names)
-    }
+    """Give each method one look in all panels; simulated ones are hollow."""
+    methods = {method["name"]: method for cell in report["cells"] for method in cell["methods"]}
+    styles = {}
+    for number, (name, method) in enumerate(methods.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
+        styles[name] = style | {"label": name} | ({"markerfacecolor": "white"} if method["is_simulated"] else {})
+    return styles
 
 
 def _save(figure: Figure, panels: list[tuple[dict[str, Any], Axes]], path: Path) -> None:
-    """Add one legend for all panels and a title, and write the file."""
+    """Add one legend for all panels below them, and write the file."""
     entries = {
         label: handle for _, axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    num_columns = max(1, min(len(entries), int(figure.get_figwidth() // 3.6)))
+    # In inches, at the legend's size of letters.
+    width = 0.7 + 0.075 * max(map(len, entries), default=0)
+    num_columns = max(1, min(len(entries), int(figure.get_figwidth() // width)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=num_columns, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -6,22 +6,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from transformers_msd.bench.plots import plot_acceptance, plot_speedups, plot_split
 
 
-HEADER = ("method", "τ", "round cost", "speed-up, decode", "end to end", "tokens/s, decode", "end to end", "equal")
-SPLIT_HEADER = ("ms per round", "draft", "verify", "commit", "rest", "first token, ms", "plain steps", "peak memory")
+HEADER = ("method", "τ", "round cost", "speed-up, decode", "speed-up, end to end", "equal")
+DETAILS = (
+    *("method, times in ms", "tokens/s", "end to end", "first token"),
+    *("draft", "verify", "commit", "rest", "plain steps", "memory, GiB"),
+)
 GIB = 2**30
 NOTES = """\
 τ: tokens emitted by rounds over rounds, over unfinished rows; the prefill and its token are not in it. Round cost:
-time of a round over that of a plain step. Decode: from the first token on; end to end: with vision encoder and prefill.
-Speed-ups are ratios of medians over the passes, in brackets the range of the ratios in single passes. Equal: rows
-whose tokens are those of plain `generate`; a dash where a method draws other samples. The split of a round was timed
-in passes of its own, the device waited for after each phase. Peak memory is what a call takes above all weights; it is
-not measured on a CPU."""
+time of a round over that of a plain step, the first of each answer left out. Decode: from the first token on, the
+start of the draft included; end to end: with vision encoder and prefill. Speed-ups are ratios of medians over the
+passes, in brackets the range of the ratios in single passes. Equal: rows whose tokens are those of plain `generate`; a
+dash where a method draws other samples. Draft, verify, commit and rest divide the time of a round, timed in runs of
+their own in which the device is waited for after each. Plain steps: rounds in which drafting rested. Memory: what a
+call takes at most above all weights; it is not measured on a CPU."""
 SIMULATED = (
     "Methods marked *simulated* drafted with a real draft, whose time is in all figures, but its tokens were replaced "
     "by the target's own continuation with the probability p at each depth. Their τ says nothing about a draft."
@@ -31,8 +36,7 @@ SIMULATED = (
 def tables(cell: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[list[str]]]]:
     """Yield the tables of a cell as headers and rows of text."""
     yield HEADER, [_row(method) for method in cell["methods"]]
-    if rows := [_split_row(method) for method in cell["methods"]]:
-        yield SPLIT_HEADER, rows
+    yield DETAILS, [_details(method) for method in cell["methods"]]
 
 
 def _row(method: dict[str, Any]) -> list[str]:
@@ -42,18 +46,21 @@ def _row(method: dict[str, Any]) -> list[str]:
         _number(method["round_cost"]),
         _speedup(method["decode"]),
         _speedup(method["end_to_end"]),
-        _number(method["decode"]["tokens_per_second"], 1),
-        _number(method["end_to_end"]["tokens_per_second"], 1),
         f"{method['num_equal']} of {method['num_rows']}" if "num_equal" in method else "-",
     ]
 
 
-def _split_row(method: dict[str, Any]) -> list[str]:
-    seconds = method["split_seconds"]
-    phases = [_number(seconds[phase] * 1e3) if seconds else "-" for phase in ("draft", "verify", "commit", "rest")]
-    peak = "-" if method["peak_memory"] is None else f"{method['peak_memory'] / GIB:.2f} GiB"
-    first = _number(method["first_token_seconds"] * 1e3, 1)
-    return [method["name"], *phases, first, str(method["num_plain_steps"]), peak]
+def _details(method: dict[str, Any]) -> list[str]:
+    seconds, peak = method["split_seconds"], method["peak_memory"]
+    return [
+        method["name"],
+        _number(method["decode"]["tokens_per_second"], 1),
+        _number(method["end_to_end"]["tokens_per_second"], 1),
+        _number(method["first_token_seconds"] * 1e3, 1),
+        *(_number(seconds[phase] * 1e3 if seconds else None) for phase in ("draft", "verify", "commit", "rest")),
+        str(method["num_plain_steps"]),
+        _number(None if peak is None else peak / GIB),
+    ]
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -70,9 +77,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(_origin(report), highlight=False)
     for cell in report["cells"]:
         for header, rows in tables(cell):
-            table = Table(title=cell["label"], title_justify="left")
+            table = Table(title=cell["label"], title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
             for number, name in enumerate(header):
-                table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+                table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
             for row in rows:
                 table.add_row(*row)
             console.print(table)

@@ -69,9 +69,9 @@ def run_benchmark(
                 if method not in own
             ]
             label = f"{'greedy' if temperature == 0 else f'T = {temperature:g}'}, batch size {batch_size}"
-            passes = sum(arguments.repeats + 1 + method.drafts_trees for method in own)
-            notify = _counter(on_run, label, passes * len(batches))
-            results = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
+            num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
+            notify = _counter(on_run, label, num_runs * len(batches))
+            results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
             rows = [summarize(result, results[0]) for result in results]
             for result, row in zip(results, rows, strict=True):
                 if temperature == 0 or result.method.is_exact:
@@ -85,7 +85,7 @@ def run_benchmark(
                     "batch_size": batch_size,
                     "num_batches": len(batches),
                     "methods": rows,
-                    "left_out": [{"name": name, "reason": reason} for name, reason in reasons],
+                    "left_out": [{"name": name, "reason": reason} for name, reason in reasons + failures],
                 }
             )
         if arguments.num_divergences:
@@ -184,8 +184,8 @@ def count_divergences(
         target ([`~transformers.PreTrainedModel`]):
             The target.
         prompts (`list[dict[str, Any]]`):
-            Batches of one prompt. Samples are drawn for them in turn, each from another seed; a greedy answer is always
-            the same, so that there are no more than prompts.
+            Batches of one prompt. Samples are drawn for them in turn, each from another seed; a greedy answer is
+            always the same, so that there are no more than prompts.
         method ([`Method`]):
             The method that is compared.
         settings (`dict[str, Any]`):

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if settings.output:
         save_report(report, Path(settings.output))
-    print_report(report, Console())
+    # A file has no width.
+    print_report(report, Console(width=None if sys.stdout.isatty() else 160))
     if settings.output:
         print(f"Written to {settings.output}.")
