@@ -1,6 +1,8 @@
 """What `transformers-msd bench` reports, on models that are too small for its times to mean anything."""
 
+import copy
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,9 +14,10 @@ from transformers import AutoModelForImageTextToText
 from zoo import make_draft_model, make_inputs, make_target
 
 from training.tiny_world.target import build_model, build_processor
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd.bench.assistants import PhaseTimer
 from transformers_msd.bench.divergence import find_divergences
-from transformers_msd.bench.measure import Run, Runs, row_ends, run_method
+from transformers_msd.bench.measure import Run, Runs, row_ends, run_method, run_methods
 from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
 from transformers_msd.bench.models import named_config
 from transformers_msd.bench.report import to_markdown
@@ -54,7 +57,7 @@ def report(folder) -> dict[str, Any]:
 
 OURS = ("draft 8/3/2", "draft_vlm 8/3/2", "draft_vlm, multimodal + text only 8/3/2")
 SIMULATED = tuple(f"{name}, simulated 0.5" for name in OURS)
-ALONE = "assisted generation, draft_vlm"
+ALONE = ("prompt lookup", "assisted generation, draft_vlm")
 
 
 def test_every_method_is_reported_or_left_out_with_a_reason(report):
@@ -64,22 +67,61 @@ def test_every_method_is_reported_or_left_out_with_a_reason(report):
     ]
     for cell in report["cells"]:
         names = {method["name"] for method in cell["methods"]}
-        reasons = {entry["name"]: entry["reason"] for entry in cell["left_out"]}
+        left_out = {entry["name"]: entry["reason"] for entry in cell["left_out"]}
         if cell["batch_size"] == 1:
-            assert names == everywhere | {ALONE}
-            # It copies the places of the picture from the prompt.
-            assert list(reasons) == ["prompt lookup"]
-            assert reasons["prompt lookup"].startswith("it raises ValueError: Image features and image tokens")
+            assert names == everywhere | set(ALONE)
+            assert left_out == {}
         else:
             assert names == everywhere
-            assert set(reasons) == {ALONE, "prompt lookup"}
-            assert set(reasons.values()) == {"Transformers answers one prompt at a time there"}
+            assert left_out == dict.fromkeys(ALONE, "Transformers answers one prompt at a time there")
+
+
+def test_a_baseline_that_fails_is_left_out_and_a_draft_that_fails_is_not():
+    target, batches = make_target("llava"), [make_inputs("llava", (1,))]
+    broken = Method("broken", {"cache_implementation": "nonsense"})
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    results, failures = run_methods(target, batches, [PLAIN, broken], settings, 1, 0, lambda: None)
+    assert [result.method.name for result in results] == ["plain generate"]
+    ((name, reason),) = failures
+    assert name == "broken"
+    assert reason.startswith("it raises ValueError: ")
+    ours = Method("ours", broken.call, drafts_trees=True)
+    with pytest.raises(ValueError, match="nonsense"):
+        run_methods(target, batches, [PLAIN, ours], settings, 1, 0, lambda: None)
+
+
+def test_rounds_of_stock_assistance_are_counted_by_what_comes_at_once():
+    target, inputs = make_target("llama"), make_inputs("llama", (0,))
+    settings = {"max_new_tokens": 30, "do_sample": False}
+    plain = run_method(target, inputs, PLAIN, settings, seed=0)
+    twin = Method("assisted by itself", {"assistant_model": copy.deepcopy(target)}, is_exact=False, is_batched=False)
+    run = run_method(target, inputs, twin, settings, seed=0)
+    assert torch.equal(run.tokens, plain.tokens)
+    assert (plain.num_rounds, plain.lengths, plain.num_decoded) == (29, [[1] * 29], 29)
+    assert run.num_rounds == len(run.lengths[0]) < 20
+    assert sum(run.lengths[0]) == run.num_decoded < 29
+
+
+def test_phases_are_timed_once_a_round_and_change_no_token():
+    target, inputs = make_target("llava"), make_inputs("llava", (1, 0))
+    settings = {"max_new_tokens": 20, "do_sample": True}
+    drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(6, 3, 2))
+    timer = PhaseTimer(drafter)
+    method = Method("vlm", {"assistant_model": drafter}, drafts_trees=True)
+    plain = run_method(target, inputs, PLAIN, settings, seed=0)
+    run = run_method(target, inputs, method, settings, seed=0, timer=timer)
+    assert torch.equal(run.tokens, plain.tokens)
+    phases = Counter(phase for phase, _, _ in timer.notes)
+    # The prompt is committed, too.
+    assert phases == {"draft": run.num_rounds, "verify": run.num_rounds, "commit": run.num_rounds + 1}
+    assert set(run.phase_seconds) == {"draft", "verify", "commit"}
+    assert timer.seconds_since(timer.notes[-1][1]) == {"draft": 0, "verify": 0, "commit": timer.notes[-1][2]}
 
 
 def test_tokens_are_compared_with_plain_where_they_are_the_same_draws(report):
     for cell in report["cells"]:
         for method in cell["methods"]:
-            if method["name"] == ALONE and cell["temperature"] > 0:
+            if method["name"] in ALONE and cell["temperature"] > 0:
                 assert "num_equal" not in method
             else:
                 assert method["num_equal"] == method["num_rows"] == 2

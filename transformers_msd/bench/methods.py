@@ -10,6 +10,7 @@ from transformers.generation import CompileConfig
 
 from transformers_msd.bench.assistants import Simulated
 from transformers_msd.bench.settings import BenchArguments
+from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.ensemble import EnsembleDrafter
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.modeling_msd import MSDDraftModel
@@ -76,7 +77,9 @@ def make_methods(
         if arguments.random_weights:
             left_out.append(("prompt lookup", "random weights repeat nothing of a prompt"))
         else:
-            call = {"prompt_lookup_num_tokens": 10}
+            # It would copy places of pictures, for which a forward then lacks the pictures, and Transformers raise.
+            visual = visual_token_ids(target.config)
+            call = {"prompt_lookup_num_tokens": 10} | ({"suppress_tokens": visual} if visual else {})
             methods.append(Method("prompt lookup", call, is_exact=False, is_batched=False))
     vocab_size = target.config.get_text_config().vocab_size
     for name, draft in drafts.items():
