@@ -75,6 +75,8 @@ def _speedup(rates: dict[str, Any]) -> str:
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Show a report on the screen."""
     console.print(_origin(report), highlight=False)
+    if _is_simulated(report):
+        console.print(SIMULATED.replace("*", ""), highlight=False)
     for cell in report["cells"]:
         for header, rows in tables(cell):
             table = Table(title=cell["label"], title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -91,9 +93,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """Write a report as Markdown."""
-    is_simulated = any(method["is_simulated"] for cell in report["cells"] for method in cell["methods"])
     parts = [f"# {report['target']}", _origin(report), f"```bash\n{report['command']}\n```"]
-    if is_simulated:
+    if _is_simulated(report):
         parts.append(SIMULATED)
     for cell in report["cells"]:
         parts.append(f"## {cell['label']}")
@@ -106,6 +107,10 @@ def to_markdown(report: dict[str, Any]) -> str:
         parts += ["## Generations that differ", "\n".join(f"- {line}" for line in lines)]
     names = {"speedup": "speed-up by τ", "acceptance_by_depth": "acceptance by depth", "time_split": "time of a round"}
     return "\n\n".join([*parts, NOTES, *(f"![{text}]({name}.png)" for name, text in names.items())]) + "\n"
+
+
+def _is_simulated(report: dict[str, Any]) -> bool:
+    return any(method["is_simulated"] for cell in report["cells"] for method in cell["methods"])
 
 
 def _origin(report: dict[str, Any]) -> str:
