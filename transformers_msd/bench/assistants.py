@@ -76,18 +76,17 @@ class Simulated:
             What drafts.
         probability (`float`):
             Probability that a node of the chain, given that its parent is right, is right.
-        seed (`int`):
-            Seed of the errors.
     """
 
-    def __init__(self, assistant: Any, probability: float, seed: int) -> None:
+    def __init__(self, assistant: Any, probability: float) -> None:
         self.assistant = assistant
         self.probability = probability
-        self.seed = seed
         self.tree_config = replace(assistant.tree_config, gate=False)
         # Tokens that the next call is taken to generate, of shape `(batch_size, num_steps)`. In half precision a
         # near-tie may fall the other way in a tree: what the call itself said then is the better guess for the next.
         self.continuation = torch.zeros(0, 0, dtype=torch.long)
+        # Of the errors in the next call.
+        self.seed = 0
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "SimulatedCandidateGenerator":
         candidates = self.assistant.candidate_generator(target, inputs)

@@ -212,6 +212,7 @@ def run_methods(
         if method.simulated is not None:
             known = last.get((method.name, index))
             method.simulated.continuation = last[PLAIN.name, index] if known is None else known
+            method.simulated.seed = seed + index
         result = run_method(target, batches[index], method, settings, seed + index, timer)
         last[method.name, index] = result.tokens
         on_run()

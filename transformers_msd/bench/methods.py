@@ -94,7 +94,7 @@ def make_methods(
             if not (arguments.random_weights and arguments.simulate_acceptance):
                 methods.append(Method(label, {"assistant_model": assistant}, drafts_trees=True))
             for probability in arguments.simulate_acceptance:
-                call = {"assistant_model": Simulated(assistant, probability, arguments.seed)}
+                call = {"assistant_model": Simulated(assistant, probability)}
                 methods.append(Method(f"{label}, simulated {probability:g}", call, drafts_trees=True))
     return methods, left_out
 

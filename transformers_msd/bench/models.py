@@ -6,6 +6,7 @@ import torch
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -107,7 +108,7 @@ def random_target(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> 
 def random_draft(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> MSDDraftModel:
     """Make an MSD draft of random weights for a target."""
     with torch.device(device):
-        return MSDDraftModel._from_config(MSDConfig.from_target(config), dtype=dtype).eval()
+        return AutoModel.from_config(MSDConfig.from_target(config), dtype=dtype).eval()
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:

@@ -64,10 +64,12 @@ def plot_split(report: dict[str, Any], path: Path) -> None:
                 axes.barh(place, width, left=start, color=colour, label=phase if place == 1 else None, height=0.65)
                 start += width
             axes.text(start, place, f" {start / plain:.2f} steps", va="center", fontsize=8)
-        axes.set_yticks(range(len(methods) + 1), ["plain generate", *(method["name"] for method in methods)])
+        names = ["plain generate", *(method["name"] for method in methods)]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set(xlabel="ms per round")
-        axes.margins(x=0.16)
+        # Room for the text behind the longest bar.
+        axes.set_xlim(0, 1.3 * axes.dataLim.x1)
     _save(figure, panels, path)
 
 
