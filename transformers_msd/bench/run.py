@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import transformers_msd
 from transformers_msd.bench.divergence import find_divergences
-from transformers_msd.bench.measure import run_method, run_methods
+from transformers_msd.bench.measure import Run, run_method, run_methods
 from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
 from transformers_msd.bench.models import load_model, named_config, random_draft, random_target
 from transformers_msd.bench.prompts import batched, encode_prompts, load_processor, load_prompts, random_prompts
@@ -61,33 +61,9 @@ def run_benchmark(
     for temperature in arguments.temperatures:
         settings = _call_settings(arguments, temperature)
         for batch_size in arguments.batch_sizes:
-            batches = make_batches(batch_size)
-            own = [method for method in methods if batch_size == 1 or method.is_batched]
-            reasons = left_out + [
-                (method.name, "Transformers answers one prompt at a time there")
-                for method in methods
-                if method not in own
-            ]
-            label = f"{'greedy' if temperature == 0 else f'T = {temperature:g}'}, batch size {batch_size}"
-            num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
-            notify = _counter(on_run, label, num_runs * len(batches))
-            results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
-            rows = [summarize(result, results[0]) for result in results]
-            for result, row in zip(results, rows, strict=True):
-                if temperature == 0 or result.method.is_exact:
-                    row |= _equality(
-                        target, batches, settings, arguments.seed, result.passes[-1], results[0].passes[-1]
-                    )
-            report["cells"].append(
-                {
-                    "label": label,
-                    "temperature": temperature,
-                    "batch_size": batch_size,
-                    "num_batches": len(batches),
-                    "methods": rows,
-                    "left_out": [{"name": name, "reason": reason} for name, reason in reasons + failures],
-                }
-            )
+            cell = _run_cell(arguments, target, make_batches(batch_size), methods, settings, batch_size, on_run)
+            cell["left_out"] = [{"name": name, "reason": reason} for name, reason in left_out] + cell["left_out"]
+            report["cells"].append({"temperature": temperature, "batch_size": batch_size} | cell)
         if arguments.num_divergences:
             ours = [method for method in methods if method.drafts_trees and method.simulated is None]
             batches = make_batches(1)
@@ -97,6 +73,38 @@ def run_benchmark(
                 for method in ours
             ]
     return report
+
+
+def _run_cell(
+    arguments: BenchArguments,
+    target: PreTrainedModel,
+    batches: list[Inputs],
+    methods: list[Method],
+    settings: dict[str, Any],
+    batch_size: int,
+    on_run: Callable[[str, int, int], None] | None,
+) -> dict[str, Any]:
+    """Compare all methods at one temperature and batch size."""
+    own = [method for method in methods if batch_size == 1 or method.is_batched]
+    left_out = [
+        (method.name, "Transformers answers one prompt at a time there") for method in methods if method not in own
+    ]
+    mode = f"T = {settings['temperature']:g}" if settings["do_sample"] else "greedy"
+    label = f"{mode}, batch size {batch_size}"
+    num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
+    notify = _counter(on_run, label, num_runs * len(batches))
+    results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
+    rows = [summarize(result, results[0]) for result in results]
+    plain_runs = results[0].passes[-1]
+    for result, row in zip(results, rows, strict=True):
+        if result.method.is_exact or not settings["do_sample"]:
+            row |= _equality(target, batches, settings, arguments.seed, result.passes[-1], plain_runs)
+    return {
+        "label": label,
+        "num_batches": len(batches),
+        "methods": rows,
+        "left_out": [{"name": name, "reason": reason} for name, reason in left_out + failures],
+    }
 
 
 def _prepare(
@@ -157,8 +165,8 @@ def _equality(
     batches: list[Inputs],
     settings: Mapping[str, Any],
     seed: int,
-    runs: list[Any],
-    plain_runs: list[Any],
+    runs: list[Run],
+    plain_runs: list[Run],
 ) -> dict[str, Any]:
     """Count the rows whose tokens are plain's, and tell where the others first differ."""
     divergences = []
