@@ -22,29 +22,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> None:
     """Measure, save, and print."""
     import torch
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
 
-    from transformers_msd import MSDConfig, MSDDraftModel, VLMDrafter
+    from transformers_msd import MSDDraftModel, VLMDrafter
+    from transformers_msd.bench.models import load_model
     from transformers_msd.calibration import save_costs
     from transformers_msd.tuning import measure_costs
-
-    def load(name: str) -> torch.nn.Module:
-        config = AutoConfig.from_pretrained(name)
-        auto_class = MSDDraftModel
-        if not isinstance(config, MSDConfig):
-            is_multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
-        return auto_class.from_pretrained(name, dtype=arguments.dtype).to(device).eval()
 
     device = arguments.device
     if device.startswith("cuda if"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    target, draft = load(arguments.target_model), load(arguments.draft_model)
+    target = load_model(arguments.target_model, arguments.dtype, device)
+    draft = load_model(arguments.draft_model, arguments.dtype, device)
     costs = measure_costs(
         target, draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft), arguments.prompt_length
     )

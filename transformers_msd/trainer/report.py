@@ -1,7 +1,6 @@
 """What a finished run leaves beside the weights: its curves and a model card."""
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
+
+from transformers_msd.provenance import commit, hardware
 
 
 _LOSSES = ("loss", "eval_loss")
@@ -106,9 +107,9 @@ def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[
         card_data=data.to_yaml(),
         name=name,
         measured=_measured(log_history),
-        hardware=_hardware(),
+        hardware=hardware(),
         command=_command(),
-        commit=_commit(),
+        commit=commit(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         trl=trl.__version__,
@@ -135,17 +136,3 @@ def _command() -> str:
     script = Path(sys.argv[0])
     name = "transformers-msd train" if script.parts[-2:] == ("trainer", "run.py") else script.name
     return " ".join([name, shlex.join(sys.argv[1:])]).strip()
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not in a git repository"

@@ -1,0 +1,215 @@
+"""What `transformers-msd bench` reports, on models that are too small for its times to mean anything."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from zoo import make_target
+
+from training.tiny_world.target import build_model, build_processor
+from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd.bench.models import named_config
+from transformers_msd.bench.report import to_markdown
+from transformers_msd.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A target with its processor, an MSD draft and a draft VLM, as users have them."""
+    folder = tmp_path_factory.mktemp("bench")
+    torch.manual_seed(0)
+    processor = build_processor(num_rows=200)
+    target = build_model(processor, num_layers=2)
+    target.save_pretrained(folder / "target")
+    processor.save_pretrained(folder / "target")
+    MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(folder / "draft")
+    build_model(processor, num_layers=1).save_pretrained(folder / "draft_vlm")
+    return folder
+
+
+def bench(output: Path, *options: str) -> dict[str, Any]:
+    """Run the command and read what it saved."""
+    main(["bench", "--dtype", "float32", "--output", str(output), *options])
+    return json.loads((output / "bench.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(folder) -> dict[str, Any]:
+    options = "--trees 8,3,2 --views multimodal,text_only --simulate_acceptance 0.5 --batch_sizes 1 2 --num_prompts 2"
+    options += " --repeats 2 --max_new_tokens 10 --num_divergences 3 --drafts"
+    drafts = [str(folder / "draft"), str(folder / "draft_vlm")]
+    return bench(folder / "output", "--target_model", str(folder / "target"), *options.split(), *drafts)
+
+
+OURS = ("draft 8/3/2", "draft_vlm 8/3/2", "draft_vlm, multimodal + text only 8/3/2")
+SIMULATED = tuple(f"{name}, simulated 0.5" for name in OURS)
+ALONE = ("prompt lookup", "assisted generation, draft_vlm")
+
+
+def test_every_method_is_reported_or_left_out_with_a_reason(report):
+    everywhere = {"plain generate", "plain, static cache", *OURS, *SIMULATED}
+    assert [cell["label"] for cell in report["cells"]] == [
+        *("greedy, batch size 1", "greedy, batch size 2", "T = 1, batch size 1", "T = 1, batch size 2")
+    ]
+    for cell in report["cells"]:
+        names = {method["name"] for method in cell["methods"]}
+        left_out = {entry["name"]: entry["reason"] for entry in cell["left_out"]}
+        if cell["batch_size"] == 1:
+            assert names == everywhere | set(ALONE)
+            assert left_out == {}
+        else:
+            assert names == everywhere
+            assert left_out == dict.fromkeys(ALONE, "Transformers answers one prompt at a time there")
+
+
+def test_tokens_are_compared_with_plain_where_they_are_the_same_draws(report):
+    for cell in report["cells"]:
+        for method in cell["methods"]:
+            if method["name"] in ALONE and cell["temperature"] > 0:
+                assert "num_equal" not in method
+            else:
+                assert method["num_equal"] == method["num_rows"] == 2
+    for count in report["divergences"]:
+        # Two prompts have two greedy answers, and any number of samples.
+        assert count["num_generations"] == (2 if count["temperature"] == 0 else 3)
+        assert count["num_different"] == 0
+    assert {count["name"] for count in report["divergences"]} == set(OURS)
+
+
+def test_figures_of_a_report_follow_from_each_other(report):
+    for cell in report["cells"]:
+        plain = cell["methods"][0]
+        for method in cell["methods"]:
+            for kind in ("decode", "end_to_end"):
+                rates = method[kind]
+                assert len(rates["passes"]) == 2
+                assert rates["tokens_per_second"] == median(rates["passes"])
+                assert rates["speedup"] == pytest.approx(median(rates["passes"]) / median(plain[kind]["passes"]))
+                ratios = [own / one for own, one in zip(rates["passes"], plain[kind]["passes"], strict=True)]
+                assert rates["speedup_range"] == pytest.approx([min(ratios), max(ratios)])
+            assert method["round_cost"] == pytest.approx(method["round_seconds"] / plain["round_seconds"])
+            assert method["acceptance_length"] == pytest.approx(1 + sum(method["acceptance_by_depth"]))
+            assert set(method["split_seconds"]) == (
+                {"draft", "verify", "commit", "rest"} if method["name"] in OURS + SIMULATED else set()
+            )
+            assert method["peak_memory"] is None
+        assert (plain["acceptance_length"], plain["round_cost"], plain["decode"]["speedup"]) == (1, 1, 1)
+
+
+def test_reports_are_written_and_say_where_they_come_from(report, folder):
+    output = folder / "output"
+    for name in ("speedup", "acceptance_by_depth", "time_split"):
+        width, height = Image.open(output / f"{name}.png").size
+        assert min(width, height) > 300
+    text = (output / "bench.md").read_text()
+    assert text == to_markdown(report)
+    assert report["command"].startswith("transformers-msd bench --dtype float32")
+    assert report["dtype"] == "float32"
+    for name in ("target", "command", "commit", "hardware", "torch", "transformers", "transformers_msd"):
+        assert report[name] in text
+    for cell in report["cells"]:
+        for method in cell["methods"]:
+            assert f"| {method['name']} | {method['acceptance_length']:.2f} |" in text
+            assert method["is_simulated"] == ("simulated" in method["name"])
+    assert "say nothing about a draft" not in text
+    assert "Their τ says nothing about a draft." in text
+
+
+def test_prompts_come_from_a_file(folder, tmp_path):
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "red.png")
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>\nWhat colour?"}], "images": ["red.png"]},
+        {"messages": [{"role": "user", "content": "Hello?"}], "images": []},
+        {"messages": [{"role": "user", "content": "Not asked."}], "images": []},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = "--num_prompts 2 --batch_sizes 2 --temperatures 0 --repeats 1 --max_new_tokens 4 --baselines none"
+    report = bench(
+        tmp_path / "output",
+        *("--target_model", str(folder / "target"), "--prompts", str(tmp_path / "rows.jsonl"), *options.split()),
+    )
+    (cell,) = report["cells"]
+    assert report["num_prompts"] == 2
+    assert [method["name"] for method in cell["methods"]] == ["plain generate"]
+    assert cell["methods"][0]["num_rows"] == 2
+
+
+@pytest.mark.parametrize(("batch_size", "temperature"), [(1, 0.0), (3, 1.0)])
+def test_simulated_acceptance_gives_the_length_that_follows_from_it(tmp_path, batch_size, temperature):
+    # In bfloat16: the margins of random weights are wide enough for it.
+    make_target("llava").config.save_pretrained(tmp_path)
+    report = bench(
+        tmp_path / "output",
+        *("--random_weights", str(tmp_path / "config.json"), "--dtype", "bfloat16", "--trees", "12,4,3"),
+        *("--simulate_acceptance", "0.6", "1", "--max_new_tokens", "42", "--num_prompts", "3", "--repeats", "1"),
+        *("--batch_sizes", str(batch_size), "--temperatures", str(temperature), "--prompt_length", "8"),
+        *("--baselines", "none"),
+    )
+    assert report["dtype"] == "bfloat16"
+    _, *methods = report["cells"][0]["methods"]
+    assert [method["num_equal"] for method in methods] == [3, 3]
+    assert [method["num_plain_steps"] for method in methods] == [0, 0]
+    often, always = (method["acceptance_length"] for method in methods)
+    # Some fifty rounds, each of which accepts 1.3 tokens with a deviation of 1.4.
+    assert often == pytest.approx(1 + sum(0.6**depth for depth in range(1, 5)), abs=0.5)
+    assert always == pytest.approx(5, abs=0.5)  # the last round has fewer tokens to emit
+
+
+def test_random_weights_without_simulation_draft_in_every_round(tmp_path):
+    make_target("llama").config.save_pretrained(tmp_path)
+    report = bench(
+        tmp_path / "output",
+        *("--random_weights", str(tmp_path / "config.json"), "--max_new_tokens", "40", "--num_prompts", "1"),
+        *("--repeats", "1", "--temperatures", "0", "--prompt_length", "8"),
+    )
+    draft = report["cells"][0]["methods"][-1]
+    assert draft["name"].startswith("random MSD draft")
+    assert draft["acceptance_length"] < 2
+    assert draft["num_plain_steps"] == 0
+    assert "random weights" in report["target"]
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llava-1.5-7b", 7.063), ("llava-1.5-13b", 13.351)])
+def test_built_in_shapes_have_the_published_number_of_parameters(name, billions):
+    with torch.device("meta"):
+        target = AutoModelForImageTextToText.from_config(named_config(name))
+    assert target.num_parameters() / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "got neither"),
+        ("--target_model a --random_weights b", "got both"),
+        ("--random_weights nowhere.json", "must be one of llava-1.5-7b, llava-1.5-13b, or a config.json"),
+        ("--random_weights llava-1.5-7b --drafts a", "makes its own draft"),
+        ("--target_model a --simulate_acceptance 0.5", "needs a draft whose time is paid"),
+        ("--target_model a --drafts b --simulate_acceptance 1.5", "must be probabilities"),
+        ("--target_model a --trees 60,6", "A tree must be `num_nodes,depth,top_k`"),
+        ("--target_model a --trees 60,6,x", "A tree must be `num_nodes,depth,top_k`"),
+        ("--target_model a --trees 1,6,4", "`TreeConfig.num_nodes` must be an integer of at least 2"),
+        ("--target_model a --views multimodal,radio", "`views` must be some of"),
+        ("--target_model a --baselines vllm", "`baselines` must be some of"),
+        ("--target_model a --batch_sizes 0", "`batch_sizes` must be at least 1"),
+        ("--target_model a --temperatures -1", "`temperatures` must not be negative"),
+        ("--target_model a --repeats 0", "`repeats` must be at least 1"),
+        ("--target_model a --max_new_tokens 2", "`max_new_tokens` must be at least 3"),
+        ("--target_model a --dtype half_precision", "`dtype` must be `auto` or a dtype"),
+        ("--target_model a --drafts b b", "`drafts` must differ"),
+    ],
+)
+def test_bad_settings_are_refused_before_a_model_is_loaded(options, message, monkeypatch):
+    monkeypatch.setattr("transformers_msd.bench.run.load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match=message):
+        main(["bench", *options.split()])
+
+
+def test_pictures_of_other_models_are_refused(tmp_path):
+    make_target("qwen2_vl").config.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="for LLaVA-1.5 and language models, got a config of 'qwen2_vl'"):
+        main(["bench", "--random_weights", str(tmp_path / "config.json")])

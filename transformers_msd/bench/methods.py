@@ -1,0 +1,151 @@
+"""What is compared: ways to call `generate`."""
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
+
+from transformers_msd.bench.assistants import Simulated
+from transformers_msd.bench.settings import BenchArguments
+from transformers_msd.configuration_msd import visual_token_ids
+from transformers_msd.drafters.ensemble import EnsembleDrafter
+from transformers_msd.drafters.vlm import VLMDrafter
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.tree import TreeConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way to decode.
+
+    Args:
+        name (`str`):
+            What reports call it.
+        call (`dict[str, Any]`):
+            What it adds to the arguments of `generate`.
+        drafts_trees (`bool`):
+            Whether it is one of ours, and so returns statistics and can be split into phases.
+        is_exact (`bool`):
+            Whether samples from a seed are plain's, too.
+        is_batched (`bool`):
+            Whether it takes several prompts.
+    """
+
+    name: str
+    call: dict[str, Any] = field(default_factory=dict)
+    drafts_trees: bool = False
+    is_exact: bool = True
+    is_batched: bool = True
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether an error in it is one of this package or of the call, not of a baseline."""
+        return self.drafts_trees or not self.call
+
+    @property
+    def simulated(self) -> Simulated | None:
+        """The simulated draft, where it is one."""
+        assistant = self.call.get("assistant_model")
+        return assistant if isinstance(assistant, Simulated) else None
+
+
+PLAIN = Method("plain generate")
+
+
+def make_methods(
+    arguments: BenchArguments, target: PreTrainedModel, drafts: dict[str, PreTrainedModel]
+) -> tuple[list[Method], list[tuple[str, str]]]:
+    """
+    List all that is compared, plain `generate` first, and what is not, with the reason.
+
+    Args:
+        arguments ([`BenchArguments`]):
+            Settings of the benchmark.
+        target ([`~transformers.PreTrainedModel`]):
+            The target.
+        drafts (`dict[str, PreTrainedModel]`):
+            Drafts by the names they get in reports.
+    """
+    methods, left_out = [PLAIN], []
+    if "static" in arguments.baselines:
+        methods.append(_static(target, arguments.compile_on_cpu))
+    if "prompt_lookup" in arguments.baselines:
+        if arguments.random_weights:
+            left_out.append(("prompt lookup", "random weights repeat nothing of a prompt"))
+        else:
+            # It would copy places of pictures, for which a forward then lacks the pictures, and Transformers raise.
+            visual = visual_token_ids(target.config)
+            call = {"prompt_lookup_num_tokens": 10} | ({"suppress_tokens": visual} if visual else {})
+            methods.append(Method("prompt lookup", call, is_exact=False, is_batched=False))
+    vocab_size = target.config.get_text_config().vocab_size
+    for name, draft in drafts.items():
+        is_msd = isinstance(draft, MSDDraftModel)
+        if "assisted" in arguments.baselines and not is_msd:
+            if draft.config.get_text_config().vocab_size == vocab_size:
+                call = {"assistant_model": draft}
+                methods.append(Method(f"assisted generation, {name}", call, is_exact=False, is_batched=False))
+            else:
+                left_out.append((f"assisted generation, {name}", "it needs vocabularies of one size"))
+        for assistant, label in _assistants(arguments, draft, name):
+            if not (arguments.random_weights and arguments.simulate_acceptance):
+                methods.append(Method(label, {"assistant_model": assistant}, drafts_trees=True))
+            for probability in arguments.simulate_acceptance:
+                call = {"assistant_model": Simulated(assistant, probability)}
+                methods.append(Method(f"{label}, simulated {probability:g}", call, drafts_trees=True))
+    return methods, left_out
+
+
+def _static(target: PreTrainedModel, compile_on_cpu: bool) -> Method:
+    call: dict[str, Any] = {"cache_implementation": "static"}
+    if target.device.type != "cpu":
+        return Method("plain, static cache, compiled", call)
+    if not compile_on_cpu:
+        return Method("plain, static cache", call)
+    compile_config = CompileConfig(mode="default")
+    compile_config._compile_all_devices = True
+    return Method("plain, static cache, compiled", call | {"compile_config": compile_config})
+
+
+def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) -> list[tuple[Any, str]]:
+    """Make the assistants of one draft, one for each tree and view."""
+    kinds: list[tuple[Any, str]] = []
+    for tree in arguments.tree_configs or [None]:
+        if isinstance(draft, MSDDraftModel):
+            kinds.append((with_tree(draft, tree or draft.tree_config), name))
+            continue
+        kinds.append((VLMDrafter(draft, tree_config=tree), name))
+        for views in arguments.views:
+            label = f"{name}, {views.replace(',', ' + ').replace('_', ' ')}"
+            kinds.append((EnsembleDrafter(draft, tuple(views.split(",")), tree_config=tree), label))
+    assistants = []
+    for assistant, label in kinds:
+        tree = assistant.tree_config
+        if arguments.random_weights:
+            assistant.tree_config = tree = replace(tree, gate=False)
+        assistants.append((assistant, f"{label} {tree.num_nodes}/{tree.depth}/{tree.top_k}{_minimum(tree)}"))
+    return assistants
+
+
+def _minimum(tree: TreeConfig) -> str:
+    return f"/{tree.min_probability:g}" if tree.min_probability else ""
+
+
+def with_tree(draft: MSDDraftModel, tree: TreeConfig) -> MSDDraftModel:
+    """Return the draft with another tree; the weights are shared, the draft given stays as it is."""
+    twin = copy.copy(draft)
+    twin.config = copy.deepcopy(draft.config)
+    twin.tree_config = tree
+    return twin
+
+
+def draft_names(paths: list[str]) -> list[str]:
+    """Name drafts by their folders, by more of the path where these are equal."""
+    for num_parts in range(1, 10):
+        names = ["/".join(Path(path).parts[-num_parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"`drafts` must differ, got {paths}. Name each once; give several `trees` instead.")

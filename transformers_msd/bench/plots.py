@@ -1,0 +1,117 @@
+"""Plots of a benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b", "#7f7f7f")
+MARKERS = "osD^vP*Xh"
+PHASE_COLOURS = {"draft": "#56b4e9", "verify": "#0072b2", "commit": "#009e73", "rest": "#b0b0b0"}
+
+
+def plot_speedups(report: dict[str, Any], path: Path) -> None:
+    """Draw the speed-up of decoding by τ, one panel for each temperature and batch size."""
+    figure, panels = _panels(report)
+    styles = _styles(report)
+    for cell, axes in panels:
+        for method in cell["methods"]:
+            tau, rates = method["acceptance_length"], method["decode"]
+            if tau is None:
+                continue
+            low, high = rates["speedup_range"]
+            speedup = rates["speedup"]
+            # The median of a ratio may lie outside its range by a little.
+            spread = [[max(speedup - low, 0)], [max(high - speedup, 0)]]
+            axes.errorbar(tau, speedup, yerr=spread, capsize=3, linestyle="none", **styles[method["name"]])
+        axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+        axes.set(xlabel="acceptance length τ", ylabel="speed-up of decoding")
+        axes.margins(0.1)
+        axes.set_ylim(bottom=0)
+    _save(figure, panels, path)
+
+
+def plot_acceptance(report: dict[str, Any], path: Path) -> None:
+    """Draw the share of rounds that accept tokens to each depth."""
+    figure, panels = _panels(report)
+    styles = _styles(report)
+    for cell, axes in panels:
+        for method in cell["methods"]:
+            shares = method["acceptance_by_depth"]
+            if shares:
+                axes.plot(range(1, len(shares) + 1), shares, **styles[method["name"]])
+        axes.set(xlabel="depth, drafted tokens", ylabel="share of rounds that accept it", ylim=(0, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _save(figure, panels, path)
+
+
+def plot_split(report: dict[str, Any], path: Path) -> None:
+    """Draw the time of a round by its phases beside that of a plain step."""
+    rows = max(len(_split_methods(cell)) for cell in report["cells"]) + 1
+    figure, panels = _panels(report, height=1.2 + 0.42 * rows, width=7.5)
+    for cell, axes in panels:
+        methods = _split_methods(cell)
+        plain = cell["methods"][0]["round_seconds"] * 1e3
+        axes.barh(0, plain, color="#d55e00", label="plain step", height=0.65)
+        for place, method in enumerate(methods, 1):
+            start = 0.0
+            for phase, colour in PHASE_COLOURS.items():
+                # What is left can be a little below nothing on a noisy machine.
+                width = max(method["split_seconds"][phase] * 1e3, 0.0)
+                axes.barh(place, width, left=start, color=colour, label=phase if place == 1 else None, height=0.65)
+                start += width
+            axes.text(start, place, f" {start / plain:.2f} steps", va="center", fontsize=8)
+        names = ["plain generate", *(method["name"] for method in methods)]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set(xlabel="ms per round")
+        # Room for the text behind the longest bar.
+        axes.set_xlim(0, 1.3 * axes.dataLim.x1)
+    _save(figure, panels, path)
+
+
+def _split_methods(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    return [method for method in cell["methods"] if method["split_seconds"]]
+
+
+def _panels(
+    report: dict[str, Any], height: float = 4.0, width: float = 5.5
+) -> tuple[Figure, list[tuple[dict[str, Any], Axes]]]:
+    """Make a figure with a panel for each cell, in rows of one temperature."""
+    cells = report["cells"]
+    num_columns = len({cell["batch_size"] for cell in cells})
+    num_rows = -(-len(cells) // num_columns)
+    size = (width * num_columns, height * num_rows + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    panels = list(zip(cells, all_axes, strict=True))
+    for cell, axes in panels:
+        axes.set_title(cell["label"])
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _styles(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give each method one look in all panels; simulated ones are hollow."""
+    methods = {method["name"]: method for cell in report["cells"] for method in cell["methods"]}
+    styles = {}
+    for number, (name, method) in enumerate(methods.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
+        styles[name] = style | {"label": name} | ({"markerfacecolor": "white"} if method["is_simulated"] else {})
+    return styles
+
+
+def _save(figure: Figure, panels: list[tuple[dict[str, Any], Axes]], path: Path) -> None:
+    """Add one legend for all panels below them, and write the file."""
+    entries = {
+        label: handle for _, axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    # In inches, at the legend's size of letters.
+    width = 0.7 + 0.075 * max(map(len, entries), default=0)
+    num_columns = max(1, min(len(entries), int(figure.get_figwidth() // width)))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=num_columns, fontsize=8)
+    figure.savefig(path, dpi=120)

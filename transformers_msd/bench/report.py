@@ -1,0 +1,156 @@
+"""Reports of a benchmark: tables for the screen and for Markdown, JSON, and plots."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from transformers_msd.bench.plots import plot_acceptance, plot_speedups, plot_split
+
+
+HEADER = ("method", "τ", "round cost", "speed-up, decode", "speed-up, end to end", "equal")
+DETAILS = (
+    *("method, times in ms", "tokens/s", "end to end", "first token"),
+    *("draft", "verify", "commit", "rest", "plain steps", "memory, GiB"),
+)
+GIB = 2**30
+NOTES = """\
+τ: tokens emitted by rounds over rounds, over unfinished rows; the prefill and its token are not in it. Round cost:
+time of a round over that of a plain step, the first of each answer left out. Decode: from the first token on, the
+start of the draft included; end to end: with vision encoder and prefill. Speed-ups are ratios of medians over the
+passes, in brackets the range of the ratios in single passes. Equal: rows whose tokens are those of plain `generate`; a
+dash where a method draws other samples. Draft, verify, commit and rest divide the time of a round, timed in runs of
+their own in which the device is waited for after each. Plain steps: rounds in which drafting rested. Memory: what a
+call takes at most above all weights; it is not measured on a CPU."""
+SIMULATED = (
+    "Methods marked *simulated* drafted with a real draft, whose time is in all figures, but its tokens were replaced "
+    "by the target's own continuation with the probability p at each depth. Their τ says nothing about a draft."
+)
+
+
+def tables(cell: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[list[str]]]]:
+    """Yield the tables of a cell as headers and rows of text."""
+    yield HEADER, [_row(method) for method in cell["methods"]]
+    yield DETAILS, [_details(method) for method in cell["methods"]]
+
+
+def _row(method: dict[str, Any]) -> list[str]:
+    return [
+        method["name"],
+        _number(method["acceptance_length"]),
+        _number(method["round_cost"]),
+        _speedup(method["decode"]),
+        _speedup(method["end_to_end"]),
+        f"{method['num_equal']} of {method['num_rows']}" if "num_equal" in method else "-",
+    ]
+
+
+def _details(method: dict[str, Any]) -> list[str]:
+    seconds, peak = method["split_seconds"], method["peak_memory"]
+    return [
+        method["name"],
+        _number(method["decode"]["tokens_per_second"], 1),
+        _number(method["end_to_end"]["tokens_per_second"], 1),
+        _number(method["first_token_seconds"] * 1e3, 1),
+        *(_number(seconds[phase] * 1e3 if seconds else None) for phase in ("draft", "verify", "commit", "rest")),
+        str(method["num_plain_steps"]),
+        _number(None if peak is None else peak / GIB),
+    ]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _speedup(rates: dict[str, Any]) -> str:
+    low, high = rates["speedup_range"]
+    return f"{rates['speedup']:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Show a report on the screen."""
+    console.print(_origin(report), highlight=False)
+    if _is_simulated(report):
+        console.print(SIMULATED.replace("*", ""), highlight=False)
+    for cell in report["cells"]:
+        for header, rows in tables(cell):
+            table = Table(title=cell["label"], title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            for number, name in enumerate(header):
+                table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        for line in [*_left_out(cell), *_divergences(cell)]:
+            console.print(line, highlight=False)
+    for line in _counts(report):
+        console.print(line, highlight=False)
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Write a report as Markdown."""
+    parts = [f"# {report['target']}", _origin(report), f"```bash\n{report['command']}\n```"]
+    if _is_simulated(report):
+        parts.append(SIMULATED)
+    for cell in report["cells"]:
+        parts.append(f"## {cell['label']}")
+        for header, rows in tables(cell):
+            lines = [header, ["---"] * len(header), *rows]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        if lines := [*_left_out(cell), *_divergences(cell)]:
+            parts.append("\n".join(f"- {line}" for line in lines))
+    if lines := list(_counts(report)):
+        parts += ["## Generations that differ", "\n".join(f"- {line}" for line in lines)]
+    names = {"speedup": "speed-up by τ", "acceptance_by_depth": "acceptance by depth", "time_split": "time of a round"}
+    return "\n\n".join([*parts, NOTES, *(f"![{text}]({name}.png)" for name, text in names.items())]) + "\n"
+
+
+def _is_simulated(report: dict[str, Any]) -> bool:
+    return any(method["is_simulated"] for cell in report["cells"] for method in cell["methods"])
+
+
+def _origin(report: dict[str, Any]) -> str:
+    return (
+        f"{report['target']} ({report['num_parameters']:,} parameters), {report['dtype']}, {report['attention']} "
+        f"attention, {report['hardware']}; torch {report['torch']}, transformers {report['transformers']}, "
+        f"transformers-msd {report['transformers_msd']}, commit {report['commit']}; {report['num_prompts']} prompts, "
+        f"{report['settings']['max_new_tokens']} new tokens at most, {report['settings']['repeats']} timed passes."
+    )
+
+
+def _left_out(cell: dict[str, Any]) -> list[str]:
+    return [f"Left out: {entry['name']}: {entry['reason']}." for entry in cell["left_out"]]
+
+
+def _divergences(cell: dict[str, Any]) -> Iterator[str]:
+    for method in cell["methods"]:
+        for found in method.get("divergences", [])[:1]:
+            gap = "no second token" if found["logit_gap"] is None else f"a logit gap of {found['logit_gap']:.4g}"
+            yield (
+                f"{method['name']}: {method['num_rows'] - method['num_equal']} rows differ, the first after "
+                f"{found['step']} tokens at {gap}."
+            )
+
+
+def _counts(report: dict[str, Any]) -> Iterator[str]:
+    for count in report["divergences"]:
+        mode = "greedy" if count["temperature"] == 0 else f"T = {count['temperature']:g}"
+        line = f"{count['name']}, {mode}: {count['num_different']} of {count['num_generations']} generations differ"
+        gaps = [found["logit_gap"] for found in count["divergences"] if found["logit_gap"] is not None]
+        if gaps:
+            line += f", logit gaps {min(gaps):.4g} to {max(gaps):.4g}, median {median(gaps):.4g}"
+        yield line + f" ({count['num_tokens']} tokens)."
+
+
+def save_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `bench.json`, `bench.md` and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "bench.md").write_text(to_markdown(report))
+    plot_speedups(report, folder / "speedup.png")
+    plot_acceptance(report, folder / "acceptance_by_depth.png")
+    plot_split(report, folder / "time_split.png")

@@ -1,0 +1,221 @@
+"""One benchmark from its settings to its report."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import transformers_msd
+from transformers_msd.bench.divergence import find_divergences
+from transformers_msd.bench.measure import Run, run_method, run_methods
+from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
+from transformers_msd.bench.models import load_model, named_config, random_draft, random_target
+from transformers_msd.bench.prompts import batched, encode_prompts, load_processor, load_prompts, random_prompts
+from transformers_msd.bench.settings import BenchArguments
+from transformers_msd.bench.summary import summarize
+from transformers_msd.provenance import commit, hardware
+
+
+Inputs = dict[str, torch.Tensor]
+
+
+def run_benchmark(
+    arguments: BenchArguments, command: str, on_run: Callable[[str, int, int], None] | None = None
+) -> dict[str, Any]:
+    """
+    Run a benchmark.
+
+    Args:
+        arguments ([`BenchArguments`]):
+            Its settings.
+        command (`str`):
+            The command that reports name.
+        on_run (`Callable`, *optional*):
+            Called after every run of a method with what it belongs to, its number, and how many there are.
+
+    Returns:
+        `dict[str, Any]`: The report as it is saved in JSON. Times are in seconds, memory in bytes.
+    """
+    target, drafts, make_batches, num_prompts = _prepare(arguments)
+    methods, left_out = make_methods(arguments, target, drafts)
+    report: dict[str, Any] = {
+        "target": arguments.target_model or f"{arguments.random_weights}, random weights",
+        "drafts": {name: draft.num_parameters() for name, draft in drafts.items()},
+        "num_parameters": target.num_parameters(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "attention": target.config.get_text_config()._attn_implementation,
+        "hardware": hardware() if target.device.type != "cpu" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "transformers_msd": transformers_msd.__version__,
+        "command": command,
+        "commit": commit(),
+        "num_prompts": num_prompts,
+        "settings": asdict(arguments),
+        "cells": [],
+        "divergences": [],
+    }
+    for temperature in arguments.temperatures:
+        settings = _call_settings(arguments, temperature)
+        for batch_size in arguments.batch_sizes:
+            cell = _run_cell(arguments, target, make_batches(batch_size), methods, settings, batch_size, on_run)
+            cell["left_out"] = [{"name": name, "reason": reason} for name, reason in left_out] + cell["left_out"]
+            report["cells"].append({"temperature": temperature, "batch_size": batch_size} | cell)
+        if arguments.num_divergences:
+            ours = [method for method in methods if method.drafts_trees and method.simulated is None]
+            batches = make_batches(1)
+            report["divergences"] += [
+                {"temperature": temperature}
+                | count_divergences(target, batches, method, settings, arguments.num_divergences, arguments.seed)
+                for method in ours
+            ]
+    return report
+
+
+def _run_cell(
+    arguments: BenchArguments,
+    target: PreTrainedModel,
+    batches: list[Inputs],
+    methods: list[Method],
+    settings: dict[str, Any],
+    batch_size: int,
+    on_run: Callable[[str, int, int], None] | None,
+) -> dict[str, Any]:
+    """Compare all methods at one temperature and batch size."""
+    own = [method for method in methods if batch_size == 1 or method.is_batched]
+    left_out = [
+        (method.name, "Transformers answers one prompt at a time there") for method in methods if method not in own
+    ]
+    mode = f"T = {settings['temperature']:g}" if settings["do_sample"] else "greedy"
+    label = f"{mode}, batch size {batch_size}"
+    num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
+    notify = _counter(on_run, label, num_runs * len(batches))
+    results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
+    rows = [summarize(result, results[0]) for result in results]
+    plain_runs = results[0].passes[-1]
+    for result, row in zip(results, rows, strict=True):
+        if result.method.is_exact or not settings["do_sample"]:
+            row |= _equality(target, batches, settings, arguments.seed, result.passes[-1], plain_runs)
+    return {
+        "label": label,
+        "num_batches": len(batches),
+        "methods": rows,
+        "left_out": [{"name": name, "reason": reason} for name, reason in left_out + failures],
+    }
+
+
+def _prepare(
+    arguments: BenchArguments,
+) -> tuple[PreTrainedModel, dict[str, PreTrainedModel], Callable[[int], list[Inputs]], int]:
+    """Make models and prompts; the prompts as a function from a batch size to batches."""
+    device, seed = arguments.device, arguments.seed
+    if arguments.random_weights:
+        config = named_config(arguments.random_weights)
+        dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+        torch.manual_seed(seed)
+        target = random_target(config, dtype, device)
+        drafts = {"random MSD draft": random_draft(config, dtype, device)}
+        prompts = random_prompts(config, arguments.num_prompts, arguments.prompt_length, dtype, device, seed)
+
+        def make_batches(batch_size: int) -> list[Inputs]:
+            return [
+                {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+                for rows in batched(prompts, batch_size)
+            ]
+
+        return target, drafts, make_batches, len(prompts)
+    names = draft_names(arguments.drafts)
+    target = load_model(arguments.target_model, arguments.dtype, device)
+    drafts = {
+        name: load_model(path, arguments.dtype, device) for name, path in zip(names, arguments.drafts, strict=True)
+    }
+    processor = load_processor(arguments.target_model, target.config)
+    prompts = load_prompts(arguments, target)
+
+    def make_batches(batch_size: int) -> list[Inputs]:
+        return [encode_prompts(processor, rows, device) for rows in batched(prompts, batch_size)]
+
+    return target, drafts, make_batches, len(prompts)
+
+
+def _call_settings(arguments: BenchArguments, temperature: float) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": temperature > 0}
+    if temperature:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return settings
+
+
+def _counter(on_run: Callable[[str, int, int], None] | None, label: str, total: int) -> Callable[[], None]:
+    number = 0
+
+    def count() -> None:
+        nonlocal number
+        number += 1
+        if on_run is not None:
+            on_run(label, number, total)
+
+    return count
+
+
+def _equality(
+    target: PreTrainedModel,
+    batches: list[Inputs],
+    settings: Mapping[str, Any],
+    seed: int,
+    runs: list[Run],
+    plain_runs: list[Run],
+) -> dict[str, Any]:
+    """Count the rows whose tokens are plain's, and tell where the others first differ."""
+    divergences = []
+    for index, (inputs, run, plain) in enumerate(zip(batches, runs, plain_runs, strict=True)):
+        found = find_divergences(target, inputs, settings, seed + index, plain.tokens, run.tokens)
+        divergences += [{"batch": index} | asdict(divergence) for divergence in found]
+    num_rows = sum(len(run.tokens) for run in runs)
+    return {"num_rows": num_rows, "num_equal": num_rows - len(divergences), "divergences": divergences}
+
+
+def count_divergences(
+    target: PreTrainedModel,
+    prompts: list[Inputs],
+    method: Method,
+    settings: Mapping[str, Any],
+    num_generations: int,
+    seed: int,
+) -> dict[str, Any]:
+    """
+    Count how many of several generations differ from plain's, and tell by which gap.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]):
+            The target.
+        prompts (`list[dict[str, Any]]`):
+            Batches of one prompt. Samples are drawn for them in turn, each from another seed; a greedy answer is
+            always the same, so that there are no more than prompts.
+        method ([`Method`]):
+            The method that is compared.
+        settings (`dict[str, Any]`):
+            Arguments of `generate`.
+        num_generations (`int`):
+            Generations at most.
+        seed (`int`):
+            Seed of the first.
+    """
+    if not settings["do_sample"]:
+        num_generations = min(num_generations, len(prompts))
+    divergences, num_tokens = [], 0
+    for number in range(num_generations):
+        inputs, own_seed = prompts[number % len(prompts)], seed + number
+        plain = run_method(target, inputs, PLAIN, settings, own_seed)
+        run = run_method(target, inputs, method, settings, own_seed)
+        num_tokens += plain.num_tokens
+        divergences += find_divergences(target, inputs, settings, own_seed, plain.tokens, run.tokens)
+    return {
+        "name": method.name,
+        "num_generations": num_generations,
+        "num_tokens": num_tokens,
+        "num_different": len(divergences),
+        "divergences": [asdict(divergence) for divergence in divergences],
+    }

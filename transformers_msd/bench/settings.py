@@ -1,0 +1,139 @@
+"""What a benchmark compares, and on what."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from transformers_msd.drafters.views import VIEWS
+from transformers_msd.tree import TreeConfig
+
+
+BASELINES = ("static", "assisted", "prompt_lookup")
+
+
+@dataclass
+class BenchArguments:
+    """
+    Settings of `transformers-msd bench`.
+
+    Args:
+        target_model (`str`, *optional*):
+            Folder or Hub repository of the target.
+        drafts (`list[str]`, *optional*):
+            Folders or Hub repositories of drafts: MSD drafts, or VLMs and language models of the target's tokens.
+        trees (`list[str]`, *optional*):
+            Trees to draft, each `num_nodes,depth,top_k` or `num_nodes,depth,top_k,min_probability`; by default each
+            draft's own.
+        views (`list[str]`, *optional*):
+            Views joined by commas, as `multimodal,text_only`: with each, every draft that is no MSD draft also runs as
+            an ensemble.
+        random_weights (`str`, *optional*):
+            Instead of `target_model`: `llava-1.5-7b`, `llava-1.5-13b` or a `config.json`, whose shapes are filled with
+            random weights, and an MSD draft for it.
+        simulate_acceptance (`list[float]`, *optional*):
+            Probabilities with which a simulated draft is right at each depth.
+        prompts (`str`, *optional*):
+            JSONL file, saved dataset or Hub dataset of `messages` and `images`; a built-in set by default.
+        prompt_length (`int`, *optional*, defaults to 64):
+            Text tokens of prompts for random weights, beside those of one picture.
+        num_prompts (`int`, *optional*, defaults to 8):
+            Prompts that are answered.
+        batch_sizes (`list[int]`, *optional*, defaults to `[1]`):
+            Prompts answered together.
+        temperatures (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
+            Temperatures of sampling; 0 is greedy.
+        max_new_tokens (`int`, *optional*, defaults to 128):
+            Longest answer. Random weights never end before.
+        repeats (`int`, *optional*, defaults to 5):
+            Passes over the prompts that are timed, after one to warm up.
+        baselines (`list[str]`, *optional*, defaults to `["static", "assisted", "prompt_lookup"]`):
+            What runs beside plain `generate` and the drafts: plain `generate` with a static cache, Transformers'
+            assisted generation with the drafts that are models of their own, prompt lookup.
+        num_divergences (`int`, *optional*, defaults to 0):
+            Generations for which the report counts how many differ from plain's, and by which gap. 0 leaves it out.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype of all models.
+        device (`str`, *optional*):
+            Device of all models; a GPU if there is one.
+        compile_on_cpu (`bool`, *optional*, defaults to `False`):
+            Whether the baseline with a static cache is compiled on a CPU, too.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of sampling, random weights and simulated drafts.
+        output (`str`, *optional*):
+            Folder for `bench.json`, `bench.md` and plots.
+    """
+
+    target_model: str | None = field(default=None, metadata={"help": "Folder or Hub repository of the target."})
+    drafts: list[str] = field(default_factory=list, metadata={"help": "MSD drafts, VLMs or language models."})
+    trees: list[str] = field(default_factory=list, metadata={"help": "Trees, each `num_nodes,depth,top_k`."})
+    views: list[str] = field(default_factory=list, metadata={"help": "Ensembles, as `multimodal,text_only`."})
+    random_weights: str | None = field(default=None, metadata={"help": "llava-1.5-7b, llava-1.5-13b, or a config."})
+    simulate_acceptance: list[float] = field(default_factory=list, metadata={"help": "Probabilities per depth."})
+    prompts: str | None = field(default=None, metadata={"help": "JSONL of `messages` and `images`."})
+    prompt_length: int = field(default=64, metadata={"help": "Text tokens of prompts for random weights."})
+    num_prompts: int = field(default=8, metadata={"help": "Prompts that are answered."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts answered together."})
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "0 is greedy."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+    repeats: int = field(default=5, metadata={"help": "Timed passes over the prompts."})
+    baselines: list[str] = field(
+        default_factory=lambda: list(BASELINES), metadata={"help": f"Some of {', '.join(BASELINES)}, or `none`."}
+    )
+    num_divergences: int = field(default=0, metadata={"help": "Generations compared with plain's, token by token."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of all models."})
+    device: str | None = field(default=None, metadata={"help": "Device of all models; a GPU if there is one."})
+    compile_on_cpu: bool = field(default=False, metadata={"help": "Compile the static baseline on a CPU, too."})
+    seed: int = field(default=0, metadata={"help": "Seed of samples, random weights and simulated drafts."})
+    output: str | None = field(default=None, metadata={"help": "Folder for JSON, Markdown and plots."})
+
+    def __post_init__(self):
+        if (self.target_model is None) == (self.random_weights is None):
+            raise ValueError(
+                "Either `target_model` or `random_weights` must be given, got "
+                f"{'neither' if self.target_model is None else 'both'}. Name a target, or the shapes of one."
+            )
+        if self.random_weights and (self.drafts or self.prompts or self.views):
+            raise ValueError(
+                "`random_weights` makes its own draft and prompts, got `drafts`, `views` or `prompts`. Drop them, or "
+                "name a `target_model`."
+            )
+        if self.simulate_acceptance and not (self.drafts or self.random_weights):
+            raise ValueError("`simulate_acceptance` needs a draft whose time is paid, got none. Name one in `drafts`.")
+        for name in ("prompt_length", "num_prompts", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.max_new_tokens < 3:
+            raise ValueError(
+                f"`max_new_tokens` must be at least 3, got {self.max_new_tokens}: the first token is the prefill's, "
+                "and the first round is not timed alone."
+            )
+        if min(self.batch_sizes, default=0) < 1:
+            raise ValueError(f"`batch_sizes` must be at least 1, got {self.batch_sizes}.")
+        if min(self.temperatures, default=-1) < 0:
+            raise ValueError(f"`temperatures` must not be negative, got {self.temperatures}. 0 is greedy.")
+        if any(not 0 <= p <= 1 for p in self.simulate_acceptance):
+            raise ValueError(f"`simulate_acceptance` must be probabilities, got {self.simulate_acceptance}.")
+        if self.baselines == ["none"]:
+            self.baselines = []
+        if unknown := sorted(set(self.baselines) - set(BASELINES)):
+            raise ValueError(f"`baselines` must be some of {', '.join(BASELINES)}, or `none`, got {unknown}.")
+        unknown = sorted({view for views in self.views for view in views.split(",")} - set(VIEWS))
+        if unknown:
+            raise ValueError(f"`views` must be some of {', '.join(VIEWS)}, joined by commas, got {unknown}.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"`dtype` must be `auto` or a dtype of torch, as `bfloat16`, got {self.dtype!r}.")
+        self.tree_configs = list(dict.fromkeys(parse_tree(tree) for tree in self.trees))
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_tree(text: str) -> TreeConfig:
+    """Read a tree from `num_nodes,depth,top_k` or `num_nodes,depth,top_k,min_probability`."""
+    parts = text.split(",")
+    try:
+        if len(parts) not in (3, 4):
+            raise ValueError
+        sizes, probabilities = [int(part) for part in parts[:3]], [float(part) for part in parts[3:]]
+    except ValueError:
+        raise ValueError(f"A tree must be `num_nodes,depth,top_k`, as 60,6,10, got {text!r}.") from None
+    return TreeConfig(*sizes, *probabilities)

@@ -1,0 +1,88 @@
+"""Figures of a method from its runs."""
+
+from statistics import median
+from typing import Any
+
+from transformers_msd.bench.measure import Runs, split_of
+from transformers_msd.trainer.metrics import AcceptanceLength
+
+
+def summarize(runs: Runs, plain: Runs) -> dict[str, Any]:
+    """
+    Sum up what a method did with all batches.
+
+    Rates are medians over the passes, speed-ups the ratios of these medians; the range of a speed-up is that of the
+    ratios within single passes.
+
+    Args:
+        runs ([`Runs`]):
+            Runs of the method.
+        plain ([`Runs`]):
+            Those of plain `generate`.
+    """
+    method, last = runs.method, runs.passes[-1]
+    lengths = [row for run in last for row in run.lengths if row]
+    tau = acceptance_length(lengths)
+    round_seconds, plain_seconds = _round_seconds(runs), _round_seconds(plain)
+    peaks = [run.peak_memory for batch_runs in runs.passes for run in batch_runs]
+    return {
+        "name": method.name,
+        "is_simulated": method.simulated is not None,
+        "num_tokens": sum(run.num_tokens for run in last),
+        "num_rounds": sum(run.num_rounds for run in last),
+        "num_plain_steps": sum(run.num_plain_steps for run in last),
+        "acceptance_length": tau,
+        "acceptance_by_depth": acceptance_by_depth(lengths),
+        "round_seconds": round_seconds,
+        "round_cost": round_seconds / plain_seconds if round_seconds and plain_seconds else None,
+        "split_seconds": split_of(runs.split),
+        "first_token_seconds": median(
+            sum(run.seconds - run.decode_seconds for run in own) / len(own) for own in runs.passes
+        ),
+        "decode": _rates(_decode_rates(runs), _decode_rates(plain)),
+        "end_to_end": _rates(_end_to_end_rates(runs), _end_to_end_rates(plain)),
+        "peak_memory": None if None in peaks else max(peaks),
+    }
+
+
+def acceptance_length(lengths: list[list[int]]) -> float | None:
+    """Return τ, None without a round."""
+    if not lengths:
+        return None
+    return AcceptanceLength(keep_in_memory=True).compute(predictions=lengths)["acceptance_length"]
+
+
+def acceptance_by_depth(lengths: list[list[int]]) -> list[float]:
+    """Share of the rounds that emitted more than 1 token, more than 2, and so on."""
+    rounds = [length for row in lengths for length in row]
+    return [sum(length > depth for length in rounds) / len(rounds) for depth in range(1, max(rounds, default=1))]
+
+
+def _round_seconds(runs: Runs) -> float | None:
+    """Median over the passes of the mean time of a round, the first of each run left out: it starts the draft, too."""
+    seconds = []
+    for own in runs.passes:
+        num_rounds = sum(max(run.num_rounds - 1, 0) for run in own)
+        if num_rounds == 0:
+            return None
+        seconds.append(sum(run.later_seconds for run in own) / num_rounds)
+    return median(seconds)
+
+
+def _decode_rates(runs: Runs) -> list[float]:
+    return [sum(run.num_decoded for run in own) / sum(run.decode_seconds for run in own) for own in runs.passes]
+
+
+def _end_to_end_rates(runs: Runs) -> list[float]:
+    return [sum(run.num_tokens for run in own) / sum(run.seconds for run in own) for own in runs.passes]
+
+
+def _rates(rates: list[float], plain_rates: list[float]) -> dict[str, Any]:
+    """Compare tokens per second of the passes with plain's."""
+    ratios = [own / plain for own, plain in zip(rates, plain_rates, strict=True)]
+    return {
+        "tokens_per_second": median(rates),
+        "passes": rates,
+        "speedup": median(rates) / median(plain_rates),
+        "speedup_range": [min(ratios), max(ratios)],
+    }
