@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from zoo import ARCHITECTURES, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
-from transformers_msd.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS
+from transformers_msd.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS, WINDOW, Gate
 
 
 def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -48,14 +48,38 @@ def test_rests_grow_and_probes_are_short():
     draft = random_draft(target)
     widths = []
     draft.register_forward_hook(lambda module, args, kwargs, output: widths.append(1), with_kwargs=True)
-    output = generate(target, make_inputs("llama", (1,)), max_new_tokens=300, assistant_model=draft)
+    output = generate(target, make_inputs("llama", (1,)), max_new_tokens=280, assistant_model=draft)
     lengths = output.speculative_stats.acceptance_lengths[:, 0]
     assert lengths.float().mean() < 1.2
     num_drafted_rounds = len(lengths) - output.speculative_stats.num_plain_steps
-    # Rests of 24, 72 and 216 steps come after 3, 2 and 2 rounds.
-    assert num_drafted_rounds == FIRST_ROUNDS + 2 * PROBE_ROUNDS
+    # Rests of 40 and 240 steps come after 3 and 2 rounds.
+    assert num_drafted_rounds == FIRST_ROUNDS + PROBE_ROUNDS
     assert output.speculative_stats.num_plain_steps == len(lengths) - num_drafted_rounds
-    assert FIRST_REST * (1 + LONGER) < output.speculative_stats.num_plain_steps < FIRST_REST * (1 + LONGER + LONGER**2)
+    assert FIRST_REST < output.speculative_stats.num_plain_steps <= FIRST_REST * (1 + LONGER)
+
+
+def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
+    class Candidates:
+        break_even = None
+
+        def draft(self, committed):
+            return "a tree"
+
+    class Emission:
+        lengths = [1, 1, 1]
+        pad_rows = [False, False, False]
+
+    class Committed:
+        root_token_ids = torch.zeros(3, dtype=torch.long)
+
+    emission = Emission()
+    gate = Gate(Candidates(), emission)
+    for number in range(WINDOW + 2):
+        # Two rows wait from the third round on, one of them with pads.
+        waiting = min(number, 2)
+        emission.lengths = [1 + 4 * waiting, 1 + 4 * waiting + number, 1 + 3 * number]
+        emission.pad_rows = [False, number > 2, False]
+        assert gate.draft(Committed()) == "a tree"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llava", "qwen2_5_vl"])

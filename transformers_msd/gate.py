@@ -13,7 +13,7 @@ BREAK_EVEN = 1.6
 # Rounds that are looked at in the beginning, after a rest, and while all goes well.
 FIRST_ROUNDS, PROBE_ROUNDS, WINDOW = 3, 2, 8
 # Plain steps of the first rest; each further one is so many times longer, until drafting pays again.
-FIRST_REST, LONGER = 24, 3
+FIRST_REST, LONGER = 40, 6
 
 
 class Gate:
@@ -66,10 +66,11 @@ class Gate:
         before, self._lengths = self._lengths, self._emission.lengths
         if not before or self._missed:
             return
+        # Rows that have ended take pads or wait for others: neither tells how well they were drafted.
         emitted = [
             now - then
             for now, then, has_ended in zip(self._lengths, before, self._emission.pad_rows, strict=True)
-            if not has_ended
+            if now > then and not has_ended
         ]
         if not emitted:
             return
