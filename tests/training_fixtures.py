@@ -11,7 +11,8 @@ import yaml
 from training.tiny_world.target import build_model, build_processor
 from training.tiny_world.world import training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel
-from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
+from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig, VLMDraftTrainer
+from transformers_msd.trainer.base import DraftTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +57,11 @@ def write_recipe(folder: Path, output: str, **settings) -> Path:
     return path
 
 
-def make_trainer(target, dataset, processor, output_dir, draft_for=None, **settings) -> MSDTrainer:
-    """Make a trainer of a small draft, for another target on demand."""
+def make_trainer(target, dataset, processor, output_dir, draft_for=None, draft=None, **settings) -> DraftTrainer:
+    """Make a trainer of a small draft, for another target on demand, or of a draft VLM."""
     torch.manual_seed(0)
-    draft = MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
+    trainer_class = MSDTrainer if draft is None else VLMDraftTrainer
+    draft = draft or MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
     defaults = {
         "max_steps": 1,
         "learning_rate": 3e-3,
@@ -72,7 +74,7 @@ def make_trainer(target, dataset, processor, output_dir, draft_for=None, **setti
         "disable_tqdm": True,
     }
     args = MSDTrainingConfig(output_dir=str(output_dir), **defaults | settings)
-    return MSDTrainer(
+    return trainer_class(
         model=draft, target=target, args=args, train_dataset=dataset, processing_class=processor, eval_dataset=dataset
     )
 
