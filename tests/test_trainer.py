@@ -1,6 +1,7 @@
 """Training pairs rows as decoding does, and lowers the loss of the draft alone."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from accelerate.utils import DistributedType
 from training_fixtures import make_trainer
 from transformers import AutoConfig, AutoModel
 
@@ -25,6 +27,7 @@ from transformers_msd.trainer.losses import (
     token_loss,
     top_k_loss,
 )
+from transformers_msd.trainer.parallel import prepare_target
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +217,14 @@ def test_ramp_without_pictures_raises(target, dataset, processor, tmp_path):
 def test_wrong_settings_raise(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MSDTrainingConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_target_that_zero_3_sharded_raises():
+    plugin = SimpleNamespace(zero_stage=3)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    target = torch.nn.Linear(2, 2)
+    target.weight.data = torch.empty(0)  # as `deepspeed.zero.Init` leaves it
+    with pytest.raises(ValueError, match="The target must come whole"):
+        prepare_target(target, accelerator)

@@ -147,9 +147,20 @@ def test_quantised_target_trains(processor, rows, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"bf16": True}])
-def test_memory_savers_train(target, processor, rows, tmp_path, settings):
-    trainer = make_trainer(target, rows, processor, tmp_path, stage="multimodal", max_steps=8, **settings)
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"activation_checkpointing": True}, torch.float32),
+        ({"bf16": True}, torch.float32),
+        ({"bf16": True}, torch.bfloat16),
+        ({}, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("is_vlm", [False, True])
+def test_memory_savers_train(target, processor, rows, tmp_path, settings, dtype, is_vlm):
+    settings = {"stage": "multimodal", "max_steps": 8, "draft": copy.deepcopy(target) if is_vlm else None, **settings}
+    target = build_model(processor, num_layers=1).to(dtype)
+    trainer = make_trainer(target, rows, processor, tmp_path, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]

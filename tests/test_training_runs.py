@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,24 @@ def test_sharded_target_trains_and_drafts_alike(world, unbroken):
     torch.testing.assert_close(torch.tensor(result["losses"]), unbroken, **TOLERANCE)
     assert set(result["parameter_types"]) == {"DTensor"}
     assert result["acceptance_length"] >= 1
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_leaves_the_curve(world, unbroken, stage):
+    output = f"zero{stage}"
+    settings = {"save_strategy": "steps", "save_steps": NUM_STEPS, "per_device_train_batch_size": 1}
+    path = write_recipe(world, output, **CURVE | settings, gradient_accumulation_steps=2)
+    command = ["-m", "transformers_msd.cli", "train", "--config", str(path), "--mixed_precision", "no"]
+    command += ["--accelerate_config", f"training/accelerate_configs/zero{stage}.yaml"]
+    finish(launch([*command, "--num_processes", "2", "--main_process_port", "29587"]))
+    state = json.loads((world / output / f"checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
+    torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
+    measured = [entry["step"] for entry in state["log_history"] if "eval_acceptance_length_image" in entry]
+    assert measured == [3, 6]
+    saved, expected = (MSDDraftModel.from_pretrained(world / folder) for folder in (output, "unbroken"))
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], weight, rtol=0, atol=1e-5)  # of steps of 3e-3
 
 
 def test_full_disk_leaves_no_half_checkpoint(world):

@@ -16,7 +16,12 @@ from transformers_msd.trainer.base import DraftTrainer
 
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 def write_world(folder: Path, num_rows: int = 40) -> None:

@@ -163,6 +163,9 @@ class DraftTrainer(SFTTrainer):
             draft_head (`torch.nn.Module`, *optional*):
                 Head of the draft, where it has one of its own.
         """
+        features = features.to(self.target.dtype)  # what its head takes
+        if draft_head is None:
+            predicted = predicted.to(self.target.dtype)
         functions = [loss for loss, _ in self._token_losses.values()]
         losses, agrees = chunked_token_losses(
             predicted, features, self._head, self.args.head_chunk_size, functions, draft_head

@@ -4,6 +4,7 @@ import logging
 
 import torch
 from transformers import AutoConfig, ProcessorMixin
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import TrlParser
 
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
@@ -28,6 +29,7 @@ def make_parser() -> TrlParser:
 
 def train(arguments: DraftArguments, args: MSDTrainingConfig) -> MSDTrainer:
     """Train, evaluate and save the draft of a recipe."""
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard the target as it is loaded; `prepare_target` does it
     target, processor = load_target(arguments)
     rows, prompts = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed

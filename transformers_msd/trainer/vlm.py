@@ -64,8 +64,8 @@ class VLMDraftTrainer(DraftTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         if self.accelerator.distributed_type == DistributedType.FSDP or (plugin and plugin.zero_stage == 3):
             raise ValueError(
-                "A draft VLM must be whole in every process, got FSDP or ZeRO-3: processes whose rows have no pictures "
-                "never call its vision tower, and the others would wait. Use DDP or ZeRO-2."
+                "A draft VLM must be whole in every process, got FSDP or ZeRO-3, which gather its vision tower in "
+                "processes that have pictures only while the others wait. Use DDP or ZeRO-2."
             )
 
     def assistant(self) -> VLMDrafter:
@@ -94,6 +94,4 @@ def check_settings(args: MSDTrainingConfig) -> None:
             f"{', '.join(_OF_FEATURES)} are of MSD's features, which a draft VLM has not, got {changed}. Remove them."
         )
     if not (args.token_loss_weight or args.top_k_loss_weight or args.probability_loss_weight):
-        raise ValueError(
-            "A draft VLM learns from losses on tokens alone, got a weight of 0 for each. Set one of them."
-        )
+        raise ValueError("A draft VLM learns from losses on tokens alone, got weights of 0 for all. Set one of them.")
