@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 
 from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.train_draft_vlm import build_draft_vlm
 from training.tiny_world.world import training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig, VLMDraftTrainer
@@ -25,10 +27,13 @@ ENVIRONMENT = os.environ | {
 
 
 def write_world(folder: Path, num_rows: int = 40) -> None:
-    """Write an untrained target of one layer and rows of the tiny world below a folder."""
+    """Write an untrained target of one layer, a draft VLM and rows of the tiny world below a folder."""
     torch.manual_seed(0)
     processor = build_processor(num_rows=200)
-    build_model(processor, num_layers=1).save_pretrained(folder / "target")
+    target = build_model(processor, num_layers=1)
+    target.lm_head.weight.data.mul_(10)  # sure of itself: there is something to learn
+    target.save_pretrained(folder / "target")
+    build_draft_vlm(target).save_pretrained(folder / "draft_vlm")
     processor.save_pretrained(folder / "target")
     training_dataset(num_rows).save_to_disk(folder / "rows")
 
@@ -55,10 +60,17 @@ def recipe(folder: Path, output: str, **settings) -> dict:
     }
 
 
-def write_recipe(folder: Path, output: str, **settings) -> Path:
+def vlm_recipe(folder: Path, output: str, **settings) -> dict:
+    """Make such a recipe for a draft VLM."""
+    settings = recipe(folder, output, **settings) | {"draft_vlm": str(folder / "draft_vlm"), "draft_config": None}
+    settings.pop("num_unroll_steps", None)
+    return settings
+
+
+def write_recipe(folder: Path, output: str, make_recipe: Callable[..., dict] = recipe, **settings) -> Path:
     """Write such a recipe as YAML."""
     path = folder / f"{output}.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder, output, **settings)))
+    path.write_text(yaml.safe_dump(make_recipe(folder, output, **settings)))
     return path
 
 

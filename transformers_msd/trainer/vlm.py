@@ -32,8 +32,8 @@ class VLMDraftTrainer(DraftTrainer):
             As [`DraftTrainer`] has them.
 
     Raises:
-        ValueError: If the vocabularies differ, a setting is of MSD's features, no loss on tokens is left, or the draft
-            would be sharded.
+        ValueError: If the vocabularies differ, a setting is of MSD's features, no loss on tokens is left, or FSDP or
+            DeepSpeed is used.
     """
 
     _tag_names = ["transformers-msd", "speculative-decoding", "draft-model"]
@@ -61,11 +61,10 @@ class VLMDraftTrainer(DraftTrainer):
             )
         check_settings(args)
         super().__init__(model, target, args, train_dataset, processing_class, **kwargs)
-        plugin = self.accelerator.state.deepspeed_plugin
-        if self.accelerator.distributed_type == DistributedType.FSDP or (plugin and plugin.zero_stage == 3):
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                "A draft VLM must be whole in every process, got FSDP or ZeRO-3, which gather its vision tower in "
-                "processes that have pictures only while the others wait. Use DDP or ZeRO-2."
+                "A draft VLM must be trained by DDP, got FSDP or DeepSpeed, which exchange weights or gradients when "
+                "they are used: processes whose rows have no pictures would not be in step. Use `ddp.yaml`."
             )
 
     def assistant(self) -> VLMDrafter:
@@ -84,6 +83,17 @@ class VLMDraftTrainer(DraftTrainer):
         # Rows without pictures leave the projector out, and the processes of a run must have the same gradients.
         nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
         return loss + 0 * nothing, supervised.sum()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        # Transformers saves a VLM by the names of published checkpoints, and would load those of its modules alone.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # which has files of its own
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def check_settings(args: MSDTrainingConfig) -> None:
