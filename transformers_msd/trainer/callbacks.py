@@ -9,7 +9,6 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import ModelOutput
 from trl.data_utils import prepare_multimodal_messages
-from trl.models.utils import unwrap_model_for_generation
 
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.vlm import VLMDrafter
@@ -105,11 +104,7 @@ class AcceptanceLengthCallback(TrainerCallback):
         answers: list[_Answer] = []
         device = trainer.accelerator.device
         devices = [] if device.type == "cpu" else [device]
-        with (
-            torch.random.fork_rng(devices=devices),
-            trainer.compute_loss_context_manager(),
-            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),  # gathers what ZeRO-3 sharded
-        ):
+        with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
             for messages in self.prompts:
                 inputs = encode_prompt(trainer.processing_class, messages).to(device)
                 kind = "_image" if "pixel_values" in inputs else "_text"
