@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTTrainer
 
 from transformers_msd.drafters.vlm import VLMDrafter
@@ -213,6 +214,9 @@ class DraftTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             # Transformers would take the newest, whole or not.
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        # Reporters close at the end of training: what other callbacks log there must come before.
+        reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
             plot_curves(self.state.log_history, Path(self.args.output_dir) / "training.png")
