@@ -19,7 +19,7 @@ from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_brok
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
-from transformers_msd.trainer.dataset import check_answers, drop_long_rows, split_rows
+from transformers_msd.trainer.dataset import split_rows, usable_rows
 from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
 from transformers_msd.trainer.parallel import prepare_target, reshard
 from transformers_msd.trainer.report import plot_curves, write_card
@@ -73,9 +73,7 @@ class DraftTrainer(SFTTrainer):
                 "`compute_metrics` would need the logits of every prompt, which are never computed. Use a callback, "
                 "such as `AcceptanceLengthCallback`."
             )
-        check_answers(train_dataset)
-        if isinstance(processing_class, ProcessorMixin) and args.max_length is not None:
-            train_dataset = drop_long_rows(train_dataset, processing_class, args.max_length)
+        train_dataset = usable_rows(train_dataset, processing_class, args.max_length)
         self._text_rows, self._visual_rows = split_rows(train_dataset)
         if args.stage == "text":
             train_dataset = train_dataset.select(self._text_rows)

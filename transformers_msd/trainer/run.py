@@ -10,6 +10,7 @@ from trl import TrlParser
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.dataset import usable_rows
 from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
 from transformers_msd.trainer.recipe import (
     DraftArguments,
@@ -67,6 +68,7 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     rows, _ = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
     )
+    rows = usable_rows(rows, processor, args.max_length)
     dtype = config.dtype if arguments.target_dtype == "auto" else getattr(torch, arguments.target_dtype)
     draft = draft_config(arguments, config)
     lengths = sample_lengths(rows, processor)
