@@ -159,7 +159,9 @@ def test_quantised_target_trains(processor, rows, tmp_path):
 @pytest.mark.parametrize("is_vlm", [False, True])
 def test_memory_savers_train(target, processor, rows, tmp_path, settings, dtype, is_vlm):
     settings = {"stage": "multimodal", "max_steps": 8, "draft": copy.deepcopy(target) if is_vlm else None, **settings}
+    torch.manual_seed(1)
     target = build_model(processor, num_layers=1).to(dtype)
+    target.lm_head.weight.data.mul_(10)  # sure of itself: there is something to learn
     trainer = make_trainer(target, rows, processor, tmp_path, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
