@@ -90,10 +90,7 @@ class VLMDraftTrainer(DraftTrainer):
         self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # which has files of its own
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def check_settings(args: MSDTrainingConfig) -> None:
