@@ -157,12 +157,13 @@ def test_quantised_target_trains(processor, rows, tmp_path):
     ],
 )
 @pytest.mark.parametrize("is_vlm", [False, True])
-def test_memory_savers_train(target, processor, rows, tmp_path, settings, dtype, is_vlm):
-    settings = {"stage": "multimodal", "max_steps": 8, "draft": copy.deepcopy(target) if is_vlm else None, **settings}
+def test_memory_savers_train(processor, rows, tmp_path, settings, dtype, is_vlm):
     torch.manual_seed(1)
     target = build_model(processor, num_layers=1).to(dtype)
     target.lm_head.weight.data.mul_(10)  # sure of itself: there is something to learn
-    trainer = make_trainer(target, rows, processor, tmp_path, **settings)
+    draft = build_model(processor, num_layers=1) if is_vlm else None
+    settings = {"stage": "multimodal", "max_steps": 8, **settings}
+    trainer = make_trainer(target, rows, processor, tmp_path, draft=draft, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
