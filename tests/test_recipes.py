@@ -15,15 +15,16 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from PIL import Image
-from training_fixtures import ENVIRONMENT, ROOT, finish, launch, recipe, write_recipe, write_world
-from transformers import AutoConfig
+from training_fixtures import ENVIRONMENT, ROOT, finish, launch, recipe, vlm_recipe, write_recipe, write_world
+from transformers import AutoConfig, LlamaConfig, LlavaForConditionalGeneration
 
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.cli import main
 from transformers_msd.trainer import MSDTrainingConfig
+from transformers_msd.trainer.dataset import split_rows
 from transformers_msd.trainer.plan import GIB, memory_of_step, num_parameters
-from transformers_msd.trainer.recipe import DraftArguments, find_recipe, hold_out, load_rows
-from transformers_msd.trainer.run import make_parser
+from transformers_msd.trainer.recipe import DraftArguments, find_recipe, hold_out, load_draft_vlm, load_rows
+from transformers_msd.trainer.run import make_parser, plan, train
 
 
 RECIPES = sorted((ROOT / "training/recipes").glob("*.yaml"))
@@ -42,7 +43,7 @@ def test_shipped_recipes_can_be_read(path):
     settings = yaml.safe_load(path.read_text()) | {"use_cpu": True, "bf16": False}
     arguments, args = make_parser().parse_dict(settings)
     assert arguments.target_model
-    assert args.stage == "ramp"
+    assert args.stage == ("multimodal" if arguments.draft_vlm else "ramp")
 
 
 def test_plan_tells_what_a_run_will_do(world, capsys):
@@ -54,6 +55,51 @@ def test_plan_tells_what_a_run_will_do(world, capsys):
     draft = MSDConfig.from_target(AutoConfig.from_pretrained(world / "target"), intermediate_size=32)
     assert f"draft: {num_parameters(draft):,} parameters" in printed
     assert not (world / "planned").exists()
+
+
+def test_plan_counts_the_rows_that_are_trained_on(world):
+    settings = {"stage": "multimodal", "max_length": 110}
+    parsed = make_parser().parse_dict(recipe(world, "counted", **settings, max_steps=1))
+    rows = train(*parsed).train_dataset
+    planned = plan(*parsed, num_processes=1)
+    text_rows, visual_rows = split_rows(rows)
+    assert 0 < len(visual_rows) < 30
+    assert (planned.num_text_rows, planned.num_visual_rows) == (len(text_rows), len(visual_rows))
+
+
+def test_plan_of_a_draft_vlm(world, capsys):
+    path = write_recipe(world, "planned-vlm", vlm_recipe, stage="multimodal")
+    main(["train", "--config", str(path), "--dry_run"])
+    printed = capsys.readouterr().out
+    assert f"draft: {num_parameters(AutoConfig.from_pretrained(world / 'draft_vlm')):,} parameters" in printed
+    with pytest.raises(SystemExit, match="are of MSD's features"):
+        main(["train", "--config", str(path), "--dry_run", "--num_unroll_steps", "2"])
+
+
+@pytest.mark.parametrize("beside", [{"draft_model": "a draft"}, {"draft_config": {"intermediate_size": 32}}])
+def test_draft_vlm_beside_a_draft_of_msd_raises(world, beside):
+    with pytest.raises(ValueError, match="`draft_vlm` takes the place of a draft of MSD"):
+        make_parser().parse_dict(vlm_recipe(world, "both") | beside)
+
+
+def test_draft_vlm_reads_what_its_target_reads(world):
+    arguments = DraftArguments(target_model=str(world / "target"), datasets=["none"], draft_vlm=str(world / "lm"))
+    target = AutoConfig.from_pretrained(world / "target")
+    LlamaConfig().save_pretrained(world / "lm")
+    with pytest.raises(ValueError, match="got llama for llava, one of which reads text alone"):
+        load_draft_vlm(arguments, target)
+
+
+def test_draft_vlm_is_given_the_targets_vocabulary(world):
+    arguments = DraftArguments(target_model="none", datasets=["none"], draft_vlm=str(world / "draft_vlm"))
+    target = AutoConfig.from_pretrained(world / "target")
+    target.text_config.vocab_size += 64
+    draft = load_draft_vlm(arguments, target)
+    assert draft.config.text_config.vocab_size == target.text_config.vocab_size
+    assert len(draft.get_output_embeddings().weight) == target.text_config.vocab_size
+    trained = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    assert any("multi_modal_projector" in name for name in trained)
+    assert not any("vision_tower" in name for name in trained)
 
 
 @pytest.mark.skipif(not LLAVA.exists(), reason="needs ../shared/data: the config of LLaVA-1.5-7B")
@@ -182,11 +228,17 @@ def test_file_of_another_kind_raises(tmp_path):
         load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.jsonl")]), True)
 
 
-def test_command_launches_a_run(world):
-    path = write_recipe(world, "launched", stage="multimodal", num_processes=1)
+@pytest.mark.parametrize(
+    ("make_recipe", "draft_class"), [(recipe, MSDDraftModel), (vlm_recipe, LlavaForConditionalGeneration)]
+)
+def test_command_launches_a_run(world, make_recipe, draft_class):
+    name = draft_class.__name__
+    path = write_recipe(world, name, make_recipe, stage="multimodal", num_processes=1)
     finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), "--max_steps", "1"]))
-    assert "1 steps of 4 rows" in (world / "launched/README.md").read_text()
-    assert MSDDraftModel.from_pretrained(world / "launched").num_parameters() > 0
+    card = (world / name / "README.md").read_text()
+    assert "1 steps of 4 rows" in card
+    assert f'{name}.from_pretrained("{name}"' in card
+    assert draft_class.from_pretrained(world / name).num_parameters() > 0
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -1,6 +1,8 @@
 """Training pairs rows as decoding does, and lowers the loss of the draft alone."""
 
 import math
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,14 +10,15 @@ import torch
 
 pytest.importorskip("trl")
 
+from accelerate.utils import DistributedType
 from training_fixtures import make_trainer
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from training.tiny_world.target import build_model, build_processor
 from training.tiny_world.world import training_dataset
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.trainer import MSDTrainingConfig
+from transformers_msd.trainer import AcceptanceLengthCallback, MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, visual_probability
 from transformers_msd.trainer.data import pair_rows, target_rows, unroll_attention_mask
 from transformers_msd.trainer.losses import (
@@ -25,6 +28,7 @@ from transformers_msd.trainer.losses import (
     token_loss,
     top_k_loss,
 )
+from transformers_msd.trainer.parallel import prepare_target
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +218,34 @@ def test_ramp_without_pictures_raises(target, dataset, processor, tmp_path):
 def test_wrong_settings_raise(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MSDTrainingConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_what_is_logged_at_the_end_is_still_reported(target, dataset, processor, tmp_path, monkeypatch):
+    class Reporter(TrainerCallback):
+        reported: ClassVar[dict] = {}
+        is_open = True
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            assert self.is_open
+            self.reported.update(logs)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.is_open = False
+
+    monkeypatch.setattr("transformers_msd.trainer.base.get_reporting_integration_callbacks", lambda names: [Reporter])
+    trainer = make_trainer(target, dataset, processor, tmp_path, stage="text", save_strategy="no")
+    trainer.add_callback(Reporter)
+    trainer.add_callback(AcceptanceLengthCallback(trainer, dataset.select([0]), max_new_tokens=2))
+    trainer.train()
+    assert {"loss", "eval_acceptance_length", "eval_speedup"} <= set(Reporter.reported)
+
+
+def test_target_that_zero_3_sharded_raises():
+    plugin = SimpleNamespace(zero_stage=3)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    target = torch.nn.Linear(2, 2)
+    target.weight.data = torch.empty(0)  # as `deepspeed.zero.Init` leaves it
+    with pytest.raises(ValueError, match="The target must come whole"):
+        prepare_target(target, accelerator)

@@ -147,9 +147,23 @@ def test_quantised_target_trains(processor, rows, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"bf16": True}])
-def test_memory_savers_train(target, processor, rows, tmp_path, settings):
-    trainer = make_trainer(target, rows, processor, tmp_path, stage="multimodal", max_steps=8, **settings)
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"activation_checkpointing": True}, torch.float32),
+        ({"bf16": True}, torch.float32),
+        ({"bf16": True}, torch.bfloat16),
+        ({}, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("is_vlm", [False, True])
+def test_memory_savers_train(processor, rows, tmp_path, settings, dtype, is_vlm):
+    torch.manual_seed(1)
+    target = build_model(processor, num_layers=1).to(dtype)
+    target.lm_head.weight.data.mul_(10)  # sure of itself: there is something to learn
+    draft = build_model(processor, num_layers=1) if is_vlm else None
+    settings = {"stage": "multimodal", "max_steps": 8, **settings}
+    trainer = make_trainer(target, rows, processor, tmp_path, draft=draft, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -204,33 +218,24 @@ def test_metrics():
 
 
 def test_small_model_is_distilled_from_the_target(target, processor, rows, tmp_path):
-    from trl import SFTConfig
-
-    from transformers_msd.trainer.vlm import VLMDraftTrainer
+    def trainer_of(student, **changed):
+        settings = {"stage": "multimodal", "max_steps": 12, **changed}
+        return make_trainer(target, rows, processor, tmp_path, draft=student, **settings)
 
     torch.manual_seed(1)
-    args = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=12,
-        learning_rate=3e-3,
-        assistant_only_loss=True,
-        activation_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
-    )
     student = build_model(processor, num_layers=1)
-    settings = {"args": args, "train_dataset": rows, "eval_dataset": rows, "processing_class": processor}
-    trainer = VLMDraftTrainer(model=student, target=target, **settings)
+    trainer = trainer_of(student)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     # What the target says of itself is the least that can be reached.
-    itself = VLMDraftTrainer(model=copy.deepcopy(target).requires_grad_(True), target=target, **settings).evaluate()
+    itself = trainer_of(copy.deepcopy(target).requires_grad_(True)).evaluate()
     assert itself["eval_loss"] < trainer.evaluate()["eval_loss"]
     assert itself["eval_agreement"] == 1
+    with pytest.raises(ValueError, match="are of MSD's features, .* got {'num_unroll_steps': 3}"):
+        trainer_of(student, num_unroll_steps=3)
+    with pytest.raises(ValueError, match="learns from losses on tokens alone"):
+        trainer_of(student, token_loss_weight=0.0)
     student.config.text_config.vocab_size += 1
     with pytest.raises(ValueError, match="must have the target's vocabulary"):
-        VLMDraftTrainer(model=student, target=target, **settings)
+        trainer_of(student)

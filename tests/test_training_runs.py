@@ -3,8 +3,10 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 
 pytest.importorskip("trl")
 
-from training_fixtures import finish, launch, recipe, write_recipe, write_world
+from safetensors.torch import load_file
+from training_fixtures import finish, launch, recipe, vlm_recipe, write_recipe, write_world
 
 from transformers_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import last_checkpoint
@@ -47,41 +50,45 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def run(world: Path, output: str, **settings):
-    parser = make_parser()
-    return train(*parser.parse_dict(recipe(world, output, **settings)))
+def run(world: Path, output: str, make_recipe=recipe, **settings):
+    return train(*make_parser().parse_dict(make_recipe(world, output, **settings)))
 
 
 def curve(log_history: list[dict]) -> torch.Tensor:
     return torch.tensor([entry["loss"] for entry in log_history if "loss" in entry])
 
 
+@pytest.fixture(scope="module", params=[recipe, vlm_recipe], ids=["msd", "vlm"])
+def make_recipe(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def unbroken(world):
+def unbroken(world, make_recipe):
     """Losses of one process that is left alone."""
-    losses = curve(run(world, "unbroken", **CURVE).state.log_history)
+    losses = curve(run(world, "unbroken", make_recipe, **CURVE).state.log_history)
     assert len(losses) == NUM_STEPS
     assert losses[-1] < losses[0]
     return losses
 
 
-def test_accumulation_leaves_the_curve(world, unbroken):
-    accumulated = run(
-        world, "accumulated", **CURVE, per_device_train_batch_size=1, gradient_accumulation_steps=4
-    ).state.log_history
+def test_accumulation_leaves_the_curve(world, make_recipe, unbroken):
+    settings = CURVE | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    accumulated = run(world, "accumulated", make_recipe, **settings).state.log_history
     torch.testing.assert_close(curve(accumulated), unbroken, **TOLERANCE)
 
 
-def test_noise_and_coins_follow_from_the_seed(world, unbroken):
-    losses = curve(run(world, "again", **CURVE).state.log_history)
+def test_noise_and_coins_follow_from_the_seed(world, make_recipe, unbroken):
+    losses = curve(run(world, "again", make_recipe, **CURVE).state.log_history)
     assert torch.equal(losses, unbroken)
-    assert not torch.equal(curve(run(world, "other", **CURVE, seed=7).state.log_history), unbroken)
+    assert not torch.equal(curve(run(world, "other", make_recipe, **CURVE, seed=7).state.log_history), unbroken)
 
 
-def test_two_processes_leave_the_curve(world, unbroken):
+def test_two_processes_leave_the_curve(world, make_recipe, unbroken):
     path = write_recipe(
         world,
         "two",
+        make_recipe,
         **CURVE,
         per_device_train_batch_size=2,
         ddp_backend="gloo",
@@ -96,9 +103,10 @@ def test_two_processes_leave_the_curve(world, unbroken):
     assert measured == [3, 6]
 
 
-def test_killed_run_goes_on_where_it_was(world, unbroken):
+def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
     settings = CURVE | {"save_strategy": "steps", "save_steps": 2}
-    path = write_recipe(world, "killed", **settings, resume_from_checkpoint=True)
+    path = write_recipe(world, "killed", make_recipe, **settings, resume_from_checkpoint=True)
+    shutil.rmtree(world / "killed", ignore_errors=True)
     arguments = ["-m", "transformers_msd.trainer.run", "--config", str(path)]
     process = launch(arguments)
     saved = world / "killed/checkpoint-2/trainer_state.json"
@@ -116,15 +124,38 @@ def test_killed_run_goes_on_where_it_was(world, unbroken):
     torch.testing.assert_close(curve(state["log_history"]), unbroken, rtol=1e-6, atol=0.0)
 
 
-def test_sharded_target_trains_and_drafts_alike(world, unbroken):
+def test_sharded_target_trains_and_drafts_alike(world, make_recipe, unbroken):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29584"]
-    settings = json.dumps(recipe(world, "sharded", **CURVE, ddp_backend="gloo") | {"per_device_train_batch_size": 2})
+    settings = CURVE | {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
     script = str(Path(__file__).parent / "sharded_training.py")
-    output = finish(launch([*launcher, script, settings]))
+    output = finish(launch([*launcher, script, json.dumps(make_recipe(world, "sharded", **settings))]))
     result = json.loads(next(line for line in output.splitlines() if line.startswith('{"losses"')))
     torch.testing.assert_close(torch.tensor(result["losses"]), unbroken, **TOLERANCE)
     assert set(result["parameter_types"]) == {"DTensor"}
     assert result["acceptance_length"] >= 1
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_leaves_the_curve(world, make_recipe, unbroken, stage):
+    output = f"zero{stage}"
+    settings = {"save_strategy": "steps", "save_steps": NUM_STEPS, "per_device_train_batch_size": 1}
+    path = write_recipe(world, output, make_recipe, **CURVE | settings, gradient_accumulation_steps=2)
+    command = ["-m", "transformers_msd.cli", "train", "--config", str(path), "--mixed_precision", "no"]
+    command += ["--accelerate_config", f"training/accelerate_configs/zero{stage}.yaml"]
+    process = launch([*command, "--num_processes", "2", "--main_process_port", "29587"])
+    if make_recipe is vlm_recipe:
+        with pytest.raises(AssertionError, match="A draft VLM must be trained by DDP"):
+            finish(process)
+        return
+    finish(process)
+    state = json.loads((world / output / f"checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
+    torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
+    measured = [entry["step"] for entry in state["log_history"] if "eval_acceptance_length_image" in entry]
+    assert measured == [3, 6]
+    saved, expected = (load_file(world / folder / "model.safetensors") for folder in (output, "unbroken"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5)  # of steps of 3e-3
 
 
 def test_full_disk_leaves_no_half_checkpoint(world):
@@ -157,3 +188,18 @@ def test_run_reports_and_loads(world):
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     loaded = MSDDraftModel.from_pretrained(folder)
     assert torch.equal(loaded.fc.weight, trainer.model.fc.weight)
+
+
+def test_best_draft_is_loaded_at_the_end(world, make_recipe):
+    steps = {"max_steps": 2, "num_eval_prompts": 1, "eval_max_new_tokens": 2, "save_only_model": True}
+    steps |= {
+        f"{kind}_{name}": value for kind in ("eval", "save") for name, value in (("strategy", "steps"), ("steps", 1))
+    }
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = run(world, "best", make_recipe, **CURVE | steps | best)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    final, first, last = (
+        load_file(world / "best" / folder / "model.safetensors") for folder in ("", "checkpoint-1", "checkpoint-2")
+    )
+    assert all(torch.equal(final[name], weight) for name, weight in first.items())
+    assert any(not torch.equal(final[name], weight) for name, weight in last.items())

@@ -3,26 +3,37 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 
 from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.train_draft_vlm import build_draft_vlm
 from training.tiny_world.world import training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel
-from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
+from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig, VLMDraftTrainer
+from transformers_msd.trainer.base import DraftTrainer
 
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 def write_world(folder: Path, num_rows: int = 40) -> None:
-    """Write an untrained target of one layer and rows of the tiny world below a folder."""
+    """Write an untrained target of one layer, a draft VLM and rows of the tiny world below a folder."""
     torch.manual_seed(0)
     processor = build_processor(num_rows=200)
-    build_model(processor, num_layers=1).save_pretrained(folder / "target")
+    target = build_model(processor, num_layers=1)
+    target.lm_head.weight.data.mul_(10)  # sure of itself: there is something to learn
+    target.save_pretrained(folder / "target")
+    build_draft_vlm(target).save_pretrained(folder / "draft_vlm")
     processor.save_pretrained(folder / "target")
     training_dataset(num_rows).save_to_disk(folder / "rows")
 
@@ -49,17 +60,25 @@ def recipe(folder: Path, output: str, **settings) -> dict:
     }
 
 
-def write_recipe(folder: Path, output: str, **settings) -> Path:
+def vlm_recipe(folder: Path, output: str, **settings) -> dict:
+    """Make such a recipe for a draft VLM."""
+    settings = recipe(folder, output, **settings) | {"draft_vlm": str(folder / "draft_vlm"), "draft_config": None}
+    settings.pop("num_unroll_steps", None)
+    return settings
+
+
+def write_recipe(folder: Path, output: str, make_recipe: Callable[..., dict] = recipe, **settings) -> Path:
     """Write such a recipe as YAML."""
     path = folder / f"{output}.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder, output, **settings)))
+    path.write_text(yaml.safe_dump(make_recipe(folder, output, **settings)))
     return path
 
 
-def make_trainer(target, dataset, processor, output_dir, draft_for=None, **settings) -> MSDTrainer:
-    """Make a trainer of a small draft, for another target on demand."""
+def make_trainer(target, dataset, processor, output_dir, draft_for=None, draft=None, **settings) -> DraftTrainer:
+    """Make a trainer of a small draft, for another target on demand, or of a draft VLM."""
     torch.manual_seed(0)
-    draft = MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
+    trainer_class = MSDTrainer if draft is None else VLMDraftTrainer
+    draft = draft or MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
     defaults = {
         "max_steps": 1,
         "learning_rate": 3e-3,
@@ -72,7 +91,7 @@ def make_trainer(target, dataset, processor, output_dir, draft_for=None, **setti
         "disable_tqdm": True,
     }
     args = MSDTrainingConfig(output_dir=str(output_dir), **defaults | settings)
-    return MSDTrainer(
+    return trainer_class(
         model=draft, target=target, args=args, train_dataset=dataset, processing_class=processor, eval_dataset=dataset
     )
 

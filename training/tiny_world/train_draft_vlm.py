@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
-from trl import SFTConfig
 
 from training.tiny_world.ablation import make_rows
 from training.tiny_world.target import CHECKPOINT, draw_weights, load_target
+from transformers_msd.trainer import MSDTrainingConfig, VLMDraftTrainer
 from transformers_msd.trainer.generation import GenerationSettings, generate_data
-from transformers_msd.trainer.vlm import VLMDraftTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -61,8 +60,9 @@ def main() -> None:
     target, processor = load_target(arguments.target)
     draft = build_draft_vlm(target)
     logger.info("draft VLM of %d parameters", draft.num_parameters())
-    args = SFTConfig(
+    args = MSDTrainingConfig(
         output_dir=str(arguments.work / "run"),
+        stage="multimodal",
         max_steps=arguments.steps,
         per_device_train_batch_size=16,
         learning_rate=3e-3,
@@ -71,8 +71,8 @@ def main() -> None:
         max_grad_norm=1.0,
         adam_beta2=0.98,
         weight_decay=0.05,
-        assistant_only_loss=True,
-        activation_checkpointing=False,
+        token_loss_weight=1.0,
+        head_chunk_size=4096,
         logging_steps=25,
         save_strategy="no",
         use_cpu=True,
@@ -87,7 +87,6 @@ def main() -> None:
         args=args,
         train_dataset=rows,
         processing_class=processor,
-        head_chunk_size=4096,
     )
     trainer.train()
     draft.to(torch.bfloat16).save_pretrained(arguments.output)

@@ -5,6 +5,7 @@ from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.metrics import AcceptanceLength, ExactMatch
 from transformers_msd.trainer.parity import check_parity
 from transformers_msd.trainer.trainer import MSDTrainer
+from transformers_msd.trainer.vlm import VLMDraftTrainer
 
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "ExactMatch",
     "MSDTrainer",
     "MSDTrainingConfig",
+    "VLMDraftTrainer",
     "check_parity",
 ]

@@ -11,13 +11,14 @@ from transformers.utils import ModelOutput
 from trl.data_utils import prepare_multimodal_messages
 
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.target import Target
 from transformers_msd.trainer.metrics import AcceptanceLength
 
 
 if TYPE_CHECKING:
-    from transformers_msd.trainer.trainer import MSDTrainer
+    from transformers_msd.trainer.base import DraftTrainer
 
 
 def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,11 +42,11 @@ class Ungated:
     A draft that is tried in every round, whether it pays or not: its acceptance length is its own.
 
     Args:
-        draft ([`MSDDraftModel`]):
+        draft ([`MSDDraftModel`] or [`VLMDrafter`]):
             The draft.
     """
 
-    def __init__(self, draft: MSDDraftModel) -> None:
+    def __init__(self, draft: MSDDraftModel | VLMDrafter) -> None:
         self.draft = draft
         self.tree_config = replace(draft.tree_config, gate=False)
 
@@ -62,7 +63,7 @@ class AcceptanceLengthCallback(TrainerCallback):
     so on. All processes take part, as sharded models need.
 
     Args:
-        trainer ([`MSDTrainer`]):
+        trainer ([`DraftTrainer`]):
             Trainer of the draft; add the callback with `trainer.add_callback`.
         prompts ([`~datasets.Dataset`]):
             Rows as the trainer has them; answers are left out.
@@ -72,7 +73,7 @@ class AcceptanceLengthCallback(TrainerCallback):
             Temperature the answers are sampled at; 0 is greedy.
     """
 
-    def __init__(self, trainer: "MSDTrainer", prompts: Dataset, max_new_tokens: int = 64, temperature: float = 0.0):
+    def __init__(self, trainer: "DraftTrainer", prompts: Dataset, max_new_tokens: int = 64, temperature: float = 0.0):
         self.trainer = trainer
         self.prompts = [prompt_of(row) for row in prompts]
         self.max_new_tokens = max_new_tokens
@@ -97,9 +98,9 @@ class AcceptanceLengthCallback(TrainerCallback):
                 Whether to answer them without the draft, too, and tell the speed-up.
         """
         trainer = self.trainer
-        draft: MSDDraftModel = trainer.accelerator.unwrap_model(trainer.model)
-        was_training = draft.training
-        draft.eval()
+        draft = trainer.assistant()
+        was_training = trainer.model.training
+        trainer.model.eval()
         answers: list[_Answer] = []
         device = trainer.accelerator.device
         devices = [] if device.type == "cpu" else [device]
@@ -113,7 +114,7 @@ class AcceptanceLengthCallback(TrainerCallback):
                 output, seconds = self._timed(inputs, draft)
                 lengths = output.speculative_stats.acceptance_lengths[:, 0]
                 answers.append(_Answer(kind, lengths[lengths > 0].tolist(), plain_seconds, seconds))
-        draft.train(was_training)
+        trainer.model.train(was_training)
         metric = AcceptanceLength(keep_in_memory=True)
         metrics = {}
         for kind in ("", "_text", "_image"):
@@ -126,7 +127,9 @@ class AcceptanceLengthCallback(TrainerCallback):
                 metrics[f"eval_speedup{kind}"] = plain_seconds / sum(answer.seconds for answer in part)
         return metrics
 
-    def _timed(self, inputs: dict[str, torch.Tensor], draft: MSDDraftModel | None) -> tuple[ModelOutput, float]:
+    def _timed(
+        self, inputs: dict[str, torch.Tensor], draft: MSDDraftModel | VLMDrafter | None
+    ) -> tuple[ModelOutput, float]:
         """Generate; return the output and the seconds it took."""
         torch.manual_seed(self.trainer.args.seed)
         start = time.perf_counter()

@@ -40,6 +40,16 @@ def check_answers(dataset: Dataset) -> None:
         )
 
 
+def usable_rows(
+    dataset: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase, max_length: int | None
+) -> Dataset:
+    """Return the rows that training takes: see [`check_answers`] and [`drop_long_rows`]."""
+    check_answers(dataset)
+    if isinstance(processing_class, ProcessorMixin) and max_length is not None:
+        return drop_long_rows(dataset, processing_class, max_length)
+    return dataset
+
+
 def drop_long_rows(dataset: Dataset, processor: ProcessorMixin, max_length: int) -> Dataset:
     """
     Drop the rows with pictures that are longer than `max_length` tokens, since their image tokens must not be cut.

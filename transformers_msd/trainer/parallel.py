@@ -5,6 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -47,19 +48,23 @@ def reshard(*modules: nn.Module) -> None:
 
 def prepare_target(target: nn.Module, accelerator: Accelerator) -> nn.Module:
     """
-    Move a frozen target to where it runs: sharded under FSDP2, else whole on every device.
+    Move a frozen target to where it runs: sharded by [`shard_target`] under FSDP2 and ZeRO-3, else whole on every
+    device.
 
     Raises:
-        ValueError: Under FSDP 1 and DeepSpeed's ZeRO-3.
+        ValueError: Under FSDP 1, or if DeepSpeed has sharded the target already.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        if stage == 3:
+        if accelerator.state.deepspeed_plugin.zero_stage < 3:
+            return target.to(accelerator.device)
+        if not all(parameter.numel() for parameter in target.parameters()):
             raise ValueError(
-                "DeepSpeed's ZeRO-3 is not supported yet: it gathers a vision tower in processes that have pictures "
-                "only, and the others would wait for ever. Use FSDP2 to shard the target, or ZeRO-2 to keep it whole."
+                "The target must come whole, got weights that ZeRO-3 sharded as they were loaded. Load it before the "
+                "training arguments are made, or call `transformers.integrations.unset_hf_deepspeed_config()` first."
             )
-        return target.to(accelerator.device)
+        # ZeRO-3 would gather a vision tower in processes that have pictures only, and the others would wait for ever.
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        return shard_target(target.to(accelerator.device), mesh=mesh)
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:

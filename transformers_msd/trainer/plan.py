@@ -26,7 +26,7 @@ GIB = 2**30
 _FLOAT = 4  # bytes of a number in float32
 
 
-def num_parameters(config: PreTrainedConfig | MSDConfig) -> int:
+def num_parameters(config: PreTrainedConfig) -> int:
     """Count the parameters of a model by its config, without its weights."""
     with init_empty_weights():
         if isinstance(config, MSDConfig):
@@ -39,7 +39,7 @@ def num_parameters(config: PreTrainedConfig | MSDConfig) -> int:
 
 
 def memory_of_step(
-    target_config: PreTrainedConfig, draft: MSDConfig, args: MSDTrainingConfig, target_dtype: torch.dtype
+    target_config: PreTrainedConfig, draft: PreTrainedConfig, args: MSDTrainingConfig, target_dtype: torch.dtype
 ) -> dict[str, int]:
     """
     Estimate the peak memory of a training step on one device, unsharded, in bytes by part.
@@ -47,12 +47,14 @@ def memory_of_step(
     Counted are the tensors that are alive at once, for rows of `max_length` tokens. It is a sum of shapes, not a
     measurement, and leaves out what the allocator wastes.
     """
-    text = draft.get_text_config()
+    text, theirs = draft.get_text_config(), target_config.get_text_config()
     batch_size, length = args.per_device_train_batch_size, args.max_length or text.max_position_embeddings
     rows, steps = batch_size * length, args.num_unroll_steps
     width, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
     half = target_dtype.itemsize
     computed = 2 if args.bf16 or args.fp16 else _FLOAT
+    of_target = rows * (6 * theirs.hidden_size + 3 * theirs.intermediate_size)
+    their_scores = 2 * batch_size * theirs.num_attention_heads * length**2
     # What a layer keeps for its backward: inputs of norms and projections, q, k, v and output, thrice the MLP's width.
     layer = rows * (10 * width + 3 * inner) * computed
     # Scores and their softmax, where attention has no kernel that does without; unrolled steps see the keys of all
@@ -62,8 +64,8 @@ def memory_of_step(
     return {
         "target": num_parameters(target_config) * half,
         "draft, gradients and AdamW's moments": num_parameters(draft) * 4 * _FLOAT,
-        "features and embeddings": rows * width * (2 * half + 3 * _FLOAT),
-        "a layer of the target": rows * (6 * width + 3 * inner) * half + scores // computed * half,
+        "features and embeddings": rows * theirs.hidden_size * (2 * half + 3 * _FLOAT),
+        "a layer of the target": (of_target + their_scores) * half,
         "layers of the draft": steps * text.num_hidden_layers * layer,
         "attention scores of the draft": text.num_hidden_layers * scores * steps * (steps + 1) // 2,
         "logits of a chunk": min(rows, args.head_chunk_size) * text.vocab_size * _FLOAT * (2 + 2 * losses),
@@ -117,7 +119,7 @@ class Plan:
 
 def make_plan(
     target_config: PreTrainedConfig,
-    draft: MSDConfig,
+    draft: PreTrainedConfig,
     args: MSDTrainingConfig,
     target_dtype: torch.dtype,
     rows: Dataset,
@@ -130,8 +132,8 @@ def make_plan(
     Args:
         target_config (`PreTrainedConfig`):
             Config of the target.
-        draft ([`MSDConfig`]):
-            Config of the draft.
+        draft (`PreTrainedConfig`):
+            Config of the draft, an [`MSDConfig`] or that of a draft VLM.
         args ([`MSDTrainingConfig`]):
             Settings of the run.
         target_dtype (`torch.dtype`):

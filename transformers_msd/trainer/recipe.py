@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.drafters.model import MOST_PADDING
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.dataset import split_rows, undecoded
 
@@ -61,6 +62,9 @@ class DraftArguments:
             Draft to go on from. A new one is made by default.
         draft_config (`dict`, *optional*):
             Overrides of [`MSDConfig.from_target`] for a new draft.
+        draft_vlm (`str`, *optional*):
+            Folder or Hub repository of a small VLM (for a target of text alone: a language model) to distil by
+            [`VLMDraftTrainer`], instead of training a draft of MSD. Its vision tower is frozen.
     """
 
     target_model: str = field(metadata={"help": "Folder or Hub repository of the target."})
@@ -74,10 +78,16 @@ class DraftArguments:
     target_adapter: str | None = field(default=None, metadata={"help": "PEFT adapter of the target."})
     draft_model: str | None = field(default=None, metadata={"help": "Draft to go on from."})
     draft_config: dict[str, Any] | None = field(default=None, metadata={"help": "Overrides for a new draft."})
+    draft_vlm: str | None = field(default=None, metadata={"help": "Small VLM to distil instead."})
 
     def __post_init__(self):
         if not self.datasets:
             raise ValueError("`datasets` must name a dataset at least, got none. Set it in the recipe.")
+        if self.draft_vlm and (self.draft_model or self.draft_config):
+            raise ValueError(
+                "`draft_vlm` takes the place of a draft of MSD, got `draft_model` or `draft_config` beside it. Remove "
+                "one or the other."
+            )
 
 
 def find_recipe(name: str) -> str:
@@ -116,8 +126,10 @@ def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMi
     return target, processor
 
 
-def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> MSDConfig:
-    """Make the config of the draft of a recipe."""
+def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Make the config of the draft of a recipe: an [`MSDConfig`], or that of a draft VLM."""
+    if arguments.draft_vlm:
+        return AutoConfig.from_pretrained(arguments.draft_vlm)
     if arguments.draft_model:
         return MSDConfig.from_pretrained(arguments.draft_model)
     return MSDConfig.from_target(target_config, **(arguments.draft_config or {}))
@@ -128,6 +140,30 @@ def make_draft(arguments: DraftArguments, target_config: PreTrainedConfig) -> MS
     if arguments.draft_model:
         return MSDDraftModel.from_pretrained(arguments.draft_model, dtype=torch.float32)
     return MSDDraftModel(draft_config(arguments, target_config))
+
+
+def load_draft_vlm(arguments: DraftArguments, target_config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    Load the draft VLM of a recipe, in float32 and with the target's vocabulary.
+
+    Raises:
+        ValueError: If one of draft and target reads pictures, and the other does not.
+    """
+    draft, target = draft_config(arguments, target_config), target_config
+    is_multimodal, of_target = (type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING for config in (draft, target))
+    if is_multimodal != of_target:
+        raise ValueError(
+            f"`draft_vlm` must read what its target reads, got {draft.model_type} for {target.model_type}, one of "
+            "which reads text alone. Choose another draft."
+        )
+    auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    model = auto_class.from_pretrained(arguments.draft_vlm, dtype=torch.float32)
+    ours, theirs = (config.get_text_config().vocab_size for config in (draft, target))
+    if 0 < abs(ours - theirs) <= MOST_PADDING:
+        model.resize_token_embeddings(theirs)
+    if is_multimodal:
+        model.get_encoder("image").requires_grad_(False)
+    return model
 
 
 def load_rows(arguments: DraftArguments, is_multimodal: bool) -> Dataset:

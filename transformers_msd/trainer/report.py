@@ -26,10 +26,10 @@ Draft of {base_model} for speculative decoding with `transformers-msd`: the same
 
 ```python
 from transformers import {target_class}, AutoProcessor
-from transformers_msd import MSDDraftModel
+{imports}
 
 target = {target_class}.from_pretrained("{base_model}", dtype="auto", device_map="auto")
-draft = MSDDraftModel.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)
+draft = {loading}
 target.generate(**inputs, assistant_model=draft)
 ```
 
@@ -51,7 +51,7 @@ are not counted. The tree: {tree}. Hardware: {hardware}, dtype of the target {dt
 
 ![losses and acceptance length](training.png)
 
-The method is MSD (arXiv 2505.14260), the tree EAGLE-2 (arXiv 2406.16858).
+{method}
 """
 
 

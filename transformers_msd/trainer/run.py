@@ -4,21 +4,26 @@ import logging
 
 import torch
 from transformers import AutoConfig, ProcessorMixin
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import TrlParser
 
+from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.dataset import usable_rows
 from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
 from transformers_msd.trainer.recipe import (
     DraftArguments,
     draft_config,
     hold_out,
+    load_draft_vlm,
     load_processor,
     load_rows,
     load_target,
     make_draft,
 )
 from transformers_msd.trainer.trainer import MSDTrainer
+from transformers_msd.trainer.vlm import VLMDraftTrainer, check_settings
 
 
 def make_parser() -> TrlParser:
@@ -26,15 +31,17 @@ def make_parser() -> TrlParser:
     return TrlParser([DraftArguments, MSDTrainingConfig], prog="transformers-msd train", allow_abbrev=False)
 
 
-def train(arguments: DraftArguments, args: MSDTrainingConfig) -> MSDTrainer:
+def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     """Train, evaluate and save the draft of a recipe."""
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard the target as it is loaded; `prepare_target` does it
     target, processor = load_target(arguments)
     rows, prompts = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
     )
     torch.manual_seed(args.seed)
-    trainer = MSDTrainer(
-        model=make_draft(arguments, target.config),
+    trainer_class, make = (VLMDraftTrainer, load_draft_vlm) if arguments.draft_vlm else (MSDTrainer, make_draft)
+    trainer = trainer_class(
+        model=make(arguments, target.config),
         target=target,
         args=args,
         train_dataset=rows,
@@ -54,11 +61,14 @@ def train(arguments: DraftArguments, args: MSDTrainingConfig) -> MSDTrainer:
 
 def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int) -> Plan:
     """Resolve a recipe without loading a weight."""
+    if arguments.draft_vlm:
+        check_settings(args)
     config = AutoConfig.from_pretrained(arguments.target_model)
     processor = load_processor(arguments)
     rows, _ = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
     )
+    rows = usable_rows(rows, processor, args.max_length)
     dtype = config.dtype if arguments.target_dtype == "auto" else getattr(torch, arguments.target_dtype)
     draft = draft_config(arguments, config)
     lengths = sample_lengths(rows, processor)

@@ -1,57 +1,30 @@
 """Trains a draft on the features of a frozen target, computed in the same step."""
 
-import copy
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn.functional import pad
-from torch.utils.data import Sampler
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import SFTTrainer
 
 from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
+from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
-from transformers_msd.trainer.data import RowCollator, feature_noise, target_rows, unroll_attention_mask
-from transformers_msd.trainer.dataset import check_answers, drop_long_rows, split_rows
-from transformers_msd.trainer.losses import (
-    chunked_token_losses,
-    feature_loss,
-    probability_loss,
-    token_loss,
-    top_k_loss,
-)
-from transformers_msd.trainer.parallel import prepare_target, reshard
-from transformers_msd.trainer.report import plot_curves, write_card
+from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
+from transformers_msd.trainer.losses import feature_loss
 
 
-class MSDTrainer(SFTTrainer):
+class MSDTrainer(DraftTrainer):
     """
     Trainer of [`MSDDraftModel`].
 
-    The target's features are computed in the same step and not kept. What is drawn at random follows from
-    `args.seed`, the epoch and the row, and the loss is a mean over the supervised tokens of the global batch: neither
-    the number of processes, nor gradient accumulation, nor an interruption changes the curve.
+    The target's features are computed in the same step and not kept.
 
     Args:
         model ([`MSDDraftModel`]):
             Draft to train.
-        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model the draft is for, quantised or adapted as it will be when it generates. It is frozen and set to
-            evaluation mode.
-        args ([`MSDTrainingConfig`]):
-            Settings.
-        train_dataset ([`~datasets.Dataset`]):
-            Rows of `messages`, of `prompt` and `completion` (then the completion is supervised), or of `text` or
-            `input_ids` (then all of it is), and for a multimodal target of `images` (an empty list in text rows).
-        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
-            Processor of the target.
-        kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of [`~trl.SFTTrainer`], all but `compute_metrics`.
+        target, args, train_dataset, processing_class, kwargs:
+            As [`DraftTrainer`] has them.
 
     Raises:
         ValueError: If the draft doesn't fit the target, or the dataset has no rows to learn from at this stage.
@@ -59,8 +32,11 @@ class MSDTrainer(SFTTrainer):
 
     _tag_names = ["transformers-msd", "msd", "speculative-decoding", "draft-model"]
     _name = "MSD"
-    # The loss is a mean over the global batch, and training divides it no further.
-    loss_is_scaled_for_ga = True
+    _card = {
+        "imports": "from transformers_msd import MSDDraftModel",
+        "loading": 'MSDDraftModel.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)',
+        "method": "The method is MSD (arXiv 2505.14260), the tree EAGLE-2 (arXiv 2406.16858).",
+    }
 
     def __init__(
         self,
@@ -71,125 +47,21 @@ class MSDTrainer(SFTTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError(
-                "`compute_metrics` would need the logits of every prompt, which are never computed. Use a callback, "
-                "such as `AcceptanceLengthCallback`."
-            )
         model.check_target(target)
-        check_answers(train_dataset)
-        if isinstance(processing_class, ProcessorMixin) and args.max_length is not None:
-            train_dataset = drop_long_rows(train_dataset, processing_class, args.max_length)
-        self._text_rows, self._visual_rows = split_rows(train_dataset)
-        if args.stage == "text":
-            train_dataset = train_dataset.select(self._text_rows)
-        if (args.stage != "multimodal" and not self._text_rows) or (args.stage == "ramp" and not self._visual_rows):
-            raise ValueError(
-                f"`stage={args.stage!r}` needs rows without pictures, and `ramp` also some with, got "
-                f"{len(self._text_rows)} without and {len(self._visual_rows)} with. Add rows or choose another stage."
-            )
-        if "messages" not in train_dataset.column_names:
-            # Completions are supervised instead, or whole texts.
-            args = copy.copy(args)
-            args.assistant_only_loss = False
         # TRL writes special token ids there, and a model that can't generate has none.
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        self._dataset_name = train_dataset.info.dataset_name or "a dataset of its own"
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
-        )
-        self.model_accepts_loss_kwargs = True  # makes Transformers count the supervised tokens of the global batch
-        self.train_dataset = self.train_dataset.add_column(RowCollator.COLUMN, list(range(len(self.train_dataset))))
-        self.data_collator = RowCollator(self.data_collator)
-        losses = {
-            "token_loss": (token_loss, args.token_loss_weight),
-            "top_k_loss": (partial(top_k_loss, top_k=args.top_k_loss_tokens), args.top_k_loss_weight),
-            "probability_loss": (probability_loss, args.probability_loss_weight),
-        }
-        self._token_losses = {name: (loss, weight) for name, (loss, weight) in losses.items() if weight}
-        # Sums and counts of what is logged, both over the rows of this process.
-        self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        self._embeddings, self._head = target.get_input_embeddings(), target.get_output_embeddings()
-        self.target = prepare_target(target.eval().requires_grad_(False), self.accelerator)
+        super().__init__(model, target, args, train_dataset, processing_class, **kwargs)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if RowCollator.COLUMN not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, RowCollator.COLUMN]
+    def assistant(self) -> MSDDraftModel:
+        return self.accelerator.unwrap_model(self.model)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        args = self.args
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.stage == "ramp":
-            sampler = RampSampler(self._text_rows, self._visual_rows, 1, rows_per_step, args.seed)
-            sampler.num_draws = (
-                args.max_steps * rows_per_step if args.max_steps > 0 else int(args.num_train_epochs * len(sampler))
-            )
-            return sampler
-        if args.train_sampling_strategy == "random":
-            return ShuffledSampler(len(train_dataset or self.train_dataset), rows_per_step, args.seed)
-        return super()._get_train_sampler(train_dataset)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            # Transformers would take the newest, whole or not.
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.is_world_process_zero():
-            plot_curves(self.state.log_history, Path(self.args.output_dir) / "training.png")
-        return output
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with remove_if_broken(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        if not self.is_world_process_zero():
-            return
-        args, config = self.args, self.target.config
-        tags = [tags] if isinstance(tags, str) else tags or []
-        datasets = [dataset_name] if isinstance(dataset_name, str) else dataset_name or [self._dataset_name]
-        values = {
-            "base_model": config._name_or_path or config.model_type,
-            "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
-            "target_class": (config.architectures or [type(self.target).__name__])[0],
-            "tags": sorted({*self._tag_names, *tags}),
-            "tree": self.accelerator.unwrap_model(self.model).tree_config,
-            "dtype": str(self.target.dtype).removeprefix("torch."),
-            "dataset": ", ".join(datasets),
-            "num_steps": self.state.global_step,
-            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "stage": args.stage,
-            "num_unroll_steps": args.num_unroll_steps,
-            "learning_rate": args.learning_rate,
-        }
-        name = args.hub_model_id or model_name or Path(args.output_dir).name
-        write_card(Path(args.output_dir) / "README.md", name, values, self.state.log_history)
-
-    def compute_loss(
-        self,
-        model: MSDDraftModel,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs = dict(inputs)
-        row_ids = inputs.pop(RowCollator.COLUMN)
-        reshard(self._head, self._embeddings)  # in all processes or in none
+    def loss_sum(
+        self, model: MSDDraftModel, inputs: dict[str, torch.Tensor], row_ids: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = target_rows(self.target, inputs, self.model.config.visual_token_ids, self.model.dtype)
         features, supervised = rows.features, rows.supervised
-        if num_items_in_batch is None:
-            num_items_in_batch = supervised.sum()
-        elif self.args.average_tokens_across_devices:
-            # Gradients are averaged over processes, each of which adds its part of the global batch.
-            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         if self.model.training and self.args.feature_noise:
-            seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids.tolist()]
+            seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids]
             features = features + feature_noise(features, rows.row_mask, seeds, self.args.feature_noise)
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
         loss = 0.0
@@ -205,36 +77,11 @@ class MSDTrainer(SFTTrainer):
                 past_key_values=cache,
                 use_cache=False,
             ).last_hidden_state
-            loss = loss + self._loss_sum(predicted[supervised], rows.target_features[supervised], step + 1)
+            ends = predicted[supervised], rows.target_features[supervised]
+            of_features, suffix = feature_loss(*ends).sum(), f"_{step + 1}"
+            self.count({"feature_loss": of_features}, len(ends[0]), suffix)
+            loss = loss + self.args.feature_loss_weight * of_features + self.token_loss_sum(*ends, suffix)
             # Row r goes on from what row r - 1 predicted, in the chain of a supervised row.
             features = pad(predicted[:, :-1], (0, 0, 1, 0))
             supervised = supervised & pad(supervised[:, :-1], (1, 0), value=False)
-        loss = loss / (self.args.num_unroll_steps * max(num_items_in_batch, 1))
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
-
-    def _loss_sum(self, predicted: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
-        """Sum the weighted losses of supervised rows, and add to what is logged of this unrolled step."""
-        totals = self._totals["train" if self.model.training else "eval"]
-        features = feature_loss(predicted, target).sum()
-        functions = [loss for loss, _ in self._token_losses.values()]
-        losses, agrees = chunked_token_losses(predicted, target, self._head, self.args.head_chunk_size, functions)
-        sums = {
-            "feature_loss": features,
-            **dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True)),
-        }
-        weights = {name: weight for name, (_, weight) in self._token_losses.items()}
-        weights["feature_loss"] = self.args.feature_loss_weight
-        for name, value in (sums | {"agreement": agrees.float().sum()}).items():
-            total = torch.stack([value.detach().float(), value.new_tensor(len(predicted), dtype=torch.float32)])
-            totals[f"{name}_{step}"] = totals.get(f"{name}_{step}", 0) + total
-        return sum(weights[name] * value for name, value in sums.items())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        totals, self._totals[mode] = self._totals[mode], {}
-        if totals:
-            sums = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
-            self._metrics[mode].update(
-                {name: [(a / b.clamp(min=1)).item()] for name, (a, b) in zip(totals, sums, strict=True)}
-            )
-        super().log(logs, start_time)
+        return loss / self.args.num_unroll_steps, rows.supervised.sum()

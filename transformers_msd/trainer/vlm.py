@@ -3,16 +3,19 @@
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import SFTConfig, SFTTrainer
 
-from transformers_msd.trainer.dataset import check_answers, drop_long_rows
-from transformers_msd.trainer.losses import chunked_token_losses, token_loss
-from transformers_msd.trainer.parallel import prepare_target
+from transformers_msd.drafters.vlm import VLMDrafter
+from transformers_msd.trainer.base import DraftTrainer
+from transformers_msd.trainer.configuration import MSDTrainingConfig
 
 
-class VLMDraftTrainer(SFTTrainer):
+_OF_FEATURES = ("feature_loss_weight", "feature_noise", "num_unroll_steps")
+
+
+class VLMDraftTrainer(DraftTrainer):
     """
     Trainer of the small model of a [`VLMDrafter`]: the cross-entropy between its distributions and the target's on
     the assistant's tokens, which is their Kullback-Leibler divergence up to a constant.
@@ -22,33 +25,32 @@ class VLMDraftTrainer(SFTTrainer):
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The small model, which reads what the target's processor makes of a prompt.
-        target ([`~transformers.PreTrainedModel`]):
-            Model to draft for. It is frozen and set to evaluation mode.
-        args ([`~trl.SFTConfig`]):
-            Settings; those that concern the loss are ignored.
-        train_dataset ([`~datasets.Dataset`]):
-            Rows as [`MSDTrainer`] has them.
-        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
-            Processor of the target.
-        head_chunk_size (`int`, *optional*, defaults to 512):
-            Rows whose logits are in memory at a time.
-        kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of [`~trl.SFTTrainer`].
+        args ([`MSDTrainingConfig`]):
+            Settings. There is no loss on features: `feature_loss_weight`, `feature_noise` and `num_unroll_steps` must
+            be left as they are.
+        target, train_dataset, processing_class, kwargs:
+            As [`DraftTrainer`] has them.
+
+    Raises:
+        ValueError: If the vocabularies differ, a setting is of MSD's features, no loss on tokens is left, or FSDP or
+            DeepSpeed is used.
     """
 
     _tag_names = ["transformers-msd", "speculative-decoding", "draft-model"]
     _name = "draft VLM"
-    # The loss is a mean over the global batch, and training divides it no further.
-    loss_is_scaled_for_ga = True
+    _card = {
+        "imports": "from transformers import {draft_class}\nfrom transformers_msd import VLMDrafter",
+        "loading": 'VLMDrafter({draft_class}.from_pretrained("{name}", dtype=target.dtype, device_map=target.device))',
+        "method": "The draft is a model of its own (Spec-LLaVA, arXiv 2509.11961), distilled from its target.",
+    }
 
     def __init__(
         self,
         model: PreTrainedModel,
         target: PreTrainedModel,
-        args: SFTConfig,
+        args: MSDTrainingConfig,
         train_dataset: Dataset,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
-        head_chunk_size: int = 512,
         **kwargs: Any,
     ):
         ours, theirs = (each.config.get_text_config().vocab_size for each in (model, target))
@@ -57,40 +59,46 @@ class VLMDraftTrainer(SFTTrainer):
                 f"The small model must have the target's vocabulary to learn its distributions, got {ours} tokens and "
                 f"{theirs}. Resize its embeddings, or choose another."
             )
-        check_answers(train_dataset)
-        if isinstance(processing_class, ProcessorMixin) and args.max_length is not None:
-            train_dataset = drop_long_rows(train_dataset, processing_class, args.max_length)
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
-        )
-        self.model_accepts_loss_kwargs = True  # makes Transformers count the supervised tokens of the global batch
-        self.head_chunk_size = head_chunk_size
-        self._heads = model.get_output_embeddings(), target.get_output_embeddings()
-        self.target = prepare_target(target.eval().requires_grad_(False), self.accelerator)
+        check_settings(args)
+        super().__init__(model, target, args, train_dataset, processing_class, **kwargs)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "A draft VLM must be trained by DDP, got FSDP or DeepSpeed, which exchange weights or gradients when "
+                "they are used: processes whose rows have no pictures would not be in step. Use `ddp.yaml`."
+            )
 
-    def compute_loss(
-        self,
-        model: PreTrainedModel,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def assistant(self) -> VLMDrafter:
+        return VLMDrafter(self.accelerator.unwrap_model(self.model))
+
+    def loss_sum(
+        self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], row_ids: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         supervised = inputs["labels"][:, 1:] != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         settings = {"output_hidden_states": [-1], "use_cache": False, "logits_to_keep": 1}
         with torch.no_grad():
-            truth = self.target(**inputs, **settings).hidden_states[-1][:, :-1][supervised]
+            features = self.target(**inputs, **settings).hidden_states[-1][:, :-1][supervised]
         predicted = model(**inputs, **settings).hidden_states[-1][:, :-1][supervised]
-        draft_head, head = self._heads
-        [losses], agrees = chunked_token_losses(
-            predicted, truth, head, self.head_chunk_size, [token_loss], draft_head=draft_head
+        loss = self.token_loss_sum(predicted, features, draft_head=self.model.get_output_embeddings())
+        # Rows without pictures leave the projector out, and the processes of a run must have the same gradients.
+        nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
+        return loss + 0 * nothing, supervised.sum()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        # Transformers saves a VLM by the names of published checkpoints, and would load those of its modules alone.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def check_settings(args: MSDTrainingConfig) -> None:
+    """Raise a `ValueError` if settings are none for a draft VLM."""
+    changed = {name: getattr(args, name) for name in _OF_FEATURES if getattr(args, name) != getattr(type(args), name)}
+    if changed:
+        raise ValueError(
+            f"{', '.join(_OF_FEATURES)} are of MSD's features, which a draft VLM has not, got {changed}. Remove them."
         )
-        self._metrics["train" if self.model.training else "eval"]["agreement"].append(
-            agrees.float().mean().item() if len(agrees) else 0.0
-        )
-        if num_items_in_batch is None:
-            num_items_in_batch = supervised.sum()
-        elif self.args.average_tokens_across_devices:
-            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
-        loss = losses.sum() / max(num_items_in_batch, 1)
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+    if not (args.token_loss_weight or args.top_k_loss_weight or args.probability_loss_weight):
+        raise ValueError("A draft VLM learns from losses on tokens alone, got weights of 0 for all. Set one of them.")

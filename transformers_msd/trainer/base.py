@@ -1,0 +1,254 @@
+"""What trainers of drafts share: the frozen target, the order of rows, the mean over a global batch, checkpoints."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import get_reporting_integration_callbacks
+from trl import SFTTrainer
+
+from transformers_msd.drafters.vlm import VLMDrafter
+from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
+from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
+from transformers_msd.trainer.data import RowCollator
+from transformers_msd.trainer.dataset import split_rows, usable_rows
+from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
+from transformers_msd.trainer.parallel import prepare_target, reshard
+from transformers_msd.trainer.report import plot_curves, write_card
+
+
+class DraftTrainer(SFTTrainer):
+    """
+    Base of the trainers of drafts, which say what drafts ([`~DraftTrainer.assistant`]) and what its loss is
+    ([`~DraftTrainer.loss_sum`]).
+
+    What is drawn at random follows from `args.seed`, the epoch and the row, and the loss is a mean over the supervised
+    tokens of the global batch: neither the number of processes, nor gradient accumulation, nor an interruption changes
+    the curve.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Draft to train.
+        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model the draft is for, quantised or adapted as it will be when it generates. It is frozen and set to
+            evaluation mode.
+        args ([`MSDTrainingConfig`]):
+            Settings.
+        train_dataset ([`~datasets.Dataset`]):
+            Rows of `messages`, of `prompt` and `completion` (then the completion is supervised), or of `text` or
+            `input_ids` (then all of it is), and for a multimodal target of `images` (an empty list in text rows).
+        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor of the target.
+        kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of [`~trl.SFTTrainer`], all but `compute_metrics`.
+
+    Raises:
+        ValueError: If the dataset has no rows to learn from at this stage.
+    """
+
+    # The loss is a mean over the global batch, and training divides it no further.
+    loss_is_scaled_for_ga = True
+    # What a model card says of the draft: `imports`, the `loading` of it, its `method`.
+    _card: dict[str, str]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: PreTrainedModel,
+        args: MSDTrainingConfig,
+        train_dataset: Dataset,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ):
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "`compute_metrics` would need the logits of every prompt, which are never computed. Use a callback, "
+                "such as `AcceptanceLengthCallback`."
+            )
+        train_dataset = usable_rows(train_dataset, processing_class, args.max_length)
+        self._text_rows, self._visual_rows = split_rows(train_dataset)
+        if args.stage == "text":
+            train_dataset = train_dataset.select(self._text_rows)
+        if (args.stage != "multimodal" and not self._text_rows) or (args.stage == "ramp" and not self._visual_rows):
+            raise ValueError(
+                f"`stage={args.stage!r}` needs rows without pictures, and `ramp` also some with, got "
+                f"{len(self._text_rows)} without and {len(self._visual_rows)} with. Add rows or choose another stage."
+            )
+        if "messages" not in train_dataset.column_names:
+            # Completions are supervised instead, or whole texts.
+            args = copy.copy(args)
+            args.assistant_only_loss = False
+        self._dataset_name = train_dataset.info.dataset_name or "a dataset of its own"
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+        )
+        self.model_accepts_loss_kwargs = True  # makes Transformers count the supervised tokens of the global batch
+        self.train_dataset = self.train_dataset.add_column(RowCollator.COLUMN, list(range(len(self.train_dataset))))
+        self.data_collator = RowCollator(self.data_collator)
+        losses = {
+            "token_loss": (token_loss, args.token_loss_weight),
+            "top_k_loss": (partial(top_k_loss, top_k=args.top_k_loss_tokens), args.top_k_loss_weight),
+            "probability_loss": (probability_loss, args.probability_loss_weight),
+        }
+        self._token_losses = {name: (loss, weight) for name, (loss, weight) in losses.items() if weight}
+        # Sums and counts of what is logged, both over the rows of this process.
+        self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._embeddings, self._head = target.get_input_embeddings(), target.get_output_embeddings()
+        self.target = prepare_target(target.eval().requires_grad_(False), self.accelerator)
+
+    def assistant(self) -> MSDDraftModel | VLMDrafter:
+        """Return what drafts with the weights as they are."""
+        raise NotImplementedError
+
+    def loss_sum(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], row_ids: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Sum the loss over supervised tokens.
+
+        Args:
+            model (`torch.nn.Module`):
+                The draft, wrapped as it is trained.
+            inputs (`dict[str, torch.Tensor]`):
+                Inputs of the target, with `attention_mask` and `labels`.
+            row_ids (`list[int]`):
+                Numbers of the rows in the dataset.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The sum, and how many tokens are supervised.
+        """
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        inputs = dict(inputs)
+        row_ids = inputs.pop(RowCollator.COLUMN).tolist()
+        reshard(self._head, self._embeddings)  # in all processes or in none
+        loss, num_supervised = self.loss_sum(model, inputs, row_ids)
+        if num_items_in_batch is None:
+            num_items_in_batch = num_supervised
+        elif self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, each of which adds its part of the global batch.
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        loss = loss / max(num_items_in_batch, 1)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def token_loss_sum(
+        self, predicted: torch.Tensor, features: torch.Tensor, suffix: str = "", draft_head: nn.Module | None = None
+    ) -> torch.Tensor:
+        """
+        Sum the weighted losses on tokens, and add them to what is logged.
+
+        Args:
+            predicted (`torch.Tensor` of shape `(num_rows, hidden_size)`):
+                Features the draft predicts.
+            features (`torch.Tensor` of shape `(num_rows, hidden_size)`):
+                Features of the target.
+            suffix (`str`, *optional*, defaults to `""`):
+                What the logged names end in.
+            draft_head (`torch.nn.Module`, *optional*):
+                Head of the draft, where it has one of its own.
+        """
+        features = features.to(self.target.dtype)  # what its head takes
+        if draft_head is None:
+            predicted = predicted.to(self.target.dtype)
+        functions = [loss for loss, _ in self._token_losses.values()]
+        losses, agrees = chunked_token_losses(
+            predicted, features, self._head, self.args.head_chunk_size, functions, draft_head
+        )
+        sums = dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True))
+        self.count(sums | {"agreement": agrees.float().sum()}, len(predicted), suffix)
+        return sum(weight * sums[name] for name, (_, weight) in self._token_losses.items())
+
+    def count(self, sums: dict[str, torch.Tensor], num_rows: int, suffix: str = "") -> None:
+        """Add sums over rows to what is logged, as a mean over the rows of all processes."""
+        totals = self._totals["train" if self.model.training else "eval"]
+        for name, value in sums.items():
+            total = torch.stack([value.detach().float(), value.new_tensor(num_rows, dtype=torch.float32)])
+            totals[name + suffix] = totals.get(name + suffix, 0) + total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        totals, self._totals[mode] = self._totals[mode], {}
+        if totals:
+            sums = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
+            self._metrics[mode].update(
+                {name: [(a / b.clamp(min=1)).item()] for name, (a, b) in zip(totals, sums, strict=True)}
+            )
+        super().log(logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if RowCollator.COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, RowCollator.COLUMN]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        args = self.args
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.stage == "ramp":
+            sampler = RampSampler(self._text_rows, self._visual_rows, 1, rows_per_step, args.seed)
+            sampler.num_draws = (
+                args.max_steps * rows_per_step if args.max_steps > 0 else int(args.num_train_epochs * len(sampler))
+            )
+            return sampler
+        if args.train_sampling_strategy == "random":
+            return ShuffledSampler(len(train_dataset or self.train_dataset), rows_per_step, args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            # Transformers would take the newest, whole or not.
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        # Reporters close at the end of training: what other callbacks log there must come before.
+        reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_world_process_zero():
+            plot_curves(self.state.log_history, Path(self.args.output_dir) / "training.png")
+        return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with remove_if_broken(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        if not self.is_world_process_zero():
+            return
+        args, config = self.args, self.target.config
+        tags = [tags] if isinstance(tags, str) else tags or []
+        datasets = [dataset_name] if isinstance(dataset_name, str) else dataset_name or [self._dataset_name]
+        name = args.hub_model_id or model_name or Path(args.output_dir).name
+        draft_class = type(self.accelerator.unwrap_model(self.model)).__name__
+        values = {key: text.format(name=name, draft_class=draft_class) for key, text in self._card.items()} | {
+            "base_model": config._name_or_path or config.model_type,
+            "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
+            "target_class": (config.architectures or [type(self.target).__name__])[0],
+            "tags": sorted({*self._tag_names, *tags}),
+            "tree": self.assistant().tree_config,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dataset": ", ".join(datasets),
+            "num_steps": self.state.global_step,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "stage": args.stage,
+            "num_unroll_steps": args.num_unroll_steps,
+            "learning_rate": args.learning_rate,
+        }
+        write_card(Path(args.output_dir) / "README.md", name, values, self.state.log_history)
