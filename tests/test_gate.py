@@ -77,7 +77,7 @@ def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
     for number in range(WINDOW + 2):
         # Two rows wait from the third round on, one of them with pads.
         waiting = min(number, 2)
-        emission.lengths = [1 + 4 * waiting, 1 + 4 * waiting + number, 1 + 3 * number]
+        emission.lengths = [1 + 4 * waiting, 1 + 4 * waiting + number, 1 + 2 * number]
         emission.pad_rows = [False, number > 2, False]
         assert gate.draft(Committed()) == "a tree"
 

@@ -2,8 +2,8 @@
 Train a draft for a small text model on what it writes itself, and measure it on held-out beginnings.
 
 `python -m training.text_model --target FOLDER --independent FOLDER`. The target writes from nothing at temperature 1;
-what it wrote from other seeds gives the held-out prompts. For comparison an independent model of the same vocabulary
-drafts for it, in the same trees, and as Transformers' own assistant.
+what it wrote from other seeds gives the held-out prompts. For comparison independent models of the same vocabulary
+draft for it, in the same trees, alone, all together, and as Transformers' own assistants.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.trainer import AcceptanceLength, MSDTrainer, MSDTrainingConfig
 
 
@@ -126,7 +126,7 @@ def train_draft(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--independent", type=Path, required=True, help="model of the same vocabulary")
+    parser.add_argument("--independent", type=Path, required=True, nargs="+", help="models of the same vocabulary")
     parser.add_argument("--draft", type=Path, help="a trained draft, to measure only")
     parser.add_argument("--num-texts", type=int, default=1280)
     parser.add_argument("--length", type=int, default=128)
@@ -137,7 +137,10 @@ def main() -> None:
     arguments = parser.parse_args()
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
     target.generation_config.pad_token_id = target.config.eos_token_id
-    independent = AutoModelForCausalLM.from_pretrained(arguments.independent, dtype=torch.float32).eval()
+    independent = {
+        path.name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in arguments.independent
+    }
     if arguments.draft is None:
         draft = train_draft(target, AutoTokenizer.from_pretrained(arguments.target), arguments)
     else:
@@ -150,11 +153,14 @@ def main() -> None:
             draft.tree_config = tree
             shape = f"{tree.num_nodes} nodes in {tree.depth} levels"
             results[mode][f"MSD, {shape}"] = measure(target, prompts, draft, settings)
-            drafter = VLMDrafter(independent, tree_config=tree)
-            results[mode][f"independent model, {shape}"] = measure(target, prompts, drafter, settings)
-        results[mode]["independent model, Transformers' assistant"] = measure_stock(
-            target, prompts, independent, settings
-        )
+            drafters = {name: VLMDrafter(model, tree_config=tree) for name, model in independent.items()}
+            if len(independent) > 1:
+                models = list(independent.values())
+                drafters["all together"] = EnsembleDrafter(models, ("text_only",), tree_config=tree)
+            for name, drafter in drafters.items():
+                results[mode][f"{name}, {shape}"] = measure(target, prompts, drafter, settings)
+        for name, model in independent.items():
+            results[mode][f"{name}, Transformers' assistant"] = measure_stock(target, prompts, model, settings)
         for name, result in results[mode].items():
             print(mode, name, result, flush=True)
     if arguments.output:

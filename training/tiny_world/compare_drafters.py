@@ -82,8 +82,8 @@ def make_drafters(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-per-group", type=int, default=25)
-    parser.add_argument("--repeats", type=int, default=3, help="speed-ups are medians of so many interleaved runs")
+    parser.add_argument("--num-prompts", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=1, help="speed-ups are medians of so many interleaved runs")
     parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--output", type=Path, help="where the figures are saved as JSON")
     arguments = parser.parse_args()
@@ -91,7 +91,9 @@ def main() -> None:
     target, processor = load_target()
     draft_vlm = LlavaForConditionalGeneration.from_pretrained(DRAFT_VLM_CHECKPOINT, dtype=torch.float32).eval()
     msd = MSDDraftModel.from_pretrained(DRAFT_CHECKPOINT, dtype=torch.float32).eval()
-    prompts = [prompt for prompt in evaluation_prompts(arguments.num_per_group) if prompt["group"] in GROUPS]
+    num_per_group = -(-arguments.num_prompts // len(GROUPS))
+    prompts = [prompt for prompt in evaluation_prompts(num_per_group) if prompt["group"] in GROUPS]
+    prompts = prompts[: arguments.num_prompts]
     encoded = [(prompt["group"], encode_prompts(processor, [prompt])) for prompt in prompts]
     drafters = make_drafters(draft_vlm, msd, processor)
     results: dict[str, Any] = {
@@ -131,10 +133,16 @@ def main() -> None:
                         figure["lengths"].append(drafted.speculative_stats.acceptance_lengths[:, 0].tolist())
             for key, value in sums.items():
                 seconds.setdefault(key, []).append(value)
-        print(f"\n{mode}; for each group τ, speed-up and answers equal to plain's")
-        print(f"| | {' | '.join(GROUPS)} |")
-        print("|---|" + "---|" * len(GROUPS))
-        results[mode] = {}
+        num_prompts = {group: sum(own == group for own, _ in encoded) for group in GROUPS}
+        print(f"\n{mode}; for each group τ, tokens per second and speed-up\n")
+        titles = " | ".join(f"{group} ({number})" for group, number in num_prompts.items())
+        print(f"| | {titles} | equal |\n|---|" + "---|" * (len(GROUPS) + 1))
+        results[mode] = {"prompts": num_prompts, "plain": {}}
+        for group in GROUPS:
+            rate = figures[next(iter(drafters)), group]["tokens"] / median(seconds["plain", group])
+            results[mode]["plain"][group] = {"tokens_per_second": rate}
+        rates = [f"1.00, {results[mode]['plain'][group]['tokens_per_second']:.0f}/s, 1.00x" for group in GROUPS]
+        print(f"| plain | {' | '.join(rates)} | |")
         for name in drafters:
             cells, results[mode][name] = [], {}
             for group in GROUPS:
@@ -145,10 +153,16 @@ def main() -> None:
                     tau = acceptance_length(figure["lengths"])
                 pairs = zip(seconds["plain", group], seconds[name, group], strict=True)
                 speedup = median(plain / own for plain, own in pairs)
-                num_prompts = sum(own == group for own, _ in encoded)
-                cells.append(f"{tau:.2f}, {speedup:.2f}x, {figure['equal']} of {num_prompts}")
-                results[mode][name][group] = {"tau": tau, "speedup": speedup, "equal": figure["equal"]}
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+                rate = figure["tokens"] / median(seconds[name, group])
+                cells.append(f"{tau:.2f}, {rate:.0f}/s, {speedup:.2f}x")
+                results[mode][name][group] = {
+                    "tau": tau,
+                    "tokens_per_second": rate,
+                    "speedup": speedup,
+                    "equal": figure["equal"],
+                }
+            num_equal = sum(figure["equal"] for figure in results[mode][name].values())
+            print(f"| {name} | {' | '.join(cells)} | {num_equal} |", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(results | {"time": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
 
