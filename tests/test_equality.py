@@ -126,7 +126,8 @@ TABLE = [
 
 def generate(target: torch.nn.Module, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    return target.generate(**inputs, return_dict_in_generate=True, **{"max_new_tokens": NUM_TOKENS} | kwargs)
+    settings = {"max_new_tokens": NUM_TOKENS, "return_dict_in_generate": True}
+    return target.generate(**inputs, **settings | kwargs)
 
 
 def ended_inside(oracle: Oracle, ends: list[int]) -> bool:
@@ -203,6 +204,12 @@ def check_tokens(
         # Rounding differs with the number of rows in a forward.
         torch.testing.assert_close(layer.keys, plain_layer.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer.values, plain_layer.values, atol=1e-4, rtol=1e-4)
+
+    # Where only tokens are returned, ended rows take no further part.
+    for assistant in (draft, *drafters, oracle) if batch_size > 1 and option in ENDS else ():
+        tokens = generate(target, inputs, **kwargs, assistant_model=assistant, return_dict_in_generate=False)
+        assert torch.equal(tokens, plain.sequences)
+        assert torch.equal(get_random_state(), random_state)
 
 
 def ends_of(truth: torch.Tensor, kwargs: dict[str, Any]) -> list[int]:

@@ -332,3 +332,22 @@ def test_generate_takes_its_arguments_by_place() -> None:
     ours = target.generate(call.pop("input_ids"), None, None, None, None, None, oracle, **call)
     assert torch.equal(ours, plain.sequences)
     assert oracle.trees
+
+
+def test_ended_rows_cost_no_rounds() -> None:
+    _, call, plain, _ = make_case(3, max_new_tokens=40)
+    truth = plain.sequences[:, call["input_ids"].shape[1] :].tolist()
+    eos = next(token for step, token in enumerate(truth[0]) if step > 8 and token not in truth[0][:step] + truth[1])
+    target, call, plain, oracle = make_case(3, eos_token_id=eos, max_new_tokens=40)
+    # The first row is slow: where it ends the others are far ahead.
+    oracle.token_ids[0] = [(token + 1) % VOCAB_SIZE for token in oracle.token_ids[0]]
+    oracle.error_rate = 0.0
+    num_rounds = {}
+    for returns_pads in (True, False):
+        forwards = []
+        hook = target.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        output = target.generate(**call | {"return_dict_in_generate": returns_pads}, assistant_model=oracle)
+        hook.remove()
+        assert torch.equal(output.sequences if returns_pads else output, plain.sequences)
+        num_rounds[returns_pads] = len(forwards)
+    assert num_rounds[False] < num_rounds[True]

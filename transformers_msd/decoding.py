@@ -56,7 +56,8 @@ def tree_decoding(
     check_cache(cache)
     carried = take_carried(cache)
     target = Target(model, model_kwargs, generation_config)
-    emission = Emission(input_ids, stopping_criteria, generation_config, streamer)
+    returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
+    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_pads=returns_state)
 
     # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
     tree, outputs = target.prefill(input_ids)
@@ -86,7 +87,7 @@ def tree_decoding(
     stats = emission.finish()
     if noise is not None:
         noise.rewind(emission.num_steps)
-    if generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False):
+    if returns_state:
         leave_room(cache)
         carry(cache, candidates.carry(committed, target))
     if not generation_config.return_dict_in_generate:

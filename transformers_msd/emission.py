@@ -27,6 +27,9 @@ class Emission:
             The settings of the call, special tokens prepared.
         streamer (`BaseStreamer`, *optional*):
             The streamer of the call.
+        returns_pads (`bool`, *optional*, defaults to `True`):
+            Whether the call returns what the target makes of the pad tokens behind an ended row, its cache among
+            them. Where it doesn't, they are written down without a round.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Emission:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer: BaseStreamer | None = None,
+        returns_pads: bool = True,
     ) -> None:
         batch_size = len(input_ids)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
@@ -43,6 +47,7 @@ class Emission:
         self._prompt_ids = input_ids
         self._criteria = stopping_criteria
         self._streamer = streamer
+        self._returns_pads = returns_pads
         self._rounds = Rounds()
         max_length = stopping_criteria.max_length
         self._max_steps = None if max_length is None else max_length - input_ids.shape[1]
@@ -67,8 +72,16 @@ class Emission:
 
     @property
     def lengths(self) -> list[int]:
-        """Generated tokens of each row."""
-        return [len(row) for row in self.tokens]
+        """Generated tokens of each row, pads included."""
+        return [
+            max(len(row), self.num_steps) if is_left else len(row)
+            for row, is_left in zip(self.tokens, self._left_rows, strict=True)
+        ]
+
+    @property
+    def _left_rows(self) -> list[bool]:
+        """Which rows have ended and take no further part in rounds."""
+        return [has_ended and not self._returns_pads for has_ended in self.pad_rows]
 
     @property
     def is_done(self) -> bool:
@@ -84,7 +97,7 @@ class Emission:
 
     def needs_more(self, row: int, tokens: list[int]) -> bool:
         """Whether a row that stood at these tokens would go on."""
-        if self._max_steps is not None and len(tokens) >= self._max_steps:
+        if self._left_rows[row] or (self._max_steps is not None and len(tokens) >= self._max_steps):
             return False
         return not tokens or tokens[-1] not in self._eos_token_ids or self.pad_rows[row]
 
@@ -97,7 +110,7 @@ class Emission:
     def pad(self, tree: TokenTree) -> TokenTree:
         """Let ended rows go on with pad tokens, which are known in advance and so accepted."""
         pad_rows = self.pad_rows
-        if not any(pad_rows):
+        if not (any(pad_rows) and self._returns_pads):
             return tree
         return tree.with_chains(torch.tensor(pad_rows, device=tree.token_ids.device), self.pad_token_id)
 
@@ -127,11 +140,13 @@ class Emission:
             self._rounds.num_accepted.append([num_accepted for num_accepted, *_ in found])
             self._rounds.num_drafted.append((tree.parents >= 0).sum(-1))
             self._rounds.num_plain_steps += tree.num_nodes == 1
-        while not self.is_done and min(self.lengths) > self.num_steps:
+        while not self.is_done and all(
+            is_left or len(row) > self.num_steps for row, is_left in zip(self.tokens, self._left_rows, strict=True)
+        ):
             self._complete_step()
 
     def _complete_step(self) -> None:
-        token_ids = [row[self.num_steps] for row in self.tokens]
+        token_ids = [row[self.num_steps] if self.num_steps < len(row) else self.pad_token_id for row in self.tokens]
         self.outputs.complete(self.num_steps)
         self.num_steps += 1
         if self._on_host:
