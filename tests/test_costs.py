@@ -36,7 +36,6 @@ def test_rounds_are_linear_between_and_beyond_what_was_measured():
     measured = costs(level=0.5)
     assert [measured.round(num_nodes, 2) for num_nodes in (2, 6, 10, 20)] == pytest.approx([2.2, 2.6, 3.0, 4.0])
     assert measured.round(6, 4) == pytest.approx(3.6)
-    assert measured.break_even == pytest.approx(1.7)
 
 
 def test_most_tokens_for_each_second_by_hand():

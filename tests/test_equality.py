@@ -176,6 +176,12 @@ def check_tokens(
         assert torch.equal(drafted.sequences, plain.sequences)
         assert torch.equal(get_random_state(), random_state)
 
+    if option == "default":
+        fewer = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=20)).eval().to(device)
+        fewer.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
+        drafted = generate(target, inputs, **kwargs, assistant_model=fewer)
+        assert torch.equal(drafted.sequences, plain.sequences)
+
     # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)
     model = make_draft_model(architecture, device)

@@ -60,10 +60,11 @@ def test_rests_grow_and_probes_are_short():
 
 def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
     class Candidates:
-        break_even = None
-
         def draft(self, committed):
             return "a tree"
+
+        def round_cost(self, tree):
+            return None
 
     class Emission:
         lengths = [1, 1, 1]

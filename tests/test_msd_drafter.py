@@ -9,7 +9,7 @@ from test_modeling_msd import golden_draft, golden_image_rows, load_golden
 from torch.nn.functional import embedding, linear
 from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList
-from zoo import ARCHITECTURES, IMAGE_ID, VIDEO_ID, make_inputs, make_target
+from zoo import ARCHITECTURES, IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, Target, TokenTree, TreeConfig
 from transformers_msd.drafters.msd import MSDCandidateGenerator
@@ -240,3 +240,38 @@ def test_draft_sees_the_picture() -> None:
         target.generate(**inputs | pictures, max_new_tokens=3, do_sample=False, assistant_model=spy)
         trees.append(spy.trees[0])
     assert not torch.allclose(trees[0].scores, trees[1].scores)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_tokens_outside_a_smaller_vocabulary_are_not_drafted(monkeypatch, do_sample):
+    target, inputs = make_target("llava"), make_inputs("llava", (1,))
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=12)).eval()
+    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
+    counts = torch.arange(VOCAB_SIZE).flip(0)
+    draft.choose_tokens(counts, target.get_output_embeddings())
+    assert draft.draft_token_ids.tolist() == list(range(12))
+    trees, make_tree = [], MSDCandidateGenerator.draft
+    monkeypatch.setattr(
+        MSDCandidateGenerator, "draft", lambda self, committed: trees.append(make_tree(self, committed)) or trees[-1]
+    )
+    target.generate(**inputs, max_new_tokens=10, do_sample=do_sample, assistant_model=draft)
+    assert trees
+    assert all((tree.token_ids[:, 1:] < 12).all() for tree in trees)
+
+
+def test_a_smaller_vocabulary_says_what_the_target_head_says_of_its_tokens():
+    target = make_target("llama")
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=12)).eval()
+    draft.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
+    features = torch.randn(2, 3, target.config.hidden_size)
+    logits, theirs = draft.logits(features, None), target.get_output_embeddings()(features)
+    chosen = draft.draft_token_ids
+    torch.testing.assert_close(logits[..., chosen], theirs[..., chosen])
+    others = logits.index_fill(-1, chosen, torch.finfo(logits.dtype).min)
+    assert (others == torch.finfo(logits.dtype).min).all()
+
+
+@pytest.mark.parametrize("draft_vocab_size", [0, VOCAB_SIZE + 1])
+def test_impossible_vocabulary_sizes_raise(draft_vocab_size):
+    with pytest.raises(Exception, match="`draft_vocab_size` must be between 1 and"):
+        MSDConfig.from_target(make_target("llama").config, draft_vocab_size=draft_vocab_size)

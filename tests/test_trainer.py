@@ -21,6 +21,7 @@ from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer import AcceptanceLengthCallback, MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, visual_probability
 from transformers_msd.trainer.data import pair_rows, target_rows, unroll_attention_mask
+from transformers_msd.trainer.dataset import token_counts
 from transformers_msd.trainer.losses import (
     chunked_token_losses,
     feature_loss,
@@ -87,6 +88,16 @@ def test_chunks_change_no_loss_and_no_gradient():
     assert torch.equal(agrees, head(predicted).argmax(-1) == head(target).argmax(-1))
     gradient, expected = (torch.autograd.grad(loss.sum(), predicted)[0] for loss in (losses, expected))
     torch.testing.assert_close(gradient, expected)
+
+
+def test_losses_on_fewer_tokens_compare_what_the_draft_can_say():
+    torch.manual_seed(0)
+    head, draft_head = torch.nn.Linear(4, 9), torch.nn.Linear(4, 3)
+    predicted, target, token_ids = torch.randn(7, 4), torch.randn(7, 4), torch.tensor([1, 4, 8])
+    [losses], agrees = chunked_token_losses(predicted, target, head, 3, [token_loss], draft_head, token_ids)
+    logits, target_logits = draft_head(predicted), head(target)
+    torch.testing.assert_close(losses, token_loss(logits, target_logits[:, token_ids]))
+    assert torch.equal(agrees, token_ids[logits.argmax(-1)] == target_logits.argmax(-1))
 
 
 def test_probability_of_pictures_is_the_published_table():
@@ -171,6 +182,27 @@ def test_training_lowers_the_loss_and_leaves_the_target_alone(target, dataset, p
     assert trainer.evaluate()[name] < 0.9 * first
     assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
     assert all(weight.grad is None for weight in target.parameters())
+
+
+def test_draft_learns_a_head_of_the_tokens_that_its_target_says_most(target, dataset, processor, tmp_path):
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, intermediate_size=32, draft_vocab_size=96))
+    with pytest.raises(ValueError, match="must be chosen before it drafts"):
+        target.generate(torch.tensor([[5, 6]]), assistant_model=draft, max_new_tokens=2)
+    settings = {"stage": "multimodal", "max_steps": 8, "token_loss_weight": 1.0}
+    trainer = make_trainer(target, dataset, processor, tmp_path, draft=draft, **settings)
+    chosen = draft.draft_token_ids
+    counts = token_counts(dataset, processor, draft.config.get_text_config())
+    assert processor.tokenizer.eos_token_id in chosen
+    assert counts[chosen].min() >= counts.index_fill(0, chosen, 0).max() > 0
+    torch.testing.assert_close(draft.head.weight, target.lm_head.weight[chosen])
+    first = trainer.evaluate()["eval_token_loss_1"]
+    trainer.train()
+    assert trainer.evaluate()["eval_token_loss_1"] < first
+    assert not torch.equal(draft.head.weight, target.lm_head.weight[chosen])
+    trainer.save_model(str(tmp_path))
+    loaded = MSDDraftModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.draft_token_ids, chosen)
+    assert torch.equal(loaded.head.weight, draft.head.weight)
 
 
 def test_trained_draft_is_saved_and_loads(target, dataset, processor, tmp_path):

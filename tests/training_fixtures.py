@@ -75,10 +75,10 @@ def write_recipe(folder: Path, output: str, make_recipe: Callable[..., dict] = r
 
 
 def make_trainer(target, dataset, processor, output_dir, draft_for=None, draft=None, **settings) -> DraftTrainer:
-    """Make a trainer of a small draft, for another target on demand, or of a draft VLM."""
+    """Make a trainer of a small draft, for another target on demand, or of the draft given."""
     torch.manual_seed(0)
-    trainer_class = MSDTrainer if draft is None else VLMDraftTrainer
     draft = draft or MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
+    trainer_class = MSDTrainer if isinstance(draft, MSDDraftModel) else VLMDraftTrainer
     defaults = {
         "max_steps": 1,
         "learning_rate": 3e-3,

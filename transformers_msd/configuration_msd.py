@@ -28,6 +28,9 @@ class MSDConfig(PreTrainedConfig):
             (arXiv 2401.15077), Qwen drafts do. Further layers always have it.
         tree_config (`dict`, *optional*):
             Fields of the [`TreeConfig`] to draft with. MSD's tree when it is `None`.
+        draft_vocab_size (`int`, *optional*):
+            Tokens that are drafted, the most frequent of the target's, by a head of the draft's own (FR-Spec, arXiv
+            2502.14856). The target's whole vocabulary and head when it is `None`.
     """
 
     model_type = "msd_draft"
@@ -39,11 +42,18 @@ class MSDConfig(PreTrainedConfig):
     fc_bias: bool = True
     input_layernorm: bool = False
     tree_config: dict[str, int | float | bool] | None = None
+    draft_vocab_size: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
+        vocab_size = self.get_text_config().vocab_size
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` must be between 1 and the target's {vocab_size} tokens, got "
+                f"{self.draft_vocab_size}. Leave it out to draft all of them."
+            )
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "MSDConfig":
@@ -54,8 +64,8 @@ class MSDConfig(PreTrainedConfig):
             target_config (`PreTrainedConfig`):
                 Config of the target, multimodal or text-only.
             overrides (`dict[str, Any]`, *optional*):
-                Fields of this config (`decoupled`, `fc_bias`, `input_layernorm`, `tree_config`, `visual_token_ids`)
-                or of its text config (`num_hidden_layers`, `intermediate_size`, ...).
+                Fields of this config (`decoupled`, `draft_vocab_size`, `fc_bias`, `input_layernorm`, `tree_config`,
+                `visual_token_ids`) or of its text config (`num_hidden_layers`, `intermediate_size`, ...).
         """
         text_config = target_config.get_text_config()
         fields = {
@@ -69,7 +79,7 @@ class MSDConfig(PreTrainedConfig):
             "visual_token_ids": visual_token_ids(target_config),
             "input_layernorm": text_config.model_type != "llama",
         }
-        own_names = (*own, "decoupled", "fc_bias", "tree_config")
+        own_names = (*own, "decoupled", "draft_vocab_size", "fc_bias", "tree_config")
         unknown = sorted(set(overrides) - set(own_names) - set(fields))
         if unknown:
             raise ValueError(

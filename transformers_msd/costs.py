@@ -28,11 +28,6 @@ class Costs:
     level: float
     depth: int
 
-    @property
-    def break_even(self) -> float:
-        """Tokens that the smallest round must emit to pay."""
-        return self.round(2, 1) / self.step
-
     def round(self, num_nodes: int, depth: int) -> float:
         """Seconds of a round with a tree of this size, linear between the sizes that were measured and beyond them."""
         last = len(self.num_nodes) - 1

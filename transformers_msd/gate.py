@@ -8,7 +8,7 @@ from transformers_msd.target import Committed
 from transformers_msd.tree import TokenTree
 
 
-# Acceptance length from which a round is taken to pay: the price of a round in plain steps, where none was measured.
+# What a round is taken to cost, in plain steps, where it was not measured: it pays if it emits more tokens than that.
 BREAK_EVEN = 1.6
 # Rounds that are looked at in the beginning, after a rest, and while all goes well.
 FIRST_ROUNDS, PROBE_ROUNDS, WINDOW = 3, 2, 8
@@ -37,7 +37,9 @@ class Gate:
         self._emission = emission
         self._is_active = is_active
         self._lengths: list[int] = []
+        # Of each round, the tokens it emitted less those that plain steps would have emitted meanwhile.
         self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._cost = BREAK_EVEN  # of the last round
         self._num_needed = FIRST_ROUNDS
         self._rest, self._num_left = FIRST_REST, 0
         # What came to stand while the candidates rested.
@@ -51,7 +53,9 @@ class Gate:
             self._num_left -= 1
             self._missed.append(committed)
             return TokenTree.root(committed.root_token_ids)
-        return self._candidates.draft(self._catch_up(committed))
+        tree = self._candidates.draft(self._catch_up(committed))
+        self._cost = self._candidates.round_cost(tree) or BREAK_EVEN
+        return tree
 
     def carry(self, committed: Committed, target: object) -> object | None:
         """Give what a next turn needs."""
@@ -74,13 +78,10 @@ class Gate:
         ]
         if not emitted:
             return
-        self._recent.append(sum(emitted) / len(emitted))
+        self._recent.append(sum(emitted) / len(emitted) - self._cost)
         if len(self._recent) < self._num_needed:
             return
-        # Costs were measured with one prompt.
-        measured = self._candidates.break_even if len(self._lengths) == 1 else None
-        break_even = measured or BREAK_EVEN
-        if sum(self._recent) < break_even * len(self._recent):
+        if sum(self._recent) < 0:
             self._num_left, self._rest = self._rest, self._rest * LONGER
             self._num_needed = PROBE_ROUNDS
             self._recent.clear()

@@ -1,7 +1,7 @@
 """The MSD draft: one decoder layer on the target's features, text and visual tokens decoupled."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ class MSDDraftModel(PreTrainedModel):
     Draft model of MSD (arXiv 2505.14260): predicts the target's next feature from a token and the feature before it.
 
     A visual token enters as its embedding alone, any other as the fusion of its embedding with the target's feature
-    at the token before. Embeddings and head are the target's and are not stored here.
+    at the token before. Embeddings are the target's and are not stored here, and so is the head, unless
+    `config.draft_vocab_size` asks for a smaller one.
     """
 
     config: MSDConfig
@@ -62,6 +63,11 @@ class MSDDraftModel(PreTrainedModel):
         if not config.input_layernorm:
             self.model.layers[0].input_layernorm = nn.Identity()
         self.fc = nn.Linear(2 * text_config.hidden_size, text_config.hidden_size, bias=config.fc_bias)
+        self.head = None
+        if config.draft_vocab_size is not None:
+            self.head = nn.Linear(text_config.hidden_size, config.draft_vocab_size, bias=False)
+            # Ids of the tokens it knows; -1 until they are chosen.
+            self.register_buffer("draft_token_ids", torch.full((config.draft_vocab_size,), -1))
         self.post_init()
 
     @torch.no_grad()
@@ -80,6 +86,47 @@ class MSDDraftModel(PreTrainedModel):
     def tree_config(self, tree_config: TreeConfig) -> None:
         self.config.tree_config = asdict(tree_config)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the tokens of a smaller vocabulary are still to be chosen."""
+        return self.head is not None and bool((self.draft_token_ids < 0).any())
+
+    @torch.no_grad()
+    def choose_tokens(self, counts: torch.Tensor, head: nn.Module) -> None:
+        """
+        Choose the tokens to draft, and take over what the target's head knows of them.
+
+        Args:
+            counts (`torch.Tensor` of shape `(vocab_size,)`):
+                How often the target says each token.
+            head (`torch.nn.Module`):
+                Head of the target.
+        """
+        token_ids = counts.topk(self.config.draft_vocab_size).indices.sort().values
+        self.draft_token_ids.copy_(token_ids)
+        # Called, not looked into: it may be quantised.
+        weight = next(head.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else self.dtype
+        probes = torch.eye(self.config.get_text_config().hidden_size, dtype=dtype, device=weight.device)
+        columns = head(probes) - head(torch.zeros_like(probes[:1]))
+        self.head.weight.copy_(columns[:, token_ids.to(columns.device)].T)
+
+    def logits(self, features: torch.Tensor, target_logits: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """
+        Turn predicted features into logits of the target's vocabulary; tokens that are not drafted get the lowest.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., hidden_size)`):
+                Predicted features.
+            target_logits (`Callable`):
+                The target's head, for drafts that have none.
+        """
+        if self.head is None:
+            return target_logits(features)
+        own = self.head(features)
+        logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
+        return logits.index_copy_(-1, self.draft_token_ids, own)
+
     def candidate_generator(self, target: "Target", inputs: "CallInputs") -> "MSDCandidateGenerator":
         """
         Make the candidate generator of one `generate` call.
@@ -90,6 +137,11 @@ class MSDDraftModel(PreTrainedModel):
             inputs ([`CallInputs`]):
                 What the call gives besides it.
         """
+        if self.needs_tokens:
+            raise ValueError(
+                f"The {self.config.draft_vocab_size} tokens of the draft must be chosen before it drafts, got none. "
+                "Train it with `MSDTrainer`, or call `choose_tokens`."
+            )
         # The generator is built on this class, so the one import that points upward waits until the call.
         from transformers_msd.drafters.msd import MSDCandidateGenerator
 

@@ -261,10 +261,13 @@ class Target:
             prompt, self._prompt = self._prompt, None
             return self._pair(prompt, roots)
         path = acceptance.path[:, : max(*new, 1)]
+        inputs_embeds, features = outputs.hidden_states[0], outputs.hidden_states[-1]
+        if tree.num_nodes > 1:
+            inputs_embeds, features = take_rows(inputs_embeds, path), take_rows(features, path)
         rows = Committed(
             token_ids=tree.token_ids.gather(1, path),
-            inputs_embeds=take_rows(outputs.hidden_states[0], path),
-            features=take_rows(outputs.hidden_states[-1], path),
+            inputs_embeds=inputs_embeds,
+            features=features,
             position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
             visual_mask=torch.zeros_like(path, dtype=torch.bool),
             lengths=counts,

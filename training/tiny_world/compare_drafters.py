@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=1, help="speed-ups are medians of so many interleaved runs")
     parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--only", nargs="+", help="names of drafters, all of them by default")
     parser.add_argument("--output", type=Path, help="where the figures are saved as JSON")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -96,6 +97,7 @@ def main() -> None:
     prompts = prompts[: arguments.num_prompts]
     encoded = [(prompt["group"], encode_prompts(processor, [prompt])) for prompt in prompts]
     drafters = make_drafters(draft_vlm, msd, processor)
+    drafters = {name: drafters[name] for name in arguments.only or drafters}
     results: dict[str, Any] = {
         "machine": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} CPU, "
         f"{torch.get_num_threads()} threads, float32"

@@ -42,7 +42,7 @@ HOSTILE = {
     "do_sample": True,
     "temperature": 4.0,
     "top_k": 20,
-    "max_new_tokens": 256,
+    "max_new_tokens": 512,
     "eos_token_id": 10**6,  # is never said: no answer ends early
 }
 
@@ -126,7 +126,7 @@ def hostile(world: World, repeats: int) -> dict[str, Any]:
                     save_costs(measure_costs(world.target, assistant), drafts, world.target)
                 ratios = []
                 for repeat in range(repeats + 1):
-                    for inputs in prompts:
+                    for inputs in prompts if repeat else prompts[:1]:
                         plain, own = (world.seconds([inputs], each, **HOSTILE) for each in (None, assistant))
                         if repeat:
                             ratios.append(own / plain)

@@ -49,10 +49,11 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
 
-    @property
-    def break_even(self) -> float | None:
-        """Acceptance length from which rounds pay, where it was measured."""
-        return None if self.sizing is None else self.sizing.costs.break_even
+    def round_cost(self, tree: TokenTree) -> float | None:
+        """What a round with a tree costs, in plain steps, where it was measured; it was for one prompt."""
+        if self.sizing is None or len(tree.token_ids) > 1:
+            return None
+        return self.sizing.costs.round(tree.num_nodes, tree.depth) / self.sizing.costs.step
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""

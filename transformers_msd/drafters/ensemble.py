@@ -19,6 +19,8 @@ from transformers_msd.tree import TreeConfig
 
 WEIGHTINGS = ("kld", "tvd", "grid")
 GRID_STEPS = 10
+# As many as it takes to be quick; each is as large as what a view says.
+MIXTURES_AT_A_TIME = 16
 _EPSILON = 1e-6
 
 
@@ -167,13 +169,13 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
             return (views.exp() - probabilities).abs().sum(-1, keepdim=True)
         if self._drafter.weights == "kld":
             return _divergence(probabilities, truth, views)[..., None]
-        best = truth.argmax(-1)
+        best, said = truth.argmax(-1), views.exp()
         measures = []
-        for weights in simplex(len(views)).to(views):
-            mixed = (weights[:, None, None, None] * views.exp()).sum(0).log()
+        for weights in simplex(len(views)).to(views).split(MIXTURES_AT_A_TIME):
+            mixed = torch.tensordot(weights, said, dims=1).log()
             misses = (mixed.argmax(-1) != best).float()
             measures.append(torch.stack([misses, _divergence(probabilities, truth, mixed)], dim=-1))
-        return torch.stack(measures)
+        return torch.cat(measures)
 
     def _choose(self, measured: torch.Tensor, num_views: int) -> torch.Tensor:
         """Choose weights by what was measured, of shape `(num_candidates, num_measures)`."""

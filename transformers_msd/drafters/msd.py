@@ -136,4 +136,4 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
-        return self._sampler.rank(self._target.logits(hidden), depth)
+        return self._sampler.rank(self._draft.logits(hidden, self._target.logits), depth)

@@ -147,7 +147,12 @@ class DraftTrainer(SFTTrainer):
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def token_loss_sum(
-        self, predicted: torch.Tensor, features: torch.Tensor, suffix: str = "", draft_head: nn.Module | None = None
+        self,
+        predicted: torch.Tensor,
+        features: torch.Tensor,
+        suffix: str = "",
+        draft_head: nn.Module | None = None,
+        draft_token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Sum the weighted losses on tokens, and add them to what is logged.
@@ -161,13 +166,15 @@ class DraftTrainer(SFTTrainer):
                 What the logged names end in.
             draft_head (`torch.nn.Module`, *optional*):
                 Head of the draft, where it has one of its own.
+            draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
+                Tokens of that head, where they are some of the target's.
         """
         features = features.to(self.target.dtype)  # what its head takes
         if draft_head is None:
             predicted = predicted.to(self.target.dtype)
         functions = [loss for loss, _ in self._token_losses.values()]
         losses, agrees = chunked_token_losses(
-            predicted, features, self._head, self.args.head_chunk_size, functions, draft_head
+            predicted, features, self._head, self.args.head_chunk_size, functions, draft_head, draft_token_ids
         )
         sums = dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True))
         self.count(sums | {"agreement": agrees.float().sum()}, len(predicted), suffix)

@@ -6,8 +6,9 @@ from typing import Any
 
 import PIL.Image
 import pyarrow.compute
+import torch
 from datasets import Dataset, Image, List
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 
@@ -127,3 +128,45 @@ def _picture_size(picture: dict, row: int) -> tuple[int, int]:
             f"A picture of row {row} can't be read ({picture['path'] or 'stored in the dataset'}): {error}. Repair it "
             "or take the row out."
         ) from error
+
+
+def token_counts(
+    dataset: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase, text_config: PreTrainedConfig
+) -> torch.Tensor:
+    """
+    Count how often each token stands where a draft learns, of shape `(vocab_size,)`; those that end a text count most.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows as trainers take them.
+        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor of the target.
+        text_config ([`~transformers.PreTrainedConfig`]):
+            Config of the draft's text model.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    counts = torch.zeros(text_config.vocab_size, dtype=torch.long)
+    name = next(name for name in ("messages", "completion", "text", "input_ids") if name in dataset.column_names)
+    for value in dataset.select_columns([name])[name]:
+        if name == "input_ids":
+            token_ids = value
+        else:
+            texts = [value] if isinstance(value, str) else _answers(value)
+            token_ids = [
+                token_id for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token_id in ids
+            ]
+        counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(counts))
+    eos = text_config.eos_token_id
+    counts[[*eos] if isinstance(eos, list) else [eos] if eos is not None else []] = int(counts.sum()) + 1
+    return counts
+
+
+def _answers(messages: list[dict[str, Any]]) -> list[str]:
+    """List what the assistant says in messages."""
+    texts = []
+    for message in messages:
+        if message["role"] == "assistant":
+            content = message["content"]
+            parts = [{"text": content}] if isinstance(content, str) else content
+            texts += [part["text"] for part in parts if part.get("text")]
+    return texts

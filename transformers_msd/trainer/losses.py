@@ -46,6 +46,7 @@ def chunked_token_losses(
     chunk_size: int,
     losses: list[TokenLoss],
     draft_head: nn.Module | None = None,
+    draft_token_ids: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """
     Compute losses on tokens through the target's head, the logits of one chunk in memory at a time.
@@ -63,6 +64,8 @@ def chunked_token_losses(
             Functions of the draft's and the target's logits.
         draft_head (`torch.nn.Module`, *optional*):
             Head of the draft, where it has one of its own.
+        draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
+            Tokens of that head, where they are some of the target's. Losses then compare the distributions among them.
 
     Returns:
         `tuple[list[torch.Tensor], torch.Tensor]`: The losses, and whether the most likely tokens agree, all of shape
@@ -73,7 +76,10 @@ def chunked_token_losses(
         logits = (draft_head or head)(predicted)
         with torch.no_grad():
             target_logits = head(target)
-        agrees = logits.argmax(-1) == target_logits.argmax(-1)
+        first, target_first = logits.argmax(-1), target_logits.argmax(-1)
+        if draft_token_ids is not None:
+            first, target_logits = draft_token_ids[first], target_logits[..., draft_token_ids]
+        agrees = first == target_first
         return *(loss(logits, target_logits) for loss in losses), agrees
 
     chunks = zip(predicted.split(chunk_size), target.split(chunk_size), strict=True)

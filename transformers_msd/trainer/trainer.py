@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -11,6 +13,7 @@ from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
+from transformers_msd.trainer.dataset import token_counts
 from transformers_msd.trainer.losses import feature_loss
 
 
@@ -50,7 +53,15 @@ class MSDTrainer(DraftTrainer):
         model.check_target(target)
         # TRL writes special token ids there, and a model that can't generate has none.
         model.generation_config = GenerationConfig.from_model_config(model.config)
+        if model.needs_tokens:
+            counts = token_counts(train_dataset, processing_class, model.config.get_text_config())
+            model.choose_tokens(counts, target.get_output_embeddings())
         super().__init__(model, target, args, train_dataset, processing_class, **kwargs)
+        if model.head is not None and self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "A draft with a head of its own can't be sharded by FSDP, got `draft_vocab_size="
+                f"{model.config.draft_vocab_size}`. Use `ddp.yaml`, `zero2.yaml` or `zero3.yaml`."
+            )
 
     def assistant(self) -> MSDDraftModel:
         return self.accelerator.unwrap_model(self.model)
@@ -80,8 +91,14 @@ class MSDTrainer(DraftTrainer):
             ends = predicted[supervised], rows.target_features[supervised]
             of_features, suffix = feature_loss(*ends).sum(), f"_{step + 1}"
             self.count({"feature_loss": of_features}, len(ends[0]), suffix)
-            loss = loss + self.args.feature_loss_weight * of_features + self.token_loss_sum(*ends, suffix)
+            of_tokens = self.token_loss_sum(*ends, suffix, *self._own_head())
+            loss = loss + self.args.feature_loss_weight * of_features + of_tokens
             # Row r goes on from what row r - 1 predicted, in the chain of a supervised row.
             features = pad(predicted[:, :-1], (0, 0, 1, 0))
             supervised = supervised & pad(supervised[:, :-1], (1, 0), value=False)
         return loss / self.args.num_unroll_steps, rows.supervised.sum()
+
+    def _own_head(self) -> tuple[nn.Module, torch.Tensor] | tuple[()]:
+        """Return head and tokens of a draft that has a smaller vocabulary."""
+        draft = self.accelerator.unwrap_model(self.model)
+        return () if draft.head is None else (draft.head, draft.draft_token_ids)
