@@ -11,36 +11,40 @@ from transformers import PreTrainedModel
 from transformers_msd.costs import Costs
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.target import Committed, Target
-from transformers_msd.tree import TokenTree, TreeConfig
+from transformers_msd.tree import TokenTree
 
 
 SIZES = (2, 4, 8, 16, 32, 64)
 SHALLOW, DEEP = 2, 6
-NUM_ROUNDS = 12
+NUM_ROUNDS, NUM_PASSES = 12, 4
+NEVER_SAID = 2**31 - 1  # as EOS token: no answer ends early
 
 
 class _Timed:
-    """An assistant that drafts with another, in trees of one shape, and notes when each round begins."""
+    """An assistant that drafts with another, in trees of one shape or not at all, and notes when each round begins."""
 
-    def __init__(self, assistant: Any, tree_config: TreeConfig) -> None:
+    def __init__(self, assistant: Any, drafts: bool) -> None:
         self.assistant = assistant
-        self.tree_config = tree_config
+        self.tree_config = assistant.tree_config
+        self.drafts = drafts
         self.times: list[float] = []
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "_TimedGenerator":
         own = self.assistant.candidate_generator(target, inputs)
         own.sizing = None  # what was measured before must not change what is measured
-        return _TimedGenerator(own, self.times)
+        return _TimedGenerator(own if self.drafts else None, self.times)
 
 
 class _TimedGenerator(TreeCandidateGenerator):
-    def __init__(self, generator: TreeCandidateGenerator, times: list[float]) -> None:
+    def __init__(self, generator: TreeCandidateGenerator | None, times: list[float]) -> None:
         self.generator = generator
         self.times = times
 
     def draft(self, committed: Committed) -> TokenTree:
         committed.lengths.tolist()  # waits for the device
         self.times.append(time.perf_counter())
+        if self.generator is None:
+            return TokenTree.root(committed.root_token_ids)
         return self.generator.draft(committed)
 
 
@@ -61,28 +65,31 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
     ids = torch.randint(3, vocab_size, (1, prompt_length), generator=generator).to(target.device)
     config = assistant.tree_config
 
-    def seconds(num_nodes: int, depth: int) -> float:
-        # Wide enough to fill the tree.
-        top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
-        assistant.tree_config = replace(config, num_nodes=num_nodes, depth=depth, top_k=top_k, gate=False)
-        timed = _Timed(assistant, assistant.tree_config)
-        length = NUM_ROUNDS * (depth + 1)
-        target.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=False, assistant_model=timed)
-        return median(b - a for a, b in zip(timed.times[1:NUM_ROUNDS], timed.times[2:NUM_ROUNDS], strict=False))
-
+    # A shape without levels is a plain step.
+    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in SIZES), (SIZES[3], DEEP)]
+    seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     try:
-        seconds(8, SHALLOW)  # warm up
-        rounds = [seconds(num_nodes, SHALLOW) for num_nodes in SIZES]
-        level = (seconds(SIZES[3], DEEP) - seconds(SIZES[3], SHALLOW)) / (DEEP - SHALLOW)
+        # In turn, so that what else the machine does slows all of them; the first pass warms up.
+        for number in range(NUM_PASSES + 1):
+            for num_nodes, depth in shapes:
+                if depth:
+                    # Wide enough to fill the tree.
+                    top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
+                    assistant.tree_config = replace(config, num_nodes=num_nodes, depth=depth, top_k=top_k, gate=False)
+                timed = _Timed(assistant, drafts=depth > 0)
+                timed.tree_config = replace(timed.tree_config, gate=False)
+                length = NUM_ROUNDS * (depth + 1)
+                target.generate(
+                    ids, max_new_tokens=length, do_sample=False, eos_token_id=NEVER_SAID, assistant_model=timed
+                )
+                rounds = zip(timed.times[1:NUM_ROUNDS], timed.times[2:NUM_ROUNDS], strict=False)
+                if number:
+                    seconds[num_nodes, depth] += [end - start for start, end in rounds]
     finally:
         assistant.tree_config = config
-    steps = []
-    for length in (NUM_ROUNDS, 4 * NUM_ROUNDS, NUM_ROUNDS, 4 * NUM_ROUNDS):
-        start = time.perf_counter()
-        target.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=False).tolist()
-        steps.append(time.perf_counter() - start)
-    step = (steps[3] - steps[2]) / (3 * NUM_ROUNDS)
+    step, *rounds, deep = (median(values) for values in seconds.values())
+    level = max((deep - rounds[3]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])
-    return Costs(step, list(SIZES), rounds, max(level, 0.0), SHALLOW)
+    return Costs(step, list(SIZES), rounds, level, SHALLOW)
