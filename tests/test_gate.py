@@ -64,7 +64,7 @@ def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
             return "a tree"
 
         def round_cost(self, tree):
-            return None
+            return 1.6
 
     class Emission:
         lengths = [1, 1, 1]
@@ -89,7 +89,7 @@ def test_draft_knows_what_came_to_stand_while_it_rested(architecture, monkeypatc
     chain = TreeConfig(num_nodes=5, depth=4, top_k=1)
     drafter = VLMDrafter(copy.deepcopy(target), tree_config=chain)
     # The first rounds count as bad whatever they were, the later ones as good.
-    monkeypatch.setattr("transformers_msd.gate.BREAK_EVEN", 100.0)
+    monkeypatch.setattr("transformers_msd.drafters.model.ModelCandidateGenerator.assumed_round_cost", 100.0)
     monkeypatch.setattr("transformers_msd.gate.LONGER", 1)
     output = generate(target, make_inputs(architecture, (1,)), max_new_tokens=80, assistant_model=drafter)
     lengths = output.speculative_stats.acceptance_lengths[:-1, 0].tolist()

@@ -8,8 +8,6 @@ from transformers_msd.target import Committed
 from transformers_msd.tree import TokenTree
 
 
-# What a round is taken to cost, in plain steps, where it was not measured: it pays if it emits more tokens than that.
-BREAK_EVEN = 1.6
 # Rounds that are looked at in the beginning, after a rest, and while all goes well.
 FIRST_ROUNDS, PROBE_ROUNDS, WINDOW = 3, 2, 8
 # Plain steps of the first rest; each further one is so many times longer, until drafting pays again.
@@ -39,7 +37,7 @@ class Gate:
         self._lengths: list[int] = []
         # Of each round, the tokens it emitted less those that plain steps would have emitted meanwhile.
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        self._cost = BREAK_EVEN  # of the last round
+        self._cost = 0.0  # of the last round
         self._num_needed = FIRST_ROUNDS
         self._rest, self._num_left = FIRST_REST, 0
         # What came to stand while the candidates rested.
@@ -54,7 +52,7 @@ class Gate:
             self._missed.append(committed)
             return TokenTree.root(committed.root_token_ids)
         tree = self._candidates.draft(self._catch_up(committed))
-        self._cost = self._candidates.round_cost(tree) or BREAK_EVEN
+        self._cost = self._candidates.round_cost(tree)
         return tree
 
     def carry(self, committed: Committed, target: object) -> object | None:

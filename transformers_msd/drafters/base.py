@@ -38,6 +38,8 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
 
     # Chooses the size of trees, where the costs of this pair were measured on this machine.
     sizing: Sizing | None = None
+    # What a round is taken to cost where it was not measured, in plain steps.
+    assumed_round_cost = 1.6
 
     @abstractmethod
     def draft(self, committed: Committed) -> TokenTree:
@@ -49,10 +51,10 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
 
-    def round_cost(self, tree: TokenTree) -> float | None:
-        """What a round with a tree costs, in plain steps, where it was measured; it was for one prompt."""
+    def round_cost(self, tree: TokenTree) -> float:
+        """What a round with a tree costs, in plain steps: as measured, which was for one prompt, or as assumed."""
         if self.sizing is None or len(tree.token_ids) > 1:
-            return None
+            return self.assumed_round_cost
         return self.sizing.costs.round(tree.num_nodes, tree.depth) / self.sizing.costs.step
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
