@@ -11,6 +11,8 @@ LAYERS = [
     {"configuration_msd", "costs", "provenance", "stats"},
     {"calibration", "tree"},
     {"modeling_msd", "verify", "cache", "outputs"},
+    {"fixed_cache"},
+    {"runtime"},
     {"convert", "target", "emission"},
     {"sampling"},
     {"drafters"},

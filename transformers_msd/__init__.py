@@ -11,6 +11,7 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.runtime import StaticRuntime
 from transformers_msd.stats import SpeculativeStats
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TokenTree, TreeConfig
@@ -29,6 +30,7 @@ __all__ = [
     "Prompts",
     "SpeculativeDecoderOnlyOutput",
     "SpeculativeStats",
+    "StaticRuntime",
     "Target",
     "TextOnly",
     "TokenTree",

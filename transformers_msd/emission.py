@@ -50,7 +50,7 @@ class Emission:
         self._returns_pads = returns_pads
         self._rounds = Rounds()
         max_length = stopping_criteria.max_length
-        self._max_steps = None if max_length is None else max_length - input_ids.shape[1]
+        self.max_steps = None if max_length is None else max_length - input_ids.shape[1]
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         self._eos_token_ids = {token_id for ids in eos for token_id in ids.tolist()}
         # Told by exact type: these are decided on the host, where the tokens are.
@@ -97,7 +97,7 @@ class Emission:
 
     def needs_more(self, row: int, tokens: list[int]) -> bool:
         """Whether a row that stood at these tokens would go on."""
-        if self._left_rows[row] or (self._max_steps is not None and len(tokens) >= self._max_steps):
+        if self._left_rows[row] or (self.max_steps is not None and len(tokens) >= self.max_steps):
             return False
         return not tokens or tokens[-1] not in self._eos_token_ids or self.pad_rows[row]
 
@@ -150,7 +150,7 @@ class Emission:
         self.outputs.complete(self.num_steps)
         self.num_steps += 1
         if self._on_host:
-            at_limit = self._max_steps is not None and self.num_steps >= self._max_steps
+            at_limit = self.max_steps is not None and self.num_steps >= self.max_steps
             ended = [at_limit or token_id in self._eos_token_ids for token_id in token_ids]
         else:
             ended = self._criteria(self.sequences, self.outputs.scores).tolist()

@@ -8,10 +8,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from transformers_msd.cache import keep_rows, make_room
+from transformers_msd.cache import Room
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.modeling_msd import visual_token_mask
-from transformers_msd.tree import TokenTree, take_rows, tree_attention_mask
+from transformers_msd.runtime import Captures
+from transformers_msd.tree import TokenTree, take_rows
 from transformers_msd.verify import Acceptance
 
 
@@ -62,14 +63,23 @@ class Committed:
         lengths = real.sum(-1)
         host_lengths = lengths.tolist()
         rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
-        return Committed(
+        return replace(self._take(rows), lengths=lengths, host_lengths=host_lengths)
+
+    def last(self) -> "Committed":
+        """Keep the last row of each sequence alone."""
+        host_lengths = [min(length, 1) for length in self.host_lengths]
+        return replace(
+            self._take(self.last_rows[:, None]), lengths=self.lengths.clamp(max=1), host_lengths=host_lengths
+        )
+
+    def _take(self, rows: torch.Tensor) -> "Committed":
+        return replace(
+            self,
             token_ids=self.token_ids.gather(1, rows),
             inputs_embeds=take_rows(self.inputs_embeds, rows),
             features=take_rows(self.features, rows),
             position_ids=self.position_ids.gather(1, rows),
             visual_mask=self.visual_mask.gather(1, rows),
-            lengths=lengths,
-            host_lengths=host_lengths,
         )
 
     def join(self, *later: "Committed") -> "Committed":
@@ -102,10 +112,16 @@ class Target:
             Keyword arguments that `generate` prepared for its forward passes.
         generation_config (`GenerationConfig`):
             The settings of the call.
+        captures ([`Captures`], *optional*):
+            Compiles the forwards after the prompt, on tensors of fixed shapes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+        self,
+        model: PreTrainedModel,
+        model_kwargs: dict[str, Any],
+        generation_config: GenerationConfig,
+        captures: Captures | None = None,
     ) -> None:
         self.model = model
         self.cache = model_kwargs["past_key_values"]
@@ -114,10 +130,7 @@ class Target:
         self._model_kwargs = model_kwargs | {
             "output_hidden_states": _with_ends(generation_config.output_hidden_states)
         }
-        # Columns of the cache, and how many of them are tokens of each sequence (padding of the prompt included).
-        self._num_columns = 0
-        self._lengths = torch.tensor([])
-        self._host_lengths: list[int] = []
+        self._captures = captures
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of tokens."""
@@ -147,17 +160,20 @@ class Target:
 
     def _settle_prompt(self, batch_size: int, device: torch.device) -> None:
         """Take what the cache holds after the prefill as the settled rows."""
-        make_room(self.cache)
-        self._num_columns = self._prompt_length = self.cache.get_seq_length()
-        self._host_lengths = [self._num_columns] * batch_size
+        self._prompt_length = num_columns = int(self.cache.get_seq_length())
         mask = self._model_kwargs.get("attention_mask")
         # Told on the host: one sequence without padding, whose columns are all real.
         self._is_packed = mask is None and batch_size == 1
         if mask is None:
-            mask = torch.ones(batch_size, self._num_columns, dtype=torch.long)
+            mask = torch.ones(batch_size, num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
         self._num_real = self._prompt_mask.sum(-1)
-        self._lengths = torch.full_like(self._num_real, self._num_columns)
+        self.room = self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
+
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> Room:
+        if self._captures is None:
+            return Room(self.cache, lengths, host_lengths, self._prompt_mask)
+        return self._captures.open_room(self.model, self.cache, lengths, host_lengths, self._prompt_mask)
 
     def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
@@ -172,9 +188,13 @@ class Target:
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
+    def fit(self, tree: TokenTree) -> TokenTree:
+        """Fill trees up to a size that forwards are compiled for, where any are."""
+        return tree if self._captures is None else tree.widen(self._captures.num_nodes(tree))
+
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
-        if tree.num_nodes == 1 and self._is_packed:
+        if tree.num_nodes == 1 and self._is_packed and self._captures is None:
             return self.forward_rows(tree.token_ids, tree.depths, None)
         return self.forward_rows(tree.token_ids, tree.depths, tree.ancestor_mask)
 
@@ -192,11 +212,7 @@ class Target:
                 and no column of the cache is padding.
         """
         num_rows = token_ids.shape[1]
-        attention_mask = None
-        if visible is not None:
-            columns = torch.arange(self._num_columns, device=self._lengths.device) < self._lengths[:, None]
-            columns[:, : self._prompt_length] &= self._prompt_mask[:, : self._num_columns]
-            attention_mask = tree_attention_mask(columns, visible, self._dtype)
+        attention_mask = None if visible is None else self.room.mask(visible, self._dtype)
         kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
@@ -204,7 +220,7 @@ class Target:
                 kwargs[name] = kwargs[name][:, -1:].expand(-1, num_rows)
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = num_rows
-        generated = (self._lengths - self._prompt_length)[:, None] + depths + 1
+        generated = ((self.room.lengths - self._prompt_length)[:, None] + depths + 1).expand_as(token_ids)
         position_ids = self._model_kwargs["position_ids"]
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
@@ -215,23 +231,9 @@ class Target:
             is_first_iteration=False,
             **kwargs,
         )
-        return self.model(**model_inputs, return_dict=True)
-
-    def settle(self, rows: torch.Tensor | None, lengths: torch.Tensor, host_lengths: list[int]) -> None:
-        """
-        Keep some of the unsettled rows, and drop all others.
-
-        Args:
-            rows (`torch.Tensor` of shape `(batch_size, num_rows)`):
-                Which to move behind the settled rows, in this order; `None` where they already lie there.
-            lengths (`torch.Tensor` of shape `(batch_size,)`):
-                Columns that each sequence has then; what else was moved is overwritten later.
-            host_lengths (`list[int]`):
-                The same where the device need not be asked.
-        """
-        num_columns = max(host_lengths)
-        keep_rows(self.cache, self._num_columns, self._lengths, rows, num_columns)
-        self._lengths, self._host_lengths, self._num_columns = lengths, host_lengths, num_columns
+        if self._captures is None:
+            return self.model(**model_inputs, return_dict=True)
+        return self._captures.forward(self.model, model_inputs)
 
     def commit(
         self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]
@@ -254,7 +256,7 @@ class Target:
         num_generated = [len(row) for row in tokens]
         new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
         host_lengths = [self._prompt_length - 1 + number for number in num_generated]
-        device = self._lengths.device
+        device = self.room.lengths.device
         roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
@@ -275,7 +277,7 @@ class Target:
         )
         # The root of a batch of one already lies where it belongs.
         is_in_place = len(tokens) == 1 and new[0] <= 1
-        self.settle(None if is_in_place else path, lengths, host_lengths)
+        self.room.settle(None if is_in_place else path, lengths, host_lengths)
         self._num_generated = num_generated
         return self._pair(rows, roots)
 
@@ -296,7 +298,7 @@ class Target:
     @property
     def num_real_rows(self) -> torch.Tensor:
         """Real tokens of each sequence in the cache, padding of the prompt left out, of shape `(batch_size,)`."""
-        return self._num_real + self._lengths - self._prompt_length
+        return self._num_real + self.room.lengths - self._prompt_length
 
 
 class _Recorder:

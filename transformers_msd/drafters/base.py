@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from transformers_msd.costs import Sizing
+from transformers_msd.runtime import Captures
 from transformers_msd.sampling import Sampler
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TokenTree
@@ -26,11 +27,14 @@ class CallInputs:
             Ranks draft logits.
         carried (`Any`, *optional*):
             What the candidate generator of the turn before left in the cache that this call goes on from.
+        captures ([`Captures`], *optional*):
+            Compiles what has fixed shapes.
     """
 
     arguments: dict[str, Any]
     sampler: Sampler
     carried: Any | None = None
+    captures: Captures | None = None
 
 
 class TreeCandidateGenerator(CandidateGenerator, ABC):
