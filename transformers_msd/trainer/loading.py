@@ -45,9 +45,13 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
 def encode_prompts(
     processor: ProcessorMixin | PreTrainedTokenizerBase, prompts: list[list[dict[str, Any]]]
 ) -> BatchFeature | BatchEncoding:
-    """Turn prompts, each given as its messages with pictures in their places, into one left-padded batch."""
+    """
+    Turn prompts, each given as its messages with pictures in their places, into one left-padded batch.
+
+    Special tokens are those that a user's call of `apply_chat_template` gives.
+    """
     if isinstance(processor, ProcessorMixin):
-        padding = {"processor_kwargs": {"padding": True, "padding_side": "left", "add_special_tokens": False}}
+        padding = {"processor_kwargs": {"padding": True, "padding_side": "left"}}
     else:
         padding = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
     return processor.apply_chat_template(
