@@ -48,7 +48,7 @@ def run_benchmark(
         "num_parameters": target.num_parameters(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config.get_text_config()._attn_implementation,
-        "hardware": hardware() if target.device.type != "cpu" else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware(target.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "transformers_msd": transformers_msd.__version__,
