@@ -13,6 +13,7 @@ from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConf
 from transformers_msd.calibration import costs_path, load_sizing, save_costs
 from transformers_msd.cli import main
 from transformers_msd.costs import Costs, Sizing
+from transformers_msd.target import Target
 from transformers_msd.tuning import measure_costs
 
 
@@ -120,6 +121,30 @@ def test_measuring_leaves_the_draft_as_it_was():
     assert measured.step > 0
     assert measured.rounds == sorted(measured.rounds)
     assert measured.rounds[0] > measured.step / 2
+
+
+def test_measuring_takes_as_many_rounds_whether_drafts_are_right_or_wrong(monkeypatch):
+    monkeypatch.setattr("transformers_msd.tuning.NUM_PASSES", 1)
+    target = make_target("llama")
+    wrong = make_draft_model("llama")
+    wrong.get_output_embeddings().weight.data.neg_()
+    rounds = []
+    forward_tree = Target.forward_tree
+    monkeypatch.setattr(Target, "forward_tree", lambda *args: rounds.append(args) or forward_tree(*args))
+    counts = []
+    for draft in (copy.deepcopy(target), wrong):
+        rounds.clear()
+        measure_costs(target, VLMDrafter(draft), prompt_length=8)
+        counts.append(len(rounds))
+    assert counts[0] == counts[1] < 200
+
+
+def test_draft_of_another_target_is_not_measured():
+    config = copy.deepcopy(make_target("llama").config)
+    config.vocab_size += 8
+    draft = MSDDraftModel(MSDConfig.from_target(config))
+    with pytest.raises(ValueError, match="made for a target of `vocab_size`"):
+        measure_costs(make_target("llama"), draft)
 
 
 def test_command_measures_and_saves(tmp_path, capsys):

@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from training_fixtures import make_trainer
+from transformers import LlamaForCausalLM
 
 from training.tiny_world.target import build_model, build_processor
 from training.tiny_world.world import FEATURES, training_dataset
@@ -96,8 +97,6 @@ def test_prompt_completion_rows_supervise_the_completion(target, processor, rows
 
 
 def test_text_target_trains(processor, tmp_path):
-    from transformers import LlamaForCausalLM
-
     torch.manual_seed(0)
     text_target = LlamaForCausalLM(build_model(processor, num_layers=1).config.text_config)
     talks = [
@@ -180,6 +179,21 @@ def test_target_answers_every_turn_itself(target, processor, rows):
         assert len(before["images"]) == len(after["images"])
     alone = answer_rows(target, processor, rows.select([3]), settings)
     assert alone[0]["messages"] == answered[3]["messages"]
+
+
+def test_language_model_answers_a_batch_as_it_answers_each_row(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
+    tokenizer.padding_side = "right"
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(build_model(processor, num_layers=1).config.text_config).eval()
+    questions = ("What is round?", "Is a red circle left of the blue square?")
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": question}]} for question in questions])
+    settings = GenerationSettings(batch_size=2, max_new_tokens=5)
+    together = answer_rows(target, tokenizer, rows, settings)["messages"]
+    alone = [answer_rows(target, tokenizer, rows.select([row]), settings)["messages"][0] for row in range(2)]
+    assert together == alone
+    assert all(turns[1]["content"] for turns in together)
 
 
 def test_interrupted_generation_goes_on(target, processor, rows, tmp_path, monkeypatch):

@@ -74,12 +74,12 @@ class Emission:
     def lengths(self) -> list[int]:
         """Generated tokens of each row, pads included."""
         return [
-            max(len(row), self.num_steps) if is_left else len(row)
-            for row, is_left in zip(self.tokens, self._left_rows, strict=True)
+            max(len(row), self.num_steps) if is_idle else len(row)
+            for row, is_idle in zip(self.tokens, self._idle_rows, strict=True)
         ]
 
     @property
-    def _left_rows(self) -> list[bool]:
+    def _idle_rows(self) -> list[bool]:
         """Which rows have ended and take no further part in rounds."""
         return [has_ended and not self._returns_pads for has_ended in self.pad_rows]
 
@@ -97,7 +97,7 @@ class Emission:
 
     def needs_more(self, row: int, tokens: list[int]) -> bool:
         """Whether a row that stood at these tokens would go on."""
-        if self._left_rows[row] or (self.max_steps is not None and len(tokens) >= self.max_steps):
+        if self._idle_rows[row] or (self.max_steps is not None and len(tokens) >= self.max_steps):
             return False
         return not tokens or tokens[-1] not in self._eos_token_ids or self.pad_rows[row]
 
@@ -141,7 +141,7 @@ class Emission:
             self._rounds.num_drafted.append((tree.parents >= 0).sum(-1))
             self._rounds.num_plain_steps += tree.num_nodes == 1
         while not self.is_done and all(
-            is_left or len(row) > self.num_steps for row, is_left in zip(self.tokens, self._left_rows, strict=True)
+            is_idle or len(row) > self.num_steps for row, is_idle in zip(self.tokens, self._idle_rows, strict=True)
         ):
             self._complete_step()
 

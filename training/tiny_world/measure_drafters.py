@@ -185,7 +185,7 @@ def main() -> None:
     logging.set_verbosity_error()
     world = World(arguments.num_per_group)
     results: dict[str, Any] = {
-        "hardware": hardware(),
+        "hardware": hardware(world.target.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),

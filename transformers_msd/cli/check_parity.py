@@ -22,7 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Compare, print, and exit with 1 where training and decoding differ."""
     from transformers import ProcessorMixin
 
-    from transformers_msd.trainer.callbacks import encode_prompt, prompt_of
+    from transformers_msd.trainer.callbacks import prompt_of
+    from transformers_msd.trainer.loading import encode_prompts
     from transformers_msd.trainer.parity import check_parity
     from transformers_msd.trainer.recipe import DraftArguments, hold_out, load_rows, load_target, make_draft
 
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     _, rows = hold_out(load_rows(recipe, isinstance(processor, ProcessorMixin)), arguments.num_rows, seed=0)
     holds = True
     for row in rows:
-        inputs = encode_prompt(processor, prompt_of(row))
+        inputs = encode_prompts(processor, [prompt_of(row)])
         parity = check_parity(target.eval(), draft.eval(), inputs)
         print(parity)
         holds &= parity.holds(arguments.tolerance)

@@ -153,7 +153,7 @@ def token_counts(
         else:
             texts = [value] if isinstance(value, str) else _answers(value)
             token_ids = [
-                token_id for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token_id in ids
+                token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
             ]
         counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(counts))
     eos = text_config.eos_token_id

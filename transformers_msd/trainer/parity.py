@@ -1,6 +1,6 @@
 """Does the decoder feed a draft what training fed it? Where it doesn't, acceptance is low though the losses are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,26 +51,22 @@ class Parity:
         return self.equal_masks and self.equal_positions and difference <= tolerance
 
 
-@dataclass
-class _Recorder:
-    """An assistant that drafts with another and keeps what it was fed."""
+class _Recorder(TreeCandidateGenerator):
+    """Drafts in one call with a draft, and keeps what it is fed: an assistant and its own candidate generator."""
 
-    draft: MSDDraftModel
-    fed: list[Committed] = field(default_factory=list)
-    tree_config: TreeConfig = TreeConfig(gate=False)
+    tree_config = TreeConfig(gate=False)
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_RecordingGenerator":
-        return _RecordingGenerator(self.draft.candidate_generator(target, inputs), self.fed)
+    def __init__(self, assistant: MSDDraftModel) -> None:
+        self.assistant = assistant
+        self.fed: list[Committed] = []
 
-
-@dataclass
-class _RecordingGenerator(TreeCandidateGenerator):
-    generator: TreeCandidateGenerator
-    fed: list[Committed]
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_Recorder":
+        self.candidates = self.assistant.candidate_generator(target, inputs)
+        return self
 
     def draft(self, committed: Committed) -> TokenTree:
         self.fed.append(committed)
-        return self.generator.draft(committed)
+        return self.candidates.draft(committed)
 
 
 @torch.no_grad()
