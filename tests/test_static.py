@@ -123,7 +123,7 @@ def test_tokens_compiled_by_inductor_equal_plain_generate() -> None:
     runtime = StaticRuntime(make_msd(target, TreeConfig(num_nodes=4, depth=2, top_k=2, gate=False)))
     call = {"compile_config": compiled_by("inductor"), "cache_implementation": "static", "assistant_model": runtime}
     assert torch.equal(generate(target, inputs, **call).sequences, generate(target, inputs).sequences)
-    assert runtime.num_captures == 2
+    assert runtime.num_captures > 1
 
 
 def test_prompts_of_all_lengths_in_two_threads_compile_once() -> None:
@@ -252,10 +252,11 @@ def test_compilation_follows_the_call() -> None:
     generation_config = GenerationConfig(max_new_tokens=8, cache_implementation="static", compile_config=config)
     tokens = target.generate(**inputs, generation_config=generation_config, assistant_model=make_msd(target))
     assert torch.equal(tokens, target.generate(**inputs, max_new_tokens=8))
-    assert backend.num_graphs == 2
+    num_graphs = backend.num_graphs
+    assert num_graphs > 1
     # The second call finds what the first compiled.
     target.generate(**inputs, generation_config=generation_config, assistant_model=make_msd(target))
-    assert backend.num_graphs == 2
+    assert backend.num_graphs == num_graphs
 
 
 def test_views_of_several_models_are_captured() -> None:

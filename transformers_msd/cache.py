@@ -194,7 +194,9 @@ class _Block:
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy columns `sources` `(batch_size, num_rows)` to `places`, of the same shape."""
         for tensor in self._tensors:
-            move_columns(tensor, 3, sources, places)
+            shape = (*tensor.shape[:3], sources.shape[1], tensor.shape[4])
+            source, place = (rows.to(tensor.device)[:, None, :, None].expand(shape) for rows in (sources, places))
+            tensor.scatter_(3, place, tensor.gather(3, source))
 
 
 def _stack(tensors: list[torch.Tensor], num_columns: int) -> torch.Tensor:
@@ -204,13 +206,6 @@ def _stack(tensors: list[torch.Tensor], num_columns: int) -> torch.Tensor:
     for index, tensor in enumerate(tensors):
         stacked[index, :, :, :width] = tensor
     return stacked
-
-
-def move_columns(tensor: torch.Tensor, dim: int, sources: torch.Tensor, places: torch.Tensor) -> None:
-    """Copy columns, dimension `dim` of a tensor `(..., batch_size, num_heads, num_columns, head_dim)`."""
-    shape = (*tensor.shape[:dim], sources.shape[1], tensor.shape[-1])
-    source, place = (rows.to(tensor.device)[:, None, :, None].expand(shape) for rows in (sources, places))
-    tensor.scatter_(dim, place, tensor.gather(dim, source))
 
 
 class _GrowingLayer(DynamicLayer):

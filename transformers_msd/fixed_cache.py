@@ -1,12 +1,13 @@
 """Caches whose tensors never change their shapes, so that forwards on them can be compiled."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from transformers_msd.cache import Room, move_columns
+from transformers_msd.cache import Room
 
 
 # Columns at least; where they run out, there are twice as many.
@@ -22,6 +23,8 @@ class FixedRoom(Room):
         buffers (`dict`):
             Tensors of earlier rooms, to be used again; new ones are added. Rooms that are in use at the same time must
             not share them.
+        run (`Callable`):
+            Calls a function, compiled: gets it, a key for the shapes of its inputs, and these.
     """
 
     def __init__(
@@ -31,9 +34,10 @@ class FixedRoom(Room):
         host_lengths: list[int],
         is_real: torch.Tensor | None = None,
         *,
-        buffers: dict[Any, Any],
+        buffers: dict[Any, torch.Tensor],
+        run: Callable[..., Any],
     ) -> None:
-        self.buffers = buffers
+        self._buffers, self._run = buffers, run
         super().__init__(cache, lengths, host_lengths, is_real)
 
     @property
@@ -80,15 +84,14 @@ class FixedRoom(Room):
 
     def _buffer(self, name: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = (name, shape, dtype, device)
-        if key not in self.buffers:
-            self.buffers[key] = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(self.buffers[key])
-        return self.buffers[key]
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=device)
+            torch._dynamo.mark_static_address(self._buffers[key])
+        return self._buffers[key]
 
     def _move(self, rows: torch.Tensor, places: torch.Tensor) -> None:
         sources = self.lengths[:, None] + rows
-        for tensor in self._tensors:
-            move_columns(tensor, 2, sources, places)
+        self._run(_move_columns, (id(self._buffers), self.width, rows.shape), self._tensors, sources, places)
 
     @property
     def _is_in_place(self) -> bool:
@@ -147,8 +150,17 @@ class _FixedLayer(StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.arange(key_states.shape[2], device=self.device)
-        places = (self.starts.to(self.device)[:, None] + rows)[:, None, :, None]
-        self.keys.scatter_(2, places.expand_as(key_states), key_states)
-        self.values.scatter_(2, places.expand_as(value_states), value_states)
+        places = self.starts.to(self.device)[:, None] + torch.arange(key_states.shape[2], device=self.device)
+        batch = torch.arange(len(places), device=self.device)[:, None]
+        # Not `scatter_`, for which inductor copies the whole tensor.
+        self.keys[batch, :, places] = key_states.transpose(1, 2)
+        self.values[batch, :, places] = value_states.transpose(1, 2)
         return self.keys, self.values
+
+
+def _move_columns(tensors: list[torch.Tensor], sources: torch.Tensor, places: torch.Tensor) -> None:
+    """Copy columns `(batch_size, num_rows)` of tensors `(batch_size, num_heads, width, head_dim)` to other places."""
+    for tensor in tensors:
+        source, place = sources.to(tensor.device), places.to(tensor.device)
+        batch = torch.arange(len(tensor), device=tensor.device)[:, None]
+        tensor[batch, :, place] = tensor[batch, :, source]

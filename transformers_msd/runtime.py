@@ -116,7 +116,7 @@ class Captures:
         number = self._num_rooms.get(model, 0)
         self._num_rooms[model] = number + 1
         buffers = self._runtime._buffers.setdefault((model, number), {})
-        return FixedRoom(cache, lengths, host_lengths, is_real, buffers=buffers)
+        return FixedRoom(cache, lengths, host_lengths, is_real, buffers=buffers, run=self.run)
 
     def num_nodes(self, tree: TokenTree) -> int:
         """Nodes to fill trees up to: a power of two, but no more than the settings ask for."""

@@ -277,7 +277,7 @@ class Target:
         )
         # The root of a batch of one already lies where it belongs.
         is_in_place = len(tokens) == 1 and new[0] <= 1
-        self.room.settle(None if is_in_place else path, lengths, host_lengths)
+        self.room.settle(None if is_in_place else acceptance.path, lengths, host_lengths)
         self._num_generated = num_generated
         return self._pair(rows, roots)
 
