@@ -49,6 +49,11 @@ class _Room:
         if num_columns > self.keys[0].shape[2]:
             self._widen(num_columns)
 
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Copy the sequences that stay."""
+        self._tensors = [tensor[:, kept] for tensor in self._tensors]
+        self.keys, self.values = (list(tensor) for tensor in self._tensors)
+
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy columns `sources` `(batch_size, num_rows)` to `places`, of the same shape."""
         for tensor in self._tensors:
@@ -150,6 +155,12 @@ def keep_rows(
             room.move(rows + past_length, places)
     for layer in layers:
         layer.length = new_length
+
+
+def keep_sequences(cache: Cache, kept: list[bool]) -> None:
+    """Drop sequences of a cache with room; `kept` tells of each whether it stays."""
+    for room in dict.fromkeys(layer.room for layer in cache.layers if isinstance(layer, _RoomyLayer)):
+        room.keep_sequences(kept)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from transformers_msd.cache import keep_rows, make_room
+from transformers_msd.cache import keep_rows, keep_sequences, make_room
+from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.modeling_msd import visual_token_mask
 from transformers_msd.tree import TokenTree, take_rows, tree_attention_mask
@@ -18,77 +20,6 @@ from transformers_msd.verify import Acceptance
 # Rows of the prompt that a forward over new tokens must not see again.
 PROMPT_ONLY = ("attention_mask", "inputs_embeds", "past_key_values", "position_ids", "use_cache")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-
-
-@dataclass(frozen=True)
-class Committed:
-    """
-    Tokens that now stand, in the form in which a draft reads them: row `r` pairs token `r + 1` with what the target
-    knew at token `r`. Rows are packed to the left, padding of the prompt left out; the last row of each sequence holds
-    the token emitted last.
-
-    Args:
-        token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Tokens `r + 1`; -1 where a prompt was given as embeddings alone.
-        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Input embeddings of tokens `r + 1`, visual features merged in.
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Last hidden states of the target at tokens `r`, after its final norm, which predicted tokens `r + 1`.
-        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Places of tokens `r` among the real tokens of their sequence.
-        visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Whether tokens `r + 1` are visual.
-        lengths (`torch.Tensor` of shape `(batch_size,)`):
-            Rows of each sequence; what lies behind them is filler.
-        host_lengths (`list[int]`):
-            The same where the device need not be asked.
-    """
-
-    token_ids: torch.Tensor
-    inputs_embeds: torch.Tensor
-    features: torch.Tensor
-    position_ids: torch.Tensor
-    visual_mask: torch.Tensor
-    lengths: torch.Tensor
-    host_lengths: list[int]
-
-    @property
-    def last_rows(self) -> torch.Tensor:
-        """Index of the last row of each sequence, of shape `(batch_size,)`."""
-        return (self.lengths - 1).clamp(min=0)
-
-    def pack(self, real: torch.Tensor) -> "Committed":
-        """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
-        lengths = real.sum(-1)
-        host_lengths = lengths.tolist()
-        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
-        return Committed(
-            token_ids=self.token_ids.gather(1, rows),
-            inputs_embeds=take_rows(self.inputs_embeds, rows),
-            features=take_rows(self.features, rows),
-            position_ids=self.position_ids.gather(1, rows),
-            visual_mask=self.visual_mask.gather(1, rows),
-            lengths=lengths,
-            host_lengths=host_lengths,
-        )
-
-    def join(self, *later: "Committed") -> "Committed":
-        """Put later rows behind these."""
-        parts = (self, *later)
-        real = [
-            torch.arange(part.token_ids.shape[1], device=part.lengths.device) < part.lengths[:, None] for part in parts
-        ]
-        rows = {
-            field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1)
-            for field in fields(self)
-            if field.name not in ("lengths", "host_lengths")
-        }
-        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1))
-
-    @property
-    def root_token_ids(self) -> torch.Tensor:
-        """Tokens emitted last, of shape `(batch_size,)`."""
-        return self.token_ids.gather(1, self.last_rows[:, None])[:, 0]
 
 
 class Target:
@@ -140,7 +71,6 @@ class Target:
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
         self._device = features.device
-        self._num_generated = [1] * len(features)  # the token that the prefill gives has no row yet
         self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(input_ids.new_zeros(len(features))), outputs
@@ -151,8 +81,7 @@ class Target:
         self._num_columns = self._prompt_length = self.cache.get_seq_length()
         self._host_lengths = [self._num_columns] * batch_size
         mask = self._model_kwargs.get("attention_mask")
-        # Told on the host: one sequence without padding, whose columns are all real.
-        self._is_packed = mask is None and batch_size == 1
+        self._is_unpadded = mask is None
         if mask is None:
             mask = torch.ones(batch_size, self._num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
@@ -251,9 +180,8 @@ class Target:
                 fewer than before where it had run ahead of its end.
         """
         # Counted on the host, where the tokens are: the device is told once, and not asked.
-        num_generated = [len(row) for row in tokens]
-        new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
-        host_lengths = [self._prompt_length - 1 + number for number in num_generated]
+        host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
+        new = [max(now - before, 0) for now, before in zip(host_lengths, self._host_lengths, strict=True)]
         device = self._lengths.device
         roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
         if self._prompt is not None:
@@ -273,11 +201,21 @@ class Target:
             lengths=counts,
             host_lengths=new,
         )
-        # The root of a batch of one already lies where it belongs.
-        is_in_place = len(tokens) == 1 and new[0] <= 1
-        self.settle(None if is_in_place else path, lengths, host_lengths)
-        self._num_generated = num_generated
+        # Roots already lie where they belong, if all sequences are of one length.
+        self.settle(None if self._is_even and path.shape[1] == 1 else path, lengths, host_lengths)
         return self._pair(rows, roots)
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Drop sequences; `kept` tells of each whether it stays."""
+        keep_sequences(self.cache, kept)
+        self._host_lengths = list(compress(self._host_lengths, kept))
+        self._lengths, self._num_real = self._lengths[kept], self._num_real[kept]
+        self._prompt_mask = self._prompt_mask[kept]
+        for name, value in self._model_kwargs.items():
+            # As Transformers has them: positions may have axes before the batch, or none of the batch.
+            dim = -2 if name == "position_ids" else 0
+            if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
+                self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
 
     def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
         """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
@@ -292,6 +230,16 @@ class Target:
             inputs_embeds=torch.where(is_last[..., None], next_embeds, rows.inputs_embeds.roll(-1, 1)),
             visual_mask=~is_last & rows.visual_mask.roll(-1, 1),
         )
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether no sequence is shorter than the cache."""
+        return min(self._host_lengths) == self._num_columns
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether all columns of the cache are real, told on the host."""
+        return self._is_unpadded and self._is_even
 
     @property
     def num_real_rows(self) -> torch.Tensor:

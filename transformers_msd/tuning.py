@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from transformers_msd.committed import Committed
 from transformers_msd.costs import Costs
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree
 
 

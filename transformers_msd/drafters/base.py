@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
+from transformers_msd.committed import Committed
 from transformers_msd.costs import Sizing
 from transformers_msd.sampling import Sampler
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree
 
 
@@ -50,6 +51,22 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
             committed (`Committed`):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        """
+        Forget sequences that have ended, so that they take no room in further rounds.
+
+        Called between two rounds, and only where nothing but tokens is returned. By default nothing is forgotten, and
+        all sequences stay until the last has ended.
+
+        Args:
+            kept (`list[bool]`):
+                For each sequence of the batch, whether it stays. All later batches are of those alone.
+
+        Returns:
+            `bool`: Whether the others are forgotten. If not, all of them stay in the batch.
+        """
+        return False
 
     def round_cost(self, tree: TokenTree) -> float:
         """What a round with a tree costs, in plain steps: as measured, which was for one prompt, or as assumed."""

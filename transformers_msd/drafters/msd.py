@@ -1,15 +1,17 @@
 """Drafting with an MSD head: a tree grown on the target's features (arXiv 2505.14260, EAGLE-2 arXiv 2406.16858)."""
 
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from transformers import DynamicCache
 
-from transformers_msd.cache import keep_rows, make_room
+from transformers_msd.cache import keep_rows, keep_sequences, make_room
 from transformers_msd.calibration import load_sizing
+from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree, grow_tree, take_rows, tree_attention_mask
 
 
@@ -81,6 +83,14 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         tree = grow_tree(self._draft.tree_config, committed.root_token_ids, log_probs, expand, sizing)
         keep_rows(self._cache, num_columns, self._lengths, None, num_columns)
         return tree
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        if self._lengths is not None:
+            self._lengths, self._starts = self._lengths[kept], self._starts[kept]
+            self._host_lengths = list(compress(self._host_lengths, kept))
+            keep_sequences(self._cache, kept)
+            keep_rows(self._cache, 0, self._lengths, None, max(self._host_lengths))
+        return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
         if self._pending is not None:
