@@ -175,7 +175,7 @@ def make_assistants(architecture: str, truth: torch.Tensor, ends: list[int]) -> 
         "msd": msd,
         "vlm": VLMDrafter(model, tree_config=TREE),
         "ensemble": EnsembleDrafter(model, tree_config=TREE),
-        "oracle": RestingOracle(known, VOCAB_SIZE),
+        "oracle": RestingOracle(known, VOCAB_SIZE, seed=2),
     }
 
 
