@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from transformers_msd.committed import Committed
-from transformers_msd.costs import Sizing
+from transformers_msd.costs import Sizing, round_cost
 from transformers_msd.sampling import Sampler
 from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree
@@ -69,10 +69,10 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         return False
 
     def round_cost(self, tree: TokenTree) -> float:
-        """What a round with a tree costs, in plain steps: as measured, which was for one prompt, or as assumed."""
-        if self.sizing is None or len(tree.token_ids) > 1:
+        """What a round with a tree costs, in plain steps: as measured, or as assumed."""
+        if self.sizing is None:
             return self.assumed_round_cost
-        return self.sizing.costs.round(tree.num_nodes, tree.depth) / self.sizing.costs.step
+        return round_cost(self.sizing.measured, len(tree.token_ids), tree.num_nodes, tree.depth)
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""
