@@ -1,7 +1,7 @@
 """Rows of a tree behind a key-value cache, and keeping only the accepted ones."""
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Any
 
 import torch
@@ -55,19 +55,21 @@ class Room:
         self.cache = cache
         self.lengths = lengths
         self.host_lengths = host_lengths
+        # Columns before the unsettled rows.
+        self.num_columns = max(host_lengths)
         self.is_real = is_real
         self._layers = list(cache.layers)
         self._open()
 
     @property
-    def num_columns(self) -> int:
-        """Columns that hold settled rows."""
-        return max(self.host_lengths)
+    def is_even(self) -> bool:
+        """Whether no sequence is shorter than the cache, told on the host."""
+        return min(self.host_lengths) == self.num_columns
 
     @property
-    def _is_in_place(self) -> bool:
+    def is_in_place(self) -> bool:
         """Whether unsettled rows lie right behind the settled ones of their own sequence."""
-        return len(self.host_lengths) == 1
+        return self.is_even
 
     def check(self, num_steps: int | None) -> None:
         """Raise a `ValueError` if the caller's static cache has no columns for so many new tokens."""
@@ -113,7 +115,7 @@ class Room:
         if rows is not None:
             places = self.lengths[:, None] + torch.arange(rows.shape[1], device=self.lengths.device)
             self._move(rows, places)
-        self.lengths, self.host_lengths = lengths, host_lengths
+        self.lengths, self.host_lengths, self.num_columns = lengths, host_lengths, max(host_lengths)
         self._cut()
 
     def extend(self, counts: torch.Tensor, host_counts: list[int], rows: torch.Tensor | None = None) -> None:
@@ -128,10 +130,18 @@ class Room:
             rows (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
                 Which of the unsettled rows, fillers behind them; the first ones by default.
         """
-        if rows is None and not self._is_in_place:
+        if rows is None and not self.is_in_place:
             rows = torch.arange(max(host_counts), device=counts.device).expand(len(counts), -1)
         host_lengths = [before + new for before, new in zip(self.host_lengths, host_counts, strict=True)]
         self.settle(rows, self.lengths + counts, host_lengths)
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Drop sequences; `kept` tells of each whether it stays. Unsettled rows of the others stay where they are."""
+        self.lengths, self.host_lengths = self.lengths[kept], list(compress(self.host_lengths, kept))
+        if self.is_real is not None:
+            self.is_real = self.is_real[kept]
+        for block in self._blocks:
+            block.keep_sequences(kept)
 
     def leave(self) -> None:
         """Make the cache again what Transformers made it."""
@@ -190,6 +200,11 @@ class _Block:
         """Have at least so many columns."""
         if num_columns > self.keys[0].shape[2]:
             self._widen(num_columns)
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Copy the sequences that stay."""
+        self._tensors = [tensor[:, kept] for tensor in self._tensors]
+        self.keys, self.values = (list(tensor) for tensor in self._tensors)
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy columns `sources` `(batch_size, num_rows)` to `places`, of the same shape."""

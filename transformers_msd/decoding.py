@@ -61,7 +61,7 @@ def tree_decoding(
     carried = take_carried(cache)
     target = Target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
-    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_pads=returns_state)
+    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
 
     # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
     tree, outputs = target.prefill(input_ids)
@@ -82,9 +82,14 @@ def tree_decoding(
             choices, scores = sampler.choose(tree, logits)
             acceptance = verify(tree, choices)
             emission.emit(tree, acceptance, scores, logits, outputs.hidden_states)
-            committed = target.commit(tree, acceptance, outputs, emission.tokens)
+            committed = target.commit(tree, acceptance, outputs, emission.tokens_of_rows)
             if emission.is_done:
                 break
+            kept = emission.going_on()
+            if kept is not None and captures is None and candidates.keep_sequences(kept):
+                target.keep_sequences(kept)
+                emission.keep_sequences(kept)
+                committed = committed.keep_sequences(kept)
             if noise is not None:
                 noise.free(min(emission.lengths))
             tree = target.fit(emission.pad(candidates.draft(committed)))

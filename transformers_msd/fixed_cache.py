@@ -94,7 +94,7 @@ class FixedRoom(Room):
         self._run(_move_columns, (id(self._buffers), self.width, rows.shape), self._tensors, sources, places)
 
     @property
-    def _is_in_place(self) -> bool:
+    def is_in_place(self) -> bool:
         return True
 
     def _cut(self) -> None:

@@ -84,6 +84,7 @@ class Sampler:
                 noise = noise[rows[:, None], tree.depths]  # (batch, num_nodes, vocab)
         choices = _pick(scores, noise)
         pad_rows = self._emission.pad_rows
+        pad_rows = [pad_rows[row] for row in self._emission.rows]
         if any(pad_rows):
             pad_rows = torch.tensor(pad_rows, device=choices.device)[:, None]
             choices = choices.masked_fill(pad_rows, self._emission.pad_token_id)
@@ -94,25 +95,27 @@ class Sampler:
         emission = self._emission
         choices = torch.full_like(tree.token_ids, -1)
         scores = logits.clone()
+        # Rows that have left stand at the first node, and nothing is asked of it.
+        places = [emission.rows.index(row) if row in emission.rows else 0 for row in range(len(emission.tokens))]
         children = [
             {edge: node for node, edge in enumerate(zip(*edges, strict=True))}
             for edges in zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
         ]
-        nodes = [0] * len(logits)
+        nodes = [0] * len(places)
         tokens = [list(row) for row in emission.tokens]
-        active = [row for row in range(len(logits)) if emission.needs_more(row, tokens[row])]
+        active = [row for row in emission.rows if emission.needs_more(row, tokens[row])]
         while active:
             step = min(len(tokens[row]) for row in active)
             # Rows at other steps hold a prefix of the same length, and what comes of it is ignored.
-            step_logits = torch.stack([logits[row, node] for row, node in enumerate(nodes)])
+            step_logits = torch.stack([logits[place, node] for place, node in zip(places, nodes, strict=True)])
             step_scores = self._processors(emission.prefix(tokens, step), step_logits)
             picked = _pick(step_scores, None if self._noise is None else self._noise.at(step)).tolist()
             for row in [row for row in active if len(tokens[row]) == step]:
                 token_id = emission.pad_token_id if emission.pad_rows[row] else picked[row]
-                choices[row, nodes[row]] = token_id
-                scores[row, nodes[row]] = step_scores[row]
+                choices[places[row], nodes[row]] = token_id
+                scores[places[row], nodes[row]] = step_scores[row]
                 tokens[row].append(token_id)
-                child = children[row].get((nodes[row], token_id))
+                child = children[places[row]].get((nodes[row], token_id))
                 if child is None or not emission.needs_more(row, tokens[row]):
                     active.remove(row)
                 else:
@@ -153,7 +156,8 @@ class Sampler:
 
     def _noise_after(self, depth: int) -> torch.Tensor:
         """Noise by which the token after nodes of a depth is picked, of shape `(batch_size, vocab_size)`."""
-        return self._noise.rows_at([length + depth for length in self._emission.lengths])
+        lengths = self._emission.lengths
+        return self._noise.rows_at({row: lengths[row] + depth for row in self._emission.rows})
 
 
 def coupled_log_probs(

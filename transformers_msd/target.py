@@ -1,6 +1,6 @@
 """The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from transformers_msd.cache import Room
+from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.modeling_msd import visual_token_mask
 from transformers_msd.runtime import Captures
@@ -19,86 +20,6 @@ from transformers_msd.verify import Acceptance
 # Rows of the prompt that a forward over new tokens must not see again.
 PROMPT_ONLY = ("attention_mask", "inputs_embeds", "past_key_values", "position_ids", "use_cache")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-
-
-@dataclass(frozen=True)
-class Committed:
-    """
-    Tokens that now stand, in the form in which a draft reads them: row `r` pairs token `r + 1` with what the target
-    knew at token `r`. Rows are packed to the left, padding of the prompt left out; the last row of each sequence holds
-    the token emitted last.
-
-    Args:
-        token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Tokens `r + 1`; -1 where a prompt was given as embeddings alone.
-        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Input embeddings of tokens `r + 1`, visual features merged in.
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Last hidden states of the target at tokens `r`, after its final norm, which predicted tokens `r + 1`.
-        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Places of tokens `r` among the real tokens of their sequence.
-        visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Whether tokens `r + 1` are visual.
-        lengths (`torch.Tensor` of shape `(batch_size,)`):
-            Rows of each sequence; what lies behind them is filler.
-        host_lengths (`list[int]`):
-            The same where the device need not be asked.
-    """
-
-    token_ids: torch.Tensor
-    inputs_embeds: torch.Tensor
-    features: torch.Tensor
-    position_ids: torch.Tensor
-    visual_mask: torch.Tensor
-    lengths: torch.Tensor
-    host_lengths: list[int]
-
-    @property
-    def last_rows(self) -> torch.Tensor:
-        """Index of the last row of each sequence, of shape `(batch_size,)`."""
-        return (self.lengths - 1).clamp(min=0)
-
-    def pack(self, real: torch.Tensor) -> "Committed":
-        """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
-        lengths = real.sum(-1)
-        host_lengths = lengths.tolist()
-        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
-        return replace(self._take(rows), lengths=lengths, host_lengths=host_lengths)
-
-    def last(self) -> "Committed":
-        """Keep the last row of each sequence alone."""
-        host_lengths = [min(length, 1) for length in self.host_lengths]
-        return replace(
-            self._take(self.last_rows[:, None]), lengths=self.lengths.clamp(max=1), host_lengths=host_lengths
-        )
-
-    def _take(self, rows: torch.Tensor) -> "Committed":
-        return replace(
-            self,
-            token_ids=self.token_ids.gather(1, rows),
-            inputs_embeds=take_rows(self.inputs_embeds, rows),
-            features=take_rows(self.features, rows),
-            position_ids=self.position_ids.gather(1, rows),
-            visual_mask=self.visual_mask.gather(1, rows),
-        )
-
-    def join(self, *later: "Committed") -> "Committed":
-        """Put later rows behind these."""
-        parts = (self, *later)
-        real = [
-            torch.arange(part.token_ids.shape[1], device=part.lengths.device) < part.lengths[:, None] for part in parts
-        ]
-        rows = {
-            field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1)
-            for field in fields(self)
-            if field.name not in ("lengths", "host_lengths")
-        }
-        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1))
-
-    @property
-    def root_token_ids(self) -> torch.Tensor:
-        """Tokens emitted last, of shape `(batch_size,)`."""
-        return self.token_ids.gather(1, self.last_rows[:, None])[:, 0]
 
 
 class Target:
@@ -153,7 +74,6 @@ class Target:
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
         self._device = features.device
-        self._num_generated = [1] * len(features)  # the token that the prefill gives has no row yet
         self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(input_ids.new_zeros(len(features))), outputs
@@ -162,8 +82,7 @@ class Target:
         """Take what the cache holds after the prefill as the settled rows."""
         self._prompt_length = num_columns = int(self.cache.get_seq_length())
         mask = self._model_kwargs.get("attention_mask")
-        # Told on the host: one sequence without padding, whose columns are all real.
-        self._is_packed = mask is None and batch_size == 1
+        self._is_unpadded = mask is None
         if mask is None:
             mask = torch.ones(batch_size, num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
@@ -253,9 +172,8 @@ class Target:
                 fewer than before where it had run ahead of its end.
         """
         # Counted on the host, where the tokens are: the device is told once, and not asked.
-        num_generated = [len(row) for row in tokens]
-        new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
-        host_lengths = [self._prompt_length - 1 + number for number in num_generated]
+        host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
+        new = [max(now - before, 0) for now, before in zip(host_lengths, self.room.host_lengths, strict=True)]
         device = self.room.lengths.device
         roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
         if self._prompt is not None:
@@ -275,11 +193,20 @@ class Target:
             lengths=counts,
             host_lengths=new,
         )
-        # The root of a batch of one already lies where it belongs.
-        is_in_place = len(tokens) == 1 and new[0] <= 1
+        # Roots already lie where they belong, if all sequences are of one length.
+        is_in_place = path.shape[1] == 1 and self.room.is_in_place
         self.room.settle(None if is_in_place else acceptance.path, lengths, host_lengths)
-        self._num_generated = num_generated
         return self._pair(rows, roots)
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Drop sequences; `kept` tells of each whether it stays."""
+        self.room.keep_sequences(kept)
+        self._num_real = self._num_real[kept]
+        for name, value in self._model_kwargs.items():
+            # As Transformers has them: positions may have axes before the batch, or none of the batch.
+            dim = -2 if name == "position_ids" else 0
+            if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
+                self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
 
     def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
         """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
@@ -294,6 +221,11 @@ class Target:
             inputs_embeds=torch.where(is_last[..., None], next_embeds, rows.inputs_embeds.roll(-1, 1)),
             visual_mask=~is_last & rows.visual_mask.roll(-1, 1),
         )
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether all columns of the cache are real, told on the host."""
+        return self._is_unpadded and self.room.is_even
 
     @property
     def num_real_rows(self) -> torch.Tensor:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from transformers_msd.committed import Committed
 from transformers_msd.costs import Costs
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree, TreeConfig
 
 
-SIZES = (2, 4, 8, 16, 32, 64)
+# Batch sizes, and the trees that are measured with each; single prompts choose their trees by these.
+SIZES = {1: (2, 4, 8, 16, 32, 64), 4: (4, 16, 64), 16: (4, 16, 64)}
 SHALLOW, DEEP = 2, 6
 NUM_ROUNDS, NUM_PASSES = 12, 4
 NEVER_SAID = 2**31 - 1  # as EOS token: no answer ends early
@@ -53,9 +55,9 @@ class _Timed(TreeCandidateGenerator):
         return TokenTree.root(committed.root_token_ids) if self.assistant is None else self.candidates.draft(committed)
 
 
-def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256) -> Costs:
+def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256, batch_size: int = 1) -> Costs:
     """
-    Run rounds with trees of several shapes, and plain steps, on a prompt of random tokens.
+    Run rounds with trees of several shapes, and plain steps, on prompts of random tokens.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -63,19 +65,23 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
         assistant ([`MSDDraftModel`] or [`VLMDrafter`]):
             What drafts for it. Its settings are as before in the end.
         prompt_length (`int`, *optional*, defaults to 256):
-            Tokens of the prompt.
+            Tokens of each prompt.
+        batch_size (`int`, *optional*, defaults to 1):
+            Prompts that are answered together, one of `SIZES`.
 
     Raises:
         ValueError: If the assistant can't draft for this target.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(target.config.get_text_config().vocab_size, 1000)
-    ids = torch.randint(3, vocab_size, (1, prompt_length), generator=generator).to(target.device)
+    ids = torch.randint(3, vocab_size, (batch_size, prompt_length), generator=generator).to(target.device)
     assistant.check_target(target, {"input_ids": ids})
     config = assistant.tree_config
 
     # A shape without levels is a plain step.
-    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in SIZES), (SIZES[3], DEEP)]
+    sizes = SIZES[batch_size]
+    middle = len(sizes) // 2
+    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[middle], DEEP)]
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     try:
         # In turn, so that what else the machine does slows all of them; the first pass warms up.
@@ -97,8 +103,8 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
     finally:
         assistant.tree_config = config
     step, *rounds, deep = (median(values) for values in seconds.values())
-    level = max((deep - rounds[3]) / (DEEP - SHALLOW), 0.0)
+    level = max((deep - rounds[middle]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])
-    return Costs(step, list(SIZES), rounds, level, SHALLOW)
+    return Costs(step, list(sizes), rounds, level, SHALLOW, batch_size)

@@ -10,11 +10,12 @@ from transformers.generation import LogitsProcessor
 
 from transformers_msd.cache import Room
 from transformers_msd.calibration import load_sizing
+from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.fixed_cache import fixed_attention_mask
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.sampling import coupled_log_probs
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree, TreeConfig, grow_tree, take_rows
 
 
@@ -136,6 +137,13 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             num_nodes = int((parents >= 0).sum(-1).max()) + 1
         trees = (rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores))
         return TokenTree(*trees, config.depth)
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        if self._room is not None:
+            self._room.keep_sequences(kept)
+            self._room.settle(None, self._room.lengths, self._room.host_lengths)
+            self._starts = self._starts[kept]
+        return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
         if self._pending is not None:

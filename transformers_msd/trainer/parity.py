@@ -7,10 +7,11 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.target import TOKEN_TYPES, Committed, Target
+from transformers_msd.target import TOKEN_TYPES, Target
 from transformers_msd.trainer.data import target_rows
 from transformers_msd.tree import TokenTree, TreeConfig
 
