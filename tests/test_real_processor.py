@@ -139,6 +139,15 @@ def test_photos_and_texts_train_a_draft(
     trainer = make_trainer(
         target, rows, processor, tmp_path, stage="multimodal", max_steps=8, per_device_train_batch_size=2
     )
+    for row in (rows[0], rows[4]):
+        prompt = encode_prompts(processor, [prompt_of(row)])["input_ids"][0]
+        collated = trainer.data_collator([row])
+        row_ids, labels = collated["input_ids"][0], collated["labels"][0]
+        assert prompt[0] == processor.tokenizer.bos_token_id
+        assert torch.equal(row_ids[: len(prompt)], prompt)
+        assert labels[: len(prompt)].eq(-100).all()
+        answer = processor.tokenizer.decode(labels[labels != -100]).strip()
+        assert answer == row["messages"][-1]["content"][0]["text"].strip()
     first = trainer.data_collator([trainer.train_dataset[0]])
     assert row_length(undecoded(rows)[0], 0, processor) == first["input_ids"].shape[1] > 576
     before = trainer.evaluate()["eval_loss"]

@@ -110,7 +110,10 @@ def row_length(row: dict[str, Any], number: int, processing_class: ProcessorMixi
     pictures = row["images"] if "images" in row else [row["image"]] if row.get("image") else []
     sizes = [_picture_size(picture, number) for picture in pictures]
     text = processing_class.apply_chat_template(prepare_multimodal_messages(messages, images=sizes), tokenize=False)
-    num_tokens = len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokenizer = processing_class.tokenizer
+    # As Transformers does: the tokenizer adds what the chat template has not.
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    num_tokens = len(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
     if not sizes:
         return num_tokens
     # The text holds one token for each picture.

@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.target import TOKEN_TYPES, Target
-from transformers_msd.trainer.data import target_rows
+from transformers_msd.trainer.data import RowCollator, target_rows
 from transformers_msd.tree import TokenTree, TreeConfig
 
 
@@ -68,6 +69,29 @@ class _Recorder(TreeCandidateGenerator):
     def draft(self, committed: Committed) -> TokenTree:
         self.fed.append(committed)
         return self.candidates.draft(committed)
+
+
+def has_equal_prompt(
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase, row: dict[str, Any], input_ids: torch.Tensor
+) -> bool:
+    """
+    Tell whether a row of `messages` begins in training with the tokens that its prompt has in a user's call.
+
+    Args:
+        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor of the target.
+        row (`dict[str, Any]`):
+            The row, with `images` where the target is multimodal.
+        input_ids (`torch.Tensor` of shape `(1, sequence_length)`):
+            Tokens of the prompt.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        row_ids = RowCollator(DataCollatorForVisionLanguageModeling(processing_class))([row])["input_ids"]
+    else:
+        row_ids = processing_class.apply_chat_template(row["messages"], return_dict=True, return_tensors="pt")
+        row_ids = row_ids["input_ids"]
+    length = min(row_ids.shape[1], input_ids.shape[1])  # a row without an answer has no generation prompt
+    return torch.equal(row_ids[:, :length], input_ids[:, :length])
 
 
 @torch.no_grad()
