@@ -1,6 +1,6 @@
 """Drafting with an MSD head: a tree grown on the target's features (arXiv 2505.14260, EAGLE-2 arXiv 2406.16858)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import DynamicCache
@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers_msd.cache import keep_rows, make_room
 from transformers_msd.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.modeling_msd import MSDDraftModel, pool_visual_rows
 from transformers_msd.target import Committed, Target
 from transformers_msd.tree import TokenTree, grow_tree, take_rows, tree_attention_mask
 
@@ -26,9 +26,9 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     """
     Grows trees with an [`MSDDraftModel`].
 
-    The draft's cache holds one row for each row of the target's cache. A round first adds the rows committed since
-    the round before, whose last prediction gives the children of the root, then the rows of the tree, which it drops
-    again.
+    The draft's cache holds one row for each row of the target's cache, fewer where it pools visual ones. A round first
+    adds the rows committed since the round before, whose last prediction gives the children of the root, then the rows
+    of the tree, which it drops again.
 
     Args:
         draft ([`MSDDraftModel`]):
@@ -57,8 +57,12 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def draft(self, committed: Committed) -> TokenTree:
         sizing = self.sizing_for(committed)
+        # Visual rows stand in the prompt alone, which comes with the first rows of a call.
+        is_prompt = self._lengths is None or self._pending is not None
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
+        if is_prompt:
+            committed = self._pool(committed)
         last_rows = committed.last_rows[:, None]
         hidden = take_rows(self._extend(committed), last_rows)  # (batch, 1, hidden)
         position_ids = committed.position_ids.gather(1, last_rows)
@@ -94,14 +98,31 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     def _start(self, committed: Committed) -> None:
         self._lengths = torch.zeros_like(committed.lengths)
         self._host_lengths = [0] * len(committed.lengths)
+        # Rows of the target that the draft has none for.
         self._starts = committed.position_ids[:, 0]
+
+    def _pool(self, committed: Committed) -> Committed:
+        """Pool the visual rows of a prompt as in training."""
+        if self._lengths is None:
+            self._start(committed)
+        if self._draft.config.visual_pool_size == 1:
+            return committed
+        rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
+        inputs_embeds, features, kept = pool_visual_rows(
+            self._draft.config,
+            committed.inputs_embeds,
+            committed.features,
+            committed.visual_mask,
+            rows < committed.lengths[:, None],
+        )
+        pooled = replace(committed, inputs_embeds=inputs_embeds, features=features).pack(kept)
+        self._starts = self._starts + committed.lengths - pooled.lengths
+        return pooled
 
     def _extend(self, committed: Committed) -> torch.Tensor:
         """Add committed rows to the draft's cache; fillers behind the last row of a sequence are overwritten later."""
         num_columns = self._cache.get_seq_length()
         batch_size, num_rows = committed.token_ids.shape
-        if self._lengths is None:
-            self._start(committed)
         attention_mask = None
         if batch_size > 1 and num_columns > 0:
             rows = torch.arange(num_rows, device=committed.token_ids.device)
