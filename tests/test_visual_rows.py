@@ -19,7 +19,6 @@ from training.tiny_world.target import build_model, build_processor, encode_prom
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts, training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel
-from transformers_msd.drafters.msd import MSDCandidateGenerator
 from transformers_msd.modeling_msd import pool_visual_rows
 
 
@@ -107,52 +106,40 @@ def world():
     return build_model(processor, num_layers=1), processor
 
 
-@pytest.fixture
-def drafted(monkeypatch) -> list[list[torch.Tensor]]:
-    """What drafts predict on committed rows: for each round a tensor per sequence, fillers left out."""
-    seen, extend = [], MSDCandidateGenerator._extend
-
-    def spied(self, committed):
-        hidden = extend(self, committed)
-        seen.append([states[:length] for states, length in zip(hidden, committed.host_lengths, strict=True)])
-        return hidden
-
-    monkeypatch.setattr(MSDCandidateGenerator, "_extend", spied)
-    return seen
-
-
 @pytest.mark.parametrize(("visual_pool_size", "decoupled"), [(0, True), (1, True), (4, True), (4, False)])
 @torch.no_grad()
-def test_training_sees_the_rows_that_decoding_sees(world, drafted, tmp_path, visual_pool_size, decoupled):
+def test_training_sees_the_rows_that_decoding_sees(world, tmp_path, visual_pool_size, decoupled):
     target, processor = world
     config = MSDConfig.from_target(
         target.config,
         intermediate_size=32,
         visual_pool_size=visual_pool_size,
         decoupled=decoupled,
-        tree_config={"num_nodes": 4, "depth": 2, "top_k": 2, "gate": False},
+        # Of one level: the draft runs on committed rows alone.
+        tree_config={"num_nodes": 4, "depth": 1, "top_k": 3, "gate": False},
     )
     draft = MSDDraftModel(config)
     trainer = make_trainer(target, training_dataset(4), processor, tmp_path, draft=draft, stage="multimodal")
     draft.eval()
-    inputs = encode_prompts(processor, evaluation_prompts(1))  # no, one and two pictures
-    sequences = target.generate(**inputs, assistant_model=draft, min_new_tokens=8, max_new_tokens=8)
-    assert len(drafted) > 3
-
-    whole = []
-    handle = draft.register_forward_hook(lambda module, args, output: whole.append(output.last_hidden_state))
+    predicted = []
+    draft.register_forward_hook(lambda module, args, output: predicted.append(output.last_hidden_state))
+    inputs, spy = encode_prompts(processor, evaluation_prompts(1)), Spy(draft)  # no, one and two pictures
+    spy.tree_config = draft.tree_config
+    sequences = target.generate(**inputs, assistant_model=spy, min_new_tokens=8, max_new_tokens=8)
     mask = pad(inputs["attention_mask"], (0, 8), value=1)
     conversation = {**inputs, "input_ids": sequences, "attention_mask": mask, "labels": sequences}
     trainer.loss_sum(draft, conversation, list(range(len(sequences))))
-    handle.remove()
-    visual = (inputs["input_ids"] == target.config.image_token_id).sum(-1)
-    num_text = inputs["attention_mask"].sum(-1) - visual
+    *rounds, whole = predicted
+    assert len(rounds) == len(spy.committed) > 3
+
+    num_visual = (inputs["input_ids"] == target.config.image_token_id).sum(-1)
+    num_pooled = num_visual // visual_pool_size if visual_pool_size else 0 * num_visual  # a picture has 36 rows
+    lengths = [spy.committed[0].lengths - num_visual + num_pooled]
+    lengths += [committed.lengths for committed in spy.committed[1:]]
     for row in range(len(sequences)):
-        ours = torch.cat([states[row] for states in drafted])
-        # A picture has 36 rows.
-        assert len(drafted[0][row]) == num_text[row] + (visual[row] // visual_pool_size if visual_pool_size else 0)
+        ours = torch.cat([states[row, : length[row]] for states, length in zip(rounds, lengths, strict=True)])
         first = int((inputs["attention_mask"][row] == 0).sum()) if visual_pool_size == 1 else 0
-        torch.testing.assert_close(whole[0][row, first : first + len(ours)], ours, atol=1e-5, rtol=0)
+        torch.testing.assert_close(whole[row, first : first + len(ours)], ours, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("visual_pool_size", [0, 4])
