@@ -148,9 +148,13 @@ def test_unrolled_rows_see_the_target_up_to_their_root_and_then_their_chain():
     ]
 
 
+@pytest.mark.parametrize("visual_pool_size", [0, 1, 4])
 @torch.no_grad()
-def test_unrolled_training_equals_drafting_a_chain_with_a_cache(target, dataset, processor, tmp_path):
+def test_unrolled_training_equals_drafting_a_chain_with_a_cache(
+    target, dataset, processor, tmp_path, visual_pool_size
+):
     trainer = make_trainer(target, dataset, processor, tmp_path, stage="multimodal", num_unroll_steps=3)
+    trainer.model.config.visual_pool_size = visual_pool_size
     seen = []
     trainer.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
     trainer.model.eval()
@@ -159,17 +163,29 @@ def test_unrolled_training_equals_drafting_a_chain_with_a_cache(target, dataset,
     unrolled = list(seen)
 
     inputs.pop("row_id")
-    rows = target_rows(target, inputs, trainer.model.config.visual_token_ids)
+    rows = target_rows(target, inputs, trainer.model.config.visual_token_ids).pool(trainer.model.config)
     sample, root = 1, int(rows.supervised[1].nonzero()[0])
     part = (slice(sample, sample + 1), slice(0, root + 1))
-    outputs = trainer.model(rows.inputs_embeds[part], rows.features[part], rows.visual_mask[part], use_cache=True)
+    positions = rows.position_ids[sample : sample + 1]
+    outputs = trainer.model(
+        rows.inputs_embeds[part],
+        rows.features[part],
+        rows.visual_mask[part],
+        position_ids=positions[:, : root + 1],
+        use_cache=True,
+    )
     for step in range(3):
         torch.testing.assert_close(
             outputs.last_hidden_state[0, -1], unrolled[step][sample, root + step], atol=1e-4, rtol=0
         )
         next_embeds = rows.inputs_embeds[sample : sample + 1, root + step + 1 : root + step + 2]
         cache = outputs.past_key_values
-        outputs = trainer.model(next_embeds, outputs.last_hidden_state[:, -1:], past_key_values=cache)
+        outputs = trainer.model(
+            next_embeds,
+            outputs.last_hidden_state[:, -1:],
+            position_ids=positions[:, root + step + 1 : root + step + 2],
+            past_key_values=cache,
+        )
 
 
 @pytest.mark.parametrize("num_unroll_steps", [1, 3])

@@ -31,6 +31,9 @@ class MSDConfig(PreTrainedConfig):
         draft_vocab_size (`int`, *optional*):
             Tokens that are drafted, the most frequent of the target's, by a head of the draft's own (FR-Spec, arXiv
             2502.14856). The target's whole vocabulary and head when it is `None`.
+        visual_pool_size (`int`, *optional*, defaults to 1):
+            Successive visual rows of a prompt that the draft reads as one, their average. 1 keeps every row, 0 leaves
+            all of them out.
     """
 
     model_type = "msd_draft"
@@ -43,6 +46,7 @@ class MSDConfig(PreTrainedConfig):
     input_layernorm: bool = False
     tree_config: dict[str, int | float | bool] | None = None
     draft_vocab_size: int | None = None
+    visual_pool_size: int = 1
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -53,6 +57,11 @@ class MSDConfig(PreTrainedConfig):
             raise ValueError(
                 f"`draft_vocab_size` must be between 1 and the target's {vocab_size} tokens, got "
                 f"{self.draft_vocab_size}. Leave it out to draft all of them."
+            )
+        if self.visual_pool_size < 0:
+            raise ValueError(
+                f"`visual_pool_size` must not be negative, got {self.visual_pool_size}. Use 1 to keep all visual "
+                "rows, 0 to drop them."
             )
 
     @classmethod
@@ -65,7 +74,8 @@ class MSDConfig(PreTrainedConfig):
                 Config of the target, multimodal or text-only.
             overrides (`dict[str, Any]`, *optional*):
                 Fields of this config (`decoupled`, `draft_vocab_size`, `fc_bias`, `input_layernorm`, `tree_config`,
-                `visual_token_ids`) or of its text config (`num_hidden_layers`, `intermediate_size`, ...).
+                `visual_pool_size`, `visual_token_ids`) or of its text config (`num_hidden_layers`,
+                `intermediate_size`, ...).
         """
         text_config = target_config.get_text_config()
         fields = {
@@ -79,7 +89,7 @@ class MSDConfig(PreTrainedConfig):
             "visual_token_ids": visual_token_ids(target_config),
             "input_layernorm": text_config.model_type != "llama",
         }
-        own_names = (*own, "decoupled", "draft_vocab_size", "fc_bias", "tree_config")
+        own_names = (*own, "decoupled", "draft_vocab_size", "fc_bias", "tree_config", "visual_pool_size")
         unknown = sorted(set(overrides) - set(own_names) - set(fields))
         if unknown:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -32,6 +33,60 @@ def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> t
             Ids of the placeholders, as in `MSDConfig.visual_token_ids`.
     """
     return torch.isin(input_ids, torch.tensor(visual_token_ids, dtype=input_ids.dtype, device=input_ids.device))
+
+
+def pool_visual_rows(
+    config: MSDConfig,
+    inputs_embeds: torch.Tensor,
+    features: torch.Tensor,
+    visual_mask: torch.Tensor,
+    real: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Average visual rows of a prompt, or leave them out, as `config.visual_pool_size` has it.
+
+    Every run of visual rows is divided from its start on into groups of that size, the last of which may be smaller.
+    The last row of a group becomes the average and is kept with its position, the others are not. So is the last row
+    of a sequence, visual or not, from which the draft goes on, as it is.
+
+    Args:
+        config ([`MSDConfig`]):
+            Config of the draft.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Input embeddings of tokens `r + 1`.
+        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Features at tokens `r`. They are averaged only where the draft reads those of visual rows.
+        visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Whether tokens `r + 1` are visual.
+        real (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Which rows are real, without a gap in a sequence; the others are padding.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Embeddings, features, and which rows are kept, of shape
+        `(batch_size, num_rows)`.
+    """
+    rows = torch.arange(real.shape[1], device=real.device)
+    is_last = real & ~pad(real[:, 1:], (0, 1))
+    visual = visual_mask & real & ~is_last
+    if config.visual_pool_size == 0:
+        return inputs_embeds, features, real & ~visual
+    starts = torch.where(visual & ~pad(visual[:, :-1], (1, 0)), rows, 0).cummax(-1).values
+    places = (rows - starts) % config.visual_pool_size
+    ends = visual & ((places == config.visual_pool_size - 1) | ~pad(visual[:, 1:], (0, 1)))
+    sizes = torch.where(ends, places + 1, 1)
+    inputs_embeds = _average(inputs_embeds, sizes)
+    if not config.decoupled:
+        features = _average(features, sizes)
+    return inputs_embeds, features, real & (~visual | ends)
+
+
+def _average(states: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Average each row of `states` `(batch_size, n, m)` with the rows before it, `sizes` `(batch_size, n)` in all."""
+    total = states.float()
+    # Not a matrix of weights: rows that stand alone must stay as they are, and padding may hold anything.
+    for place in range(1, int(sizes.max())):
+        total = torch.where((sizes > place)[..., None], total + states.roll(place, dims=1), total)
+    return (total / sizes[..., None]).to(states.dtype)
 
 
 class MSDDraftModel(PreTrainedModel):
@@ -246,4 +301,4 @@ class MSDDraftModel(PreTrainedModel):
             )
 
 
-__all__ = ["MSDDraftModel", "visual_token_mask"]
+__all__ = ["MSDDraftModel", "pool_visual_rows", "visual_token_mask"]

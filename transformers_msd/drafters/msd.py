@@ -13,7 +13,7 @@ from transformers_msd.calibration import load_sizing
 from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.fixed_cache import fixed_attention_mask
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.modeling_msd import MSDDraftModel, pool_visual_rows
 from transformers_msd.sampling import coupled_log_probs
 from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree, TreeConfig, grow_tree, take_rows
@@ -32,9 +32,9 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     """
     Grows trees with an [`MSDDraftModel`].
 
-    The draft's cache holds one row for each row of the target's cache. A round first adds the rows committed since
-    the round before, whose last prediction gives the children of the root, then the rows of the tree, which it drops
-    again.
+    The draft's cache holds one row for each row of the target's cache, fewer where it pools visual ones. A round first
+    adds the rows committed since the round before, whose last prediction gives the children of the root, then the rows
+    of the tree, which it drops again.
 
     Args:
         draft ([`MSDDraftModel`]):
@@ -65,8 +65,12 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def draft(self, committed: Committed) -> TokenTree:
         sizing = self.sizing_for(committed)
+        # Visual rows stand in the prompt alone, which comes with the first rows of a call.
+        is_prompt = self._room is None or self._pending is not None
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
+        if is_prompt:
+            committed = self._pool(committed)
         if self._captures is not None:
             return self._draft_captured(committed)
         last_rows = committed.last_rows[:, None]
@@ -151,7 +155,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._room is None:
             lengths, self._starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
         else:
-            lengths = self._room.lengths
+            lengths = self._room.lengths.to(committed.lengths.device)
             self._room.leave()
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
         lengths = torch.minimum(lengths, target.num_real_rows - self._starts - committed.lengths)
@@ -162,6 +166,25 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._captures is None:
             return Room(self._cache, lengths, host_lengths)
         return self._captures.open_room(self._draft, self._cache, lengths, host_lengths)
+
+    def _pool(self, committed: Committed) -> Committed:
+        """Pool the visual rows of a prompt as in training."""
+        if self._room is None:
+            # Rows of the target that the draft has none for.
+            self._starts = committed.position_ids[:, 0]
+        if self._draft.config.visual_pool_size == 1:
+            return committed
+        rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
+        inputs_embeds, features, kept = pool_visual_rows(
+            self._draft.config,
+            committed.inputs_embeds,
+            committed.features,
+            committed.visual_mask,
+            rows < committed.lengths[:, None],
+        )
+        pooled = replace(committed, inputs_embeds=inputs_embeds, features=features).pack(kept)
+        self._starts = self._starts + committed.lengths - pooled.lengths
+        return pooled
 
     def _extend(self, committed: Committed) -> torch.Tensor:
         """Add committed rows to the draft's cache; fillers behind the last row of a sequence are overwritten later."""
@@ -178,7 +201,6 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             position_ids=committed.position_ids,
         )
         if self._room is None:
-            self._starts = committed.position_ids[:, 0]
             self._room = self._open_room(committed.lengths, committed.host_lengths)
         else:
             self._room.extend(committed.lengths.to(self._device), committed.host_lengths)

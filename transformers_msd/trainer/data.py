@@ -1,7 +1,7 @@
 """Draft rows as training sees them: tokens paired with features, and what each unrolled step may look at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from transformers_msd.modeling_msd import visual_token_mask
+from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.modeling_msd import pool_visual_rows, visual_token_mask
 from transformers_msd.target import TOKEN_TYPES
 
 
@@ -93,6 +94,24 @@ class DraftRows:
     row_mask: torch.Tensor
     supervised: torch.Tensor
     position_ids: torch.Tensor
+
+    def pool(self, config: MSDConfig) -> "DraftRows":
+        """Pool visual rows as decoding does, and pack those that are kept to the left."""
+        if config.visual_pool_size == 1:
+            return self
+        inputs_embeds, features, kept = pool_visual_rows(
+            config, self.inputs_embeds, self.features, self.visual_mask, self.row_mask
+        )
+        pooled = replace(
+            self,
+            inputs_embeds=inputs_embeds,
+            features=features,
+            row_mask=kept,
+            supervised=self.supervised & kept,
+        )
+        order = (~kept).int().sort(dim=1, stable=True).indices[:, : int(kept.sum(-1).max())]
+        sequences = torch.arange(len(order), device=order.device)[:, None]
+        return DraftRows(**{field.name: getattr(pooled, field.name)[sequences, order] for field in fields(self)})
 
 
 def pair_rows(

@@ -1,5 +1,6 @@
 """Trains a draft on the features of a frozen target, computed in the same step."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,10 +71,12 @@ class MSDTrainer(DraftTrainer):
         self, model: MSDDraftModel, inputs: dict[str, torch.Tensor], row_ids: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = target_rows(self.target, inputs, self.model.config.visual_token_ids, self.model.dtype)
-        features, supervised = rows.features, rows.supervised
         if self.model.training and self.args.feature_noise:
             seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids]
-            features = features + feature_noise(features, rows.row_mask, seeds, self.args.feature_noise)
+            noise = feature_noise(rows.features, rows.row_mask, seeds, self.args.feature_noise)
+            rows = replace(rows, features=rows.features + noise)
+        rows = rows.pool(self.model.config)
+        features, supervised = rows.features, rows.supervised
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
         loss = 0.0
         for step in range(self.args.num_unroll_steps):
