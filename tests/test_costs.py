@@ -10,10 +10,19 @@ import torch
 from transformers import PreTrainedModel
 from zoo import make_draft_model, make_inputs, make_target
 
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import (
+    Committed,
+    EnsembleDrafter,
+    MSDConfig,
+    MSDDraftModel,
+    TokenTree,
+    TreeCandidateGenerator,
+    TreeConfig,
+    VLMDrafter,
+)
 from transformers_msd.calibration import costs_path, load_sizing, save_costs
 from transformers_msd.cli import main
-from transformers_msd.costs import Costs, Sizing, round_cost
+from transformers_msd.costs import Costs, Sizing, batch_growth, round_cost
 from transformers_msd.target import Target
 from transformers_msd.tuning import measure_costs
 
@@ -47,15 +56,40 @@ def test_rounds_of_batches_are_linear_between_and_beyond_what_was_measured():
     assert round_cost(measured[:1], 8, 10, 2) == pytest.approx(3)
 
 
-def test_gate_closes_for_a_batch_that_does_not_pay():
+class Untuned(TreeCandidateGenerator):
+    def draft(self, committed: Committed) -> TokenTree:
+        raise NotImplementedError
+
+
+def test_assumed_costs_of_a_batch_by_hand():
+    # 20 tokens beside the weights: with one prompt a tree of 22 nodes takes 42 / 21 steps, with 20 of them 460 / 40.
+    assert batch_growth(1, 22, "cpu") == 1
+    assert batch_growth(20, 22, "cpu") == pytest.approx(11.5 / 2)
+    # Without tokens to spare it takes as many steps as it has nodes.
+    assert batch_growth(10**9, 22, "cuda") == pytest.approx(22 * 257 / 278)
+    tokens = torch.zeros(20, 22, dtype=torch.long)
+    assert Untuned().round_cost(TokenTree(tokens, tokens, tokens, 4)) == pytest.approx(1.6 - 1 + 11.5 / 2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "measured"),
+    [
+        # Measured, a round costs 3.0 steps at batch size 4, 7.4 at 16; assumed, 3.5 and 7.0.
+        (TreeConfig(num_nodes=5, depth=4, top_k=1), [costs(0.1), costs(0.1, node=1.2, batch_size=16)]),
+        (TreeConfig(num_nodes=32, depth=4, top_k=8), None),
+    ],
+    ids=["measured", "assumed"],
+)
+def test_gate_closes_for_a_batch_that_does_not_pay(tree, measured):
     target = make_target("llama")
-    drafter = VLMDrafter(copy.deepcopy(target), tree_config=TreeConfig(num_nodes=5, depth=4, top_k=1))
-    # A round emits 5 tokens, and costs 4.5 steps at batch size 8, 7.4 at 16.
-    save_costs([costs(0.1), costs(0.1, node=1.2, batch_size=16)], [*drafter.models], target)
-    for batch_size, rests in ((1, False), (4, False), (8, False), (16, True)):
+    drafter = VLMDrafter(copy.deepcopy(target), tree_config=tree)
+    if measured:
+        save_costs(measured, [*drafter.models], target)
+    for batch_size, rests in ((1, False), (4, False), (16, True)):
         inputs = make_inputs("llama", (0,) * batch_size, lengths=(7,) * batch_size)
         output = generate(target, inputs, assistant_model=drafter)
         assert torch.equal(output.sequences, generate(target, inputs).sequences)
+        # Every round emits 5 tokens.
         assert (output.speculative_stats.num_plain_steps > 0) == rests
 
 

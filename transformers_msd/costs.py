@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+# Tokens whose arithmetic takes as long as reading the weights does: assumed, where it was not measured.
+TOKENS_BESIDE_WEIGHTS = {"cpu": 20, "cuda": 256}
+
+
 @dataclass(frozen=True)
 class Costs:
     """
@@ -54,6 +58,16 @@ def round_cost(measured: Sequence[Costs], batch_size: int, num_nodes: int, depth
     sizes = [costs.batch_size for costs in measured]
     seconds = _linear(batch_size, sizes, [costs.round(num_nodes, depth) for costs in measured])
     return seconds / _linear(batch_size, sizes, [costs.step for costs in measured])
+
+
+def batch_growth(batch_size: int, num_nodes: int, device_type: str) -> float:
+    """
+    Tell how many times as many plain steps a tree costs a forward with a batch as it does with one prompt, if the
+    time of a forward grows with its tokens and is twice that of one token at `TOKENS_BESIDE_WEIGHTS`.
+    """
+    beside = TOKENS_BESIDE_WEIGHTS.get(device_type, TOKENS_BESIDE_WEIGHTS["cuda"])
+    with_one, with_batch = ((beside + size * num_nodes) / (beside + size) for size in (1, batch_size))
+    return with_batch / with_one
 
 
 def _linear(x: int, xs: list[int], ys: list[float]) -> float:

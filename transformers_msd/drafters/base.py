@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from transformers_msd.committed import Committed
-from transformers_msd.costs import Sizing, round_cost
+from transformers_msd.costs import Sizing, batch_growth, round_cost
 from transformers_msd.runtime import Captures
 from transformers_msd.sampling import Sampler
 from transformers_msd.target import Target
@@ -43,7 +43,7 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
 
     # Chooses the size of trees, where the costs of this pair were measured on this machine.
     sizing: Sizing | None = None
-    # What a round is taken to cost where it was not measured, in plain steps.
+    # What a round with one prompt is taken to cost where it was not measured, in plain steps.
     assumed_round_cost = 1.6
 
     @abstractmethod
@@ -74,9 +74,11 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
 
     def round_cost(self, tree: TokenTree) -> float:
         """What a round with a tree costs, in plain steps: as measured, or as assumed."""
+        batch_size, num_nodes = tree.token_ids.shape
         if self.sizing is None:
-            return self.assumed_round_cost
-        return round_cost(self.sizing.measured, len(tree.token_ids), tree.num_nodes, tree.depth)
+            # A step of the target is part of it, and grows with the batch.
+            return self.assumed_round_cost - 1 + batch_growth(batch_size, num_nodes, tree.token_ids.device.type)
+        return round_cost(self.sizing.measured, batch_size, num_nodes, tree.depth)
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""
