@@ -1,6 +1,7 @@
 """What `transformers-msd bench` reports, on models that are too small for its times to mean anything."""
 
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.generation import CompileConfig
 from zoo import make_target
 
 from training.tiny_world.target import build_model, build_processor
 from transformers_msd import MSDConfig, MSDDraftModel
-from transformers_msd.bench.models import named_config
+from transformers_msd.bench.models import named_config, num_bytes_per_step
 from transformers_msd.bench.report import to_markdown
+from transformers_msd.bench.run import run_benchmark
+from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.cli import main
 
 
@@ -174,11 +178,60 @@ def test_random_weights_without_simulation_draft_in_every_round(tmp_path):
     assert "random weights" in report["target"]
 
 
+def test_compiled_methods_stand_beside_eager_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_msd.bench.methods.CompileConfig", partial(CompileConfig, backend="eager"))
+    make_target("llama").config.save_pretrained(tmp_path)
+    arguments = BenchArguments(
+        random_weights=str(tmp_path / "config.json"),
+        trees=["4,2,2"],
+        simulate_acceptance=[0.6],
+        runtimes=["eager", "drafting", "all"],
+        baselines=["static"],
+        compile_on_cpu=True,
+        max_new_tokens=30,
+        num_prompts=2,
+        repeats=1,
+        temperatures=[0.0],
+        prompt_length=8,
+        memory_bandwidth=10,
+    )
+    report = run_benchmark(arguments, "command")
+    plain, compiled_plain, eager, drafting, everything = methods = report["cells"][0]["methods"]
+    assert [method["name"].removeprefix("random MSD draft 4/2/2") for method in methods] == [
+        *("plain generate", "plain, static cache, compiled"),
+        *(", simulated 0.6", ", drafting compiled, simulated 0.6", ", all compiled, simulated 0.6"),
+    ]
+    # Drafting is one function.
+    assert [method["num_captures"] for method in methods[:-1]] == [None, None, None, 1]
+    assert everything["num_captures"] > 1
+    assert eager["acceptance_length"] > 1.3
+    for method in (eager, drafting, everything):
+        assert method["num_equal"] == 2
+        assert method["acceptance_by_depth"] == eager["acceptance_by_depth"]
+        assert min(method["split_seconds"][phase] for phase in ("draft", "verify", "commit")) > 0
+    assert report["floor_seconds"] == report["num_bytes_per_step"] / 1e10
+    text = to_markdown(report)
+    for method in methods:
+        seconds = method["round_seconds"]
+        assert method["compiled_round_cost"] == pytest.approx(seconds / compiled_plain["round_seconds"])
+        assert method["num_floors"] == pytest.approx(seconds / report["floor_seconds"])
+        ratios = " | ".join(
+            f"{value:.2f}"
+            for value in (seconds * 1e3, seconds / plain["round_seconds"], method["compiled_round_cost"])
+        )
+        assert f"| {method['name']} | {ratios} | " in text
+    assert "at 10 GB/s, the floor is" in text
+
+
 @pytest.mark.parametrize(("name", "billions"), [("llava-1.5-7b", 7.063), ("llava-1.5-13b", 13.351)])
 def test_built_in_shapes_have_the_published_number_of_parameters(name, billions):
     with torch.device("meta"):
         target = AutoModelForImageTextToText.from_config(named_config(name))
     assert target.num_parameters() / 1e9 == pytest.approx(billions, abs=1e-3)
+    text = target.config.text_config
+    layer = 4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size + 2 * text.hidden_size
+    head = text.vocab_size * text.hidden_size + text.hidden_size
+    assert num_bytes_per_step(target.bfloat16()) == 2 * (text.num_hidden_layers * layer + head)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +248,8 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name, billions)
         ("--target_model a --trees 1,6,4", "`TreeConfig.num_nodes` must be an integer of at least 2"),
         ("--target_model a --views multimodal,radio", "`views` must be some of"),
         ("--target_model a --baselines vllm", "`baselines` must be some of"),
+        ("--target_model a --runtimes compiled", "`runtimes` must be some of eager, drafting, all"),
+        ("--target_model a --memory_bandwidth 0", "`memory_bandwidth` must be above 0"),
         ("--target_model a --batch_sizes 0", "`batch_sizes` must be at least 1"),
         ("--target_model a --temperatures -1", "`temperatures` must not be negative"),
         ("--target_model a --repeats 0", "`repeats` must be at least 1"),

@@ -6,16 +6,17 @@ from statistics import median
 
 import pytest
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation import CompileConfig
 from zoo import make_draft_model, make_inputs, make_target
 
 from training.tiny_world.world import evaluation_prompts
 from training.tiny_world.write_dataset import held_out_dataset
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
-from transformers_msd.bench.assistants import PhaseTimer
+from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd.bench.assistants import PhaseTimer, Simulated
 from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, Runs, row_ends, run_method, run_methods
-from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
+from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods, with_tree
 from transformers_msd.bench.run import count_divergences
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
@@ -47,12 +48,23 @@ def test_rounds_of_stock_assistance_are_counted_by_what_comes_at_once():
     assert sum(run.lengths[0]) == run.num_decoded < 29
 
 
-def test_phases_are_timed_once_a_round_and_change_no_token():
+def make_msd(target: PreTrainedModel, tree: TreeConfig) -> MSDDraftModel:
+    torch.manual_seed(1)
+    return with_tree(MSDDraftModel(MSDConfig.from_target(target.config)).eval(), tree)
+
+
+COMPILED = {"compile_config": CompileConfig(backend="eager", mode="default")}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_phases_are_timed_once_a_round_and_change_no_token(is_compiled):
     target, inputs = make_target("llava"), make_inputs("llava", (1, 0))
     settings = {"max_new_tokens": 20, "do_sample": True}
-    drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(6, 3, 2))
+    drafter, call = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(6, 3, 2)), {}
+    if is_compiled:
+        drafter, call = StaticRuntime(make_msd(target, TreeConfig(4, 2, 2, gate=False))), COMPILED
     timer = PhaseTimer(drafter)
-    method = Method("vlm", {"assistant_model": drafter}, drafts_trees=True)
+    method = Method("timed", {"assistant_model": drafter} | call, drafts_trees=True)
     plain = run_method(target, inputs, PLAIN, settings, seed=0)
     run = run_method(target, inputs, method, settings, seed=0, timer=timer)
     assert torch.equal(run.tokens, plain.tokens)
@@ -61,6 +73,48 @@ def test_phases_are_timed_once_a_round_and_change_no_token():
     assert phases == {"draft": run.num_rounds, "verify": run.num_rounds, "commit": run.num_rounds + 1}
     assert set(run.phase_seconds) == {"draft", "verify", "commit"}
     assert timer.seconds_since(timer.notes[-1][1]) == {"draft": 0, "verify": 0, "commit": timer.notes[-1][2]}
+    if is_compiled:
+        # What is timed is what else would run.
+        assert method.num_captures == 1
+        assert isinstance(method.runtime.assistant, MSDDraftModel)
+
+
+def test_runs_that_compile_are_not_timed():
+    target, batches = make_target("llama"), [make_inputs("llama", (0,))]
+    runtime = StaticRuntime(make_msd(target, TreeConfig(4, 2, 2, gate=False)))
+    method = Method("own", {"assistant_model": runtime} | COMPILED, drafts_trees=True)
+    num_runs = 0
+
+    def on_run() -> None:
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs == 4:  # of plain and of ours, to warm up and timed, the phases apart: the first timed pass
+            method.free()
+
+    results, _ = run_methods(target, batches, [PLAIN, method], {"max_new_tokens": 8, "do_sample": False}, 1, 0, on_run)
+    plain, own = results
+    assert num_runs == 6
+    assert (len(plain.warm_up), len(own.warm_up)) == (1, 4)
+    assert [len(runs) for runs in (plain.passes, own.passes, own.split)] == [1, 1, 1]
+    figures = summarize(own, plain, plain, 0.5)
+    assert figures["warm_up_seconds"] == sum(run.seconds for run in own.warm_up)
+    assert figures["num_captures"] == 1
+
+
+@pytest.mark.parametrize("tree", [TreeConfig(4, 6, 1), TreeConfig(8, 4, 2, min_probability=0.5)])
+def test_simulated_trees_of_few_nodes_are_as_deep_as_they_can_be(tree):
+    target, inputs = make_target("llama"), make_inputs("llama", (0,))
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    plain = run_method(target, inputs, PLAIN, settings, seed=0)
+    for is_fixed in (False, True):
+        simulated = Simulated(make_msd(target, tree), 1.0)
+        simulated.continuation = plain.tokens
+        call = {"assistant_model": StaticRuntime(simulated) if is_fixed else simulated, "disable_compile": True}
+        method = Method("simulated", call, drafts_trees=True)
+        assert method.simulated is simulated
+        run = run_method(target, inputs, method, settings, seed=0)
+        assert torch.equal(run.tokens, plain.tokens)
+        assert max(run.lengths[0]) == min(tree.num_nodes, tree.depth + 1)
 
 
 def test_planted_divergence_is_found_with_its_gap():
@@ -110,6 +164,7 @@ def test_figures_of_a_method_by_hand():
             num_rounds=len(lengths),
             lengths=[lengths],
             peak_memory=num_tokens,
+            kept_memory=100,
             phase_seconds={"draft": 0.2, "verify": verify, "commit": 0.0},
         )
 
@@ -119,18 +174,25 @@ def test_figures_of_a_method_by_hand():
     )
     own = [run(9, 5, 2, [4, 4]), run(5, 3, 1, [3, 1])]
     method = Method("own", drafts_trees=True)
-    figures = summarize(Runs(method, [own, own], [[run(9, 6, 3, [4, 4], 1.0), run(5, 4, 1, [3, 1], 0.4)]]), plain)
+    split = [[run(9, 6, 3, [4, 4], 1.0), run(5, 4, 1, [3, 1], 0.4)]]
+    compiled = Runs(PLAIN, [[run(9, 5, 3.5, [1] * 8)]])
+    figures = summarize(
+        Runs(method, [own, own], split, [run(9, 30, 2, [4, 4]), run(9, 5, 2, [4, 4])]), plain, compiled, 0.1
+    )
     assert figures["acceptance_length"] == 3
     assert figures["acceptance_by_depth"] == [0.75, 0.75, 0.5]
     assert figures["round_seconds"] == 1.5
     assert figures["round_cost"] == 1.5 / 1.5  # plain's median is between 1 and 2 seconds
+    assert figures["compiled_round_cost"] == 3.0
+    assert figures["num_floors"] == pytest.approx(15)
+    assert (figures["warm_up_seconds"], figures["num_captures"]) == (35, None)
     assert figures["decode"]["passes"] == [2.0, 2.0]  # 12 tokens in 6 seconds
     assert figures["decode"]["speedup"] == pytest.approx(2 / median([1, 0.5]))
     assert figures["decode"]["speedup_range"] == [2, 4]
     assert figures["end_to_end"]["passes"] == [14 / 8, 14 / 8]
     assert figures["first_token_seconds"] == 1
     assert figures["split_seconds"] == pytest.approx({"draft": 0.2, "verify": 0.7, "commit": 0.0, "rest": 1.1})
-    assert figures["peak_memory"] == 9
+    assert figures["peak_memory"] == 209  # 100 bytes were kept by each call to warm up
 
 
 def test_tokens_are_counted_to_the_end_of_each_row():

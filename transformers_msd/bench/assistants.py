@@ -1,7 +1,8 @@
 """Assistants that draft with another: one times its phases, one simulates how often it is right."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.runtime import StaticRuntime
 from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree
 
@@ -30,14 +32,27 @@ class PhaseTimer:
 
     Args:
         assistant ([`TreeAssistant`]):
-            What drafts.
+            What drafts, or a [`StaticRuntime`] around it.
     """
 
     def __init__(self, assistant: Any) -> None:
-        self.assistant = assistant
+        self._runtime = assistant if isinstance(assistant, StaticRuntime) else None
+        self.assistant = assistant if self._runtime is None else self._runtime.assistant
         self.tree_config = assistant.tree_config
         # Of the last call: phase, start, seconds.
         self.notes: list[tuple[str, float, float]] = []
+
+    @contextmanager
+    def timed(self, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Give the arguments of a call that is timed. A runtime stays what it is, and keeps what it has compiled."""
+        if self._runtime is None:
+            yield call | {"assistant_model": self}
+            return
+        self._runtime.assistant = self
+        try:
+            yield call
+        finally:
+            self._runtime.assistant = self.assistant
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         self.notes = []
@@ -111,20 +126,21 @@ class SimulatedCandidateGenerator(TreeCandidateGenerator):
 
     def draft(self, committed: Committed) -> TokenTree:
         tree = self.candidates.draft(committed)
+        depth = min(tree.depth, tree.num_nodes - 1)
         # The first rows are the prompt's, behind which one token was emitted.
         self.num_emitted = (
             torch.ones_like(committed.lengths) if self.num_emitted is None else self.num_emitted + committed.lengths
         )
-        places = self.num_emitted[:, None] + torch.arange(tree.depth, device=committed.lengths.device)
+        places = self.num_emitted[:, None] + torch.arange(depth, device=committed.lengths.device)
         last = self.continuation.shape[1] - 1
         truth = self.continuation.gather(1, places.clamp(max=last))
-        is_right = self.is_right[self.num_rounds % len(self.is_right), :, : tree.depth] & (places <= last)
+        is_right = self.is_right[self.num_rounds % len(self.is_right), :, :depth] & (places <= last)
         chain = torch.where(is_right, truth, (truth + 1) % self.vocab_size)
         self.num_rounds += 1
         nodes = torch.arange(tree.num_nodes, device=places.device).expand_as(tree.token_ids)
         return TokenTree(
-            token_ids=torch.cat([tree.token_ids[:, :1], chain, tree.token_ids[:, tree.depth + 1 :]], dim=1),
-            parents=torch.where(nodes <= tree.depth, nodes - 1, -1),
+            token_ids=torch.cat([tree.token_ids[:, :1], chain, tree.token_ids[:, depth + 1 :]], dim=1),
+            parents=torch.where(nodes <= depth, nodes - 1, -1),
             scores=tree.scores,
-            depth=tree.depth,
+            depth=depth,
         )

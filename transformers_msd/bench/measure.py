@@ -1,7 +1,9 @@
 """Running methods side by side, and what is noted of every run."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -59,6 +61,8 @@ class Run:
             Rounds in which nothing was drafted because of the gate.
         peak_memory (`int`, *optional*):
             Bytes allocated on the device at most, above what was before the call. None on a CPU.
+        kept_memory (`int`):
+            Bytes allocated on the device that are still held after the call.
         phase_seconds (`dict[str, float]`, *optional*):
             Time of the phases in `later_seconds`, where they were timed.
     """
@@ -73,6 +77,7 @@ class Run:
     lengths: list[list[int]]
     num_plain_steps: int = 0
     peak_memory: int | None = None
+    kept_memory: int = 0
     phase_seconds: dict[str, float] | None = None
 
 
@@ -99,23 +104,18 @@ def run_method(
         seed (`int`):
             Seed of sampling.
         timer ([`PhaseTimer`], *optional*):
-            What drafts in place of the method's assistant.
+            Of the method's assistant.
     """
-    call = dict(method.call)
-    if timer is not None:
-        call["assistant_model"] = timer
     device = target.device
     watch = Stopwatch()
+    before = _allocated(device)
     torch.manual_seed(seed)
     synchronize(device)
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    start = time.perf_counter()
-    output = target.generate(**inputs, **settings, **call, streamer=watch, return_dict_in_generate=True)
-    synchronize(device)
-    end = time.perf_counter()
+    with nullcontext(method.call) if timer is None else timer.timed(method.call) as call:
+        start = time.perf_counter()
+        output = target.generate(**inputs, **settings, **call, streamer=watch, return_dict_in_generate=True)
+        synchronize(device)
+        end = time.perf_counter()
     peak_memory = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
     tokens = output.sequences[:, inputs["input_ids"].shape[1] :].cpu()
@@ -129,6 +129,7 @@ def run_method(
         lengths = [watch.counts[1:]] if len(tokens) == 1 else [[1] * (end - 1) for end in ends]
         num_rounds, num_plain_steps = len(watch.counts) - 1, 0
     second = watch.times[1] if len(watch.times) > 1 else end
+    del output
     return Run(
         tokens=tokens,
         num_tokens=sum(ends),
@@ -140,8 +141,18 @@ def run_method(
         lengths=lengths,
         num_plain_steps=num_plain_steps,
         peak_memory=peak_memory,
+        kept_memory=_allocated(device) - before,
         phase_seconds=None if timer is None else timer.seconds_since(second),
     )
+
+
+def _allocated(device: torch.device) -> int:
+    """Count the bytes allocated on a GPU, and begin to look for their peak; none on a CPU."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()  # what a call leaves behind in cycles is no part of the next
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def row_ends(tokens: torch.Tensor, eos_token_id: int | list[int] | None) -> list[int]:
@@ -165,11 +176,14 @@ class Runs:
             Runs of each timed pass, one for each batch.
         split (`list[list[Run]]`):
             Runs of each pass in which the phases were timed; none of a method that has no phases.
+        warm_up (`list[Run]`):
+            Runs that are no part of these: of the pass to warm up, and all in which something was compiled.
     """
 
     method: Method
     passes: list[list[Run]] = field(default_factory=list)
     split: list[list[Run]] = field(default_factory=list)
+    warm_up: list[Run] = field(default_factory=list)
 
 
 def run_methods(
@@ -183,7 +197,8 @@ def run_methods(
 ) -> tuple[list[Runs], list[tuple[str, str]]]:
     """
     Let all methods answer all batches: once to warm up, then in timed passes, method after method for each batch, so
-    that what disturbs the machine disturbs them all. Phases are timed in runs of their own beside these.
+    that what disturbs the machine disturbs them all. Phases are timed in runs of their own beside these. A run in
+    which a runtime compiled something is no part of a pass, and takes place again.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -208,15 +223,20 @@ def run_methods(
     # Of each method and batch, what it last said.
     last: dict[tuple[str, int], torch.Tensor] = {}
 
-    def run(method: Method, index: int, timer: PhaseTimer | None = None) -> Run:
-        if method.simulated is not None:
-            known = last.get((method.name, index))
-            method.simulated.continuation = last[PLAIN.name, index] if known is None else known
-            method.simulated.seed = seed + index
-        result = run_method(target, batches[index], method, settings, seed + index, timer)
-        last[method.name, index] = result.tokens
-        on_run()
-        return result
+    def run(runs: Runs, index: int, timer: PhaseTimer | None = None) -> Run:
+        method = runs.method
+        while True:
+            if method.simulated is not None:
+                known = last.get((method.name, index))
+                method.simulated.continuation = last[PLAIN.name, index] if known is None else known
+                method.simulated.seed = seed + index
+            num_captures = method.num_captures
+            result = run_method(target, batches[index], method, settings, seed + index, timer)
+            last[method.name, index] = result.tokens
+            if method.num_captures == num_captures:
+                on_run()
+                return result
+            runs.warm_up.append(result)
 
     results = [Runs(method) for method in methods]
     failures: list[tuple[str, str]] = []
@@ -228,7 +248,7 @@ def run_methods(
             for result in list(results):
                 method = result.method
                 try:
-                    result.passes[-1].append(run(method, index))
+                    result.passes[-1].append(run(result, index))
                 except Exception as error:
                     if method.is_ours:
                         raise
@@ -237,11 +257,10 @@ def run_methods(
                     results.remove(result)
                     continue
                 if method.drafts_trees:
-                    result.split[-1].append(run(method, index, PhaseTimer(method.call["assistant_model"])))
+                    result.split[-1].append(run(result, index, PhaseTimer(method.call["assistant_model"])))
         if number == 0:
             for result in results:
-                result.passes.clear()
-                result.split.clear()
+                result.warm_up.extend(result.passes.pop() + result.split.pop())
     return results, failures
 
 

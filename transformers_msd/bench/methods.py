@@ -14,6 +14,7 @@ from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.ensemble import EnsembleDrafter
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.runtime import StaticRuntime
 from transformers_msd.tree import TreeConfig
 
 
@@ -47,13 +48,30 @@ class Method:
         return self.drafts_trees or not self.call
 
     @property
+    def runtime(self) -> StaticRuntime | None:
+        """What drafts by compiled code, where it is one."""
+        assistant = self.call.get("assistant_model")
+        return assistant if isinstance(assistant, StaticRuntime) else None
+
+    @property
+    def num_captures(self) -> int | None:
+        """Functions that its runtime has compiled, where there is one."""
+        return None if self.runtime is None else self.runtime.num_captures
+
+    @property
     def simulated(self) -> Simulated | None:
         """The simulated draft, where it is one."""
-        assistant = self.call.get("assistant_model")
+        assistant = self.call.get("assistant_model") if self.runtime is None else self.runtime.assistant
         return assistant if isinstance(assistant, Simulated) else None
+
+    def free(self) -> None:
+        """Give back what its runtime keeps, where there is one."""
+        if self.runtime is not None:
+            self.runtime.free()
 
 
 PLAIN = Method("plain generate")
+COMPILED_PLAIN = "plain, static cache, compiled"
 
 
 def make_methods(
@@ -91,23 +109,43 @@ def make_methods(
             else:
                 left_out.append((f"assisted generation, {name}", "it needs vocabularies of one size"))
         for assistant, label in _assistants(arguments, draft, name):
-            if not (arguments.random_weights and arguments.simulate_acceptance):
-                methods.append(Method(label, {"assistant_model": assistant}, drafts_trees=True))
-            for probability in arguments.simulate_acceptance:
-                call = {"assistant_model": Simulated(assistant, probability)}
-                methods.append(Method(f"{label}, simulated {probability:g}", call, drafts_trees=True))
+            methods += _ours(arguments, target, assistant, label)
     return methods, left_out
 
 
+def _ours(arguments: BenchArguments, target: PreTrainedModel, assistant: Any, label: str) -> list[Method]:
+    """List the ways to draft with an assistant: by each runtime, as it is and simulated."""
+    drafting = [] if arguments.random_weights and arguments.simulate_acceptance else [(assistant, "")]
+    for probability in arguments.simulate_acceptance:
+        drafting.append((Simulated(assistant, probability), f", simulated {probability:g}"))
+    methods = []
+    for runtime in dict.fromkeys(arguments.runtimes):
+        for own, suffix in drafting:
+            call, name = {"assistant_model": own}, f"{label}{suffix}"
+            if runtime != "eager":
+                # One for each method: it holds what was compiled from the warm-up on.
+                call = {"assistant_model": StaticRuntime(own)} | _compile_settings(target)
+                name = f"{label}, {runtime} compiled{suffix}"
+            if runtime == "all":
+                call["cache_implementation"] = "static"
+            methods.append(Method(name, call, drafts_trees=True))
+    return methods
+
+
 def _static(target: PreTrainedModel, compile_on_cpu: bool) -> Method:
-    call: dict[str, Any] = {"cache_implementation": "static"}
-    if target.device.type != "cpu":
-        return Method("plain, static cache, compiled", call)
-    if not compile_on_cpu:
+    call = {"cache_implementation": "static"}
+    if target.device.type == "cpu" and not compile_on_cpu:
         return Method("plain, static cache", call)
+    return Method(COMPILED_PLAIN, call | _compile_settings(target))
+
+
+def _compile_settings(target: PreTrainedModel) -> dict[str, Any]:
+    """Return how to compile: on a GPU as Transformers does by default."""
+    if target.device.type != "cpu":
+        return {}
     compile_config = CompileConfig(mode="default")
     compile_config._compile_all_devices = True
-    return Method("plain, static cache, compiled", call | {"compile_config": compile_config})
+    return {"compile_config": compile_config}
 
 
 def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) -> list[tuple[Any, str]]:

@@ -7,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from transformers_msd.bench.methods import COMPILED_PLAIN, PLAIN
+
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b", "#7f7f7f")
 MARKERS = "osD^vP*Xh"
@@ -39,38 +41,47 @@ def plot_acceptance(report: dict[str, Any], path: Path) -> None:
     figure, panels = _panels(report)
     styles = _styles(report)
     for cell, axes in panels:
-        for method in cell["methods"]:
-            shares = method["acceptance_by_depth"]
+        curves = [(method["name"], method["acceptance_by_depth"]) for method in cell["methods"]]
+        for number, (name, shares) in enumerate(curves):
             if shares:
-                axes.plot(range(1, len(shares) + 1), shares, **styles[method["name"]])
+                # Wider than the same curve of a later method, which is drawn over it.
+                more = sum(shares == later for _, later in curves[number + 1 :])
+                width = {"linewidth": 1.5 + 3 * more, "markersize": 6 + 4 * more}
+                axes.plot(range(1, len(shares) + 1), shares, **styles[name], **width)
         axes.set(xlabel="depth, drafted tokens", ylabel="share of rounds that accept it", ylim=(0, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _save(figure, panels, path)
 
 
 def plot_split(report: dict[str, Any], path: Path) -> None:
-    """Draw the time of a round by its phases beside that of a plain step."""
-    rows = max(len(_split_methods(cell)) for cell in report["cells"]) + 1
+    """Draw the time of a round by its phases beside that of a plain step, eager and compiled."""
+    rows = max(len(_split_methods(cell)) + len(_steps(cell)) for cell in report["cells"])
     figure, panels = _panels(report, height=1.2 + 0.42 * rows, width=7.5)
     for cell, axes in panels:
-        methods = _split_methods(cell)
-        plain = cell["methods"][0]["round_seconds"] * 1e3
-        axes.barh(0, plain, color="#d55e00", label="plain step", height=0.65)
-        for place, method in enumerate(methods, 1):
+        steps, methods = _steps(cell), _split_methods(cell)
+        plain = steps[0]["round_seconds"] * 1e3
+        bars = [({"plain step": method["round_seconds"]}, {"plain step": "#d55e00"}) for method in steps]
+        bars += [(method["split_seconds"], PHASE_COLOURS) for method in methods]
+        for place, (seconds, colours) in enumerate(bars):
             start = 0.0
-            for phase, colour in PHASE_COLOURS.items():
+            for phase, colour in colours.items():
                 # What is left can be a little below nothing on a noisy machine.
-                width = max(method["split_seconds"][phase] * 1e3, 0.0)
-                axes.barh(place, width, left=start, color=colour, label=phase if place == 1 else None, height=0.65)
+                width = max(seconds[phase] * 1e3, 0.0)
+                axes.barh(place, width, left=start, color=colour, label=phase, height=0.65)
                 start += width
-            axes.text(start, place, f" {start / plain:.2f} steps", va="center", fontsize=8)
-        names = ["plain generate", *(method["name"] for method in methods)]
+            if place > 0:
+                axes.text(start, place, f" {start / plain:.2f} steps", va="center", fontsize=8)
+        names = [method["name"] for method in (*steps, *methods)]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set(xlabel="ms per round")
         # Room for the text behind the longest bar.
         axes.set_xlim(0, 1.3 * axes.dataLim.x1)
     _save(figure, panels, path)
+
+
+def _steps(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    return [method for method in cell["methods"] if method["name"] in (PLAIN.name, COMPILED_PLAIN)]
 
 
 def _split_methods(cell: dict[str, Any]) -> list[dict[str, Any]]:

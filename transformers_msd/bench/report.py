@@ -18,6 +18,7 @@ DETAILS = (
     *("method, times in ms", "tokens/s", "end to end", "first token"),
     *("draft", "verify", "commit", "rest", "plain steps", "memory, GiB"),
 )
+ROUNDS = ("method, a round", "ms", "in plain steps", "in compiled steps", "in floors", "warm-up, s", "captures")
 GIB = 2**30
 NOTES = """\
 τ: tokens emitted by rounds over rounds, over unfinished rows; the prefill and its token are not in it. Round cost:
@@ -26,7 +27,10 @@ start of the draft included; end to end: with vision encoder and prefill. Speed-
 passes, in brackets the range of the ratios in single passes. Equal: rows whose tokens are those of plain `generate`; a
 dash where a method draws other samples. Draft, verify, commit and rest divide the time of a round, timed in runs of
 their own in which the device is waited for after each. Plain steps: rounds in which drafting rested. Memory: what a
-call takes at most above all weights; it is not measured on a CPU."""
+call takes at most above all weights; it is not measured on a CPU. In compiled steps: against plain `generate` with a
+static cache, compiled. Floor: the time in which the weights of the target that a step needs are read once. Warm-up:
+time of the calls that do not count, with compilation. Captures: functions that our runtime compiled, each for one
+shape."""
 SIMULATED = (
     "Methods marked *simulated* drafted with a real draft, whose time is in all figures, but its tokens were replaced "
     "by the target's own continuation with the probability p at each depth. Their τ says nothing about a draft."
@@ -37,6 +41,7 @@ def tables(cell: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], list[list[st
     """Yield the tables of a cell as headers and rows of text."""
     yield HEADER, [_row(method) for method in cell["methods"]]
     yield DETAILS, [_details(method) for method in cell["methods"]]
+    yield ROUNDS, [_rounds(method) for method in cell["methods"]]
 
 
 def _row(method: dict[str, Any]) -> list[str]:
@@ -60,6 +65,19 @@ def _details(method: dict[str, Any]) -> list[str]:
         *(_number(seconds[phase] * 1e3 if seconds else None) for phase in ("draft", "verify", "commit", "rest")),
         str(method["num_plain_steps"]),
         _number(None if peak is None else peak / GIB),
+    ]
+
+
+def _rounds(method: dict[str, Any]) -> list[str]:
+    seconds, num_captures = method["round_seconds"], method["num_captures"]
+    return [
+        method["name"],
+        _number(None if seconds is None else seconds * 1e3),
+        _number(method["round_cost"]),
+        _number(method["compiled_round_cost"]),
+        _number(method["num_floors"]),
+        _number(method["warm_up_seconds"], 1),
+        "-" if num_captures is None else str(num_captures),
     ]
 
 
@@ -114,11 +132,18 @@ def _is_simulated(report: dict[str, Any]) -> bool:
 
 
 def _origin(report: dict[str, Any]) -> str:
+    floor = ""
+    if report["floor_seconds"] is not None:
+        floor = (
+            f" A step reads {report['num_bytes_per_step'] / 1e9:.3g} GB of weights; at "
+            f"{report['settings']['memory_bandwidth']:g} GB/s, the floor is {report['floor_seconds'] * 1e3:.3g} ms."
+        )
     return (
         f"{report['target']} ({report['num_parameters']:,} parameters), {report['dtype']}, {report['attention']} "
         f"attention, {report['hardware']}; torch {report['torch']}, transformers {report['transformers']}, "
         f"transformers-msd {report['transformers_msd']}, commit {report['commit']}; {report['num_prompts']} prompts, "
         f"{report['settings']['max_new_tokens']} new tokens at most, {report['settings']['repeats']} timed passes."
+        f"{floor}"
     )
 
 

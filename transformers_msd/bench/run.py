@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 import transformers_msd
 from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, run_method, run_methods
-from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
-from transformers_msd.bench.models import load_model, named_config, random_draft, random_target
+from transformers_msd.bench.methods import COMPILED_PLAIN, PLAIN, Method, draft_names, make_methods
+from transformers_msd.bench.models import load_model, named_config, num_bytes_per_step, random_draft, random_target
 from transformers_msd.bench.prompts import batched, load_prompts, random_prompts
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
@@ -49,6 +49,8 @@ def run_benchmark(
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config.get_text_config()._attn_implementation,
         "hardware": hardware(target.device),
+        "num_bytes_per_step": num_bytes_per_step(target),
+        "floor_seconds": None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "transformers_msd": transformers_msd.__version__,
@@ -59,10 +61,13 @@ def run_benchmark(
         "cells": [],
         "divergences": [],
     }
+    if arguments.memory_bandwidth is not None:
+        report["floor_seconds"] = report["num_bytes_per_step"] / (arguments.memory_bandwidth * 1e9)
     for temperature in arguments.temperatures:
         settings = _call_settings(arguments, temperature)
         for batch_size in arguments.batch_sizes:
-            cell = _run_cell(arguments, target, make_batches(batch_size), methods, settings, batch_size, on_run)
+            batches, floor_seconds = make_batches(batch_size), report["floor_seconds"]
+            cell = _run_cell(arguments, target, batches, methods, settings, batch_size, floor_seconds, on_run)
             cell["left_out"] = [{"name": name, "reason": reason} for name, reason in left_out] + cell["left_out"]
             report["cells"].append({"temperature": temperature, "batch_size": batch_size} | cell)
         if arguments.num_divergences:
@@ -83,6 +88,7 @@ def _run_cell(
     methods: list[Method],
     settings: dict[str, Any],
     batch_size: int,
+    floor_seconds: float | None,
     on_run: Callable[[str, int, int], None] | None,
 ) -> dict[str, Any]:
     """Compare all methods at one temperature and batch size."""
@@ -95,7 +101,10 @@ def _run_cell(
     num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
     notify = _counter(on_run, label, num_runs * len(batches))
     results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
-    rows = [summarize(result, results[0]) for result in results]
+    compiled_plain = next((result for result in results if result.method.name == COMPILED_PLAIN), None)
+    rows = [summarize(result, results[0], compiled_plain, floor_seconds) for result in results]
+    for result in results:
+        result.method.free()
     plain_runs = results[0].passes[-1]
     for result, row in zip(results, rows, strict=True):
         if result.method.is_exact or not settings["do_sample"]:
@@ -213,6 +222,7 @@ def count_divergences(
         run = run_method(target, inputs, method, settings, own_seed)
         num_tokens += plain.num_tokens
         divergences += find_divergences(target, inputs, settings, own_seed, plain.tokens, run.tokens)
+    method.free()
     return {
         "name": method.name,
         "num_generations": num_generations,

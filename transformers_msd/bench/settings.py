@@ -9,6 +9,7 @@ from transformers_msd.tree import TreeConfig
 
 
 BASELINES = ("static", "assisted", "prompt_lookup")
+RUNTIMES = ("eager", "drafting", "all")
 
 
 @dataclass
@@ -27,6 +28,9 @@ class BenchArguments:
         views (`list[str]`, *optional*):
             Views joined by commas, as `multimodal,text_only`: with each, every draft that is no MSD draft also runs as
             an ensemble.
+        runtimes (`list[str]`, *optional*, defaults to `["eager"]`):
+            How each of our methods runs: `eager`; with `drafting` compiled; with `all` compiled, the target on a
+            static cache, too. On a GPU what is compiled becomes CUDA graphs.
         random_weights (`str`, *optional*):
             Instead of `target_model`: `llava-1.5-7b`, `llava-1.5-13b` or a `config.json`, whose shapes are filled with
             random weights, and an MSD draft for it.
@@ -57,6 +61,9 @@ class BenchArguments:
             Device of all models; a GPU if there is one.
         compile_on_cpu (`bool`, *optional*, defaults to `False`):
             Whether the baseline with a static cache is compiled on a CPU, too.
+        memory_bandwidth (`float`, *optional*):
+            Memory bandwidth of the device in GB/s. With it the report compares rounds with the time in which the
+            target's weights are read once.
         seed (`int`, *optional*, defaults to 0):
             Seed of sampling, random weights and simulated drafts.
         output (`str`, *optional*):
@@ -67,6 +74,9 @@ class BenchArguments:
     drafts: list[str] = field(default_factory=list, metadata={"help": "MSD drafts, VLMs or language models."})
     trees: list[str] = field(default_factory=list, metadata={"help": "Trees, each `num_nodes,depth,top_k`."})
     views: list[str] = field(default_factory=list, metadata={"help": "Ensembles, as `multimodal,text_only`."})
+    runtimes: list[str] = field(
+        default_factory=lambda: ["eager"], metadata={"help": f"Some of {', '.join(RUNTIMES)}: what is compiled."}
+    )
     random_weights: str | None = field(default=None, metadata={"help": "llava-1.5-7b, llava-1.5-13b, or a config."})
     simulate_acceptance: list[float] = field(default_factory=list, metadata={"help": "Probabilities per depth."})
     prompts: str | None = field(default=None, metadata={"help": "JSONL of `messages` and `images`."})
@@ -83,6 +93,7 @@ class BenchArguments:
     dtype: str = field(default="auto", metadata={"help": "Dtype of all models."})
     device: str | None = field(default=None, metadata={"help": "Device of all models; a GPU if there is one."})
     compile_on_cpu: bool = field(default=False, metadata={"help": "Compile the static baseline on a CPU, too."})
+    memory_bandwidth: float | None = field(default=None, metadata={"help": "Of the device, in GB/s."})
     seed: int = field(default=0, metadata={"help": "Seed of samples, random weights and simulated drafts."})
     output: str | None = field(default=None, metadata={"help": "Folder for JSON, Markdown and plots."})
 
@@ -117,6 +128,10 @@ class BenchArguments:
             self.baselines = []
         if unknown := sorted(set(self.baselines) - set(BASELINES)):
             raise ValueError(f"`baselines` must be some of {', '.join(BASELINES)}, or `none`, got {unknown}.")
+        if not self.runtimes or set(self.runtimes) - set(RUNTIMES):
+            raise ValueError(f"`runtimes` must be some of {', '.join(RUNTIMES)}, got {self.runtimes}.")
+        if self.memory_bandwidth is not None and self.memory_bandwidth <= 0:
+            raise ValueError(f"`memory_bandwidth` must be above 0 GB/s, got {self.memory_bandwidth}.")
         unknown = sorted({view for views in self.views for view in views.split(",")} - set(VIEWS))
         if unknown:
             raise ValueError(f"`views` must be some of {', '.join(VIEWS)}, joined by commas, got {unknown}.")

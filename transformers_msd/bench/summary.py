@@ -7,7 +7,9 @@ from transformers_msd.bench.measure import Runs, split_of
 from transformers_msd.trainer.metrics import AcceptanceLength
 
 
-def summarize(runs: Runs, plain: Runs) -> dict[str, Any]:
+def summarize(
+    runs: Runs, plain: Runs, compiled_plain: Runs | None = None, floor_seconds: float | None = None
+) -> dict[str, Any]:
     """
     Sum up what a method did with all batches.
 
@@ -19,11 +21,16 @@ def summarize(runs: Runs, plain: Runs) -> dict[str, Any]:
             Runs of the method.
         plain ([`Runs`]):
             Those of plain `generate`.
+        compiled_plain ([`Runs`], *optional*):
+            Those of plain `generate`, compiled.
+        floor_seconds (`float`, *optional*):
+            Least time of a step of the target.
     """
     method, last = runs.method, runs.passes[-1]
     lengths = [row for run in last for row in run.lengths if row]
     tau = acceptance_length(lengths)
-    round_seconds, plain_seconds = _round_seconds(runs), _round_seconds(plain)
+    round_seconds = _round_seconds(runs)
+    compiled_seconds = None if compiled_plain is None else _round_seconds(compiled_plain)
     peaks = [run.peak_memory for batch_runs in runs.passes for run in batch_runs]
     return {
         "name": method.name,
@@ -34,15 +41,24 @@ def summarize(runs: Runs, plain: Runs) -> dict[str, Any]:
         "acceptance_length": tau,
         "acceptance_by_depth": acceptance_by_depth(lengths),
         "round_seconds": round_seconds,
-        "round_cost": round_seconds / plain_seconds if round_seconds and plain_seconds else None,
+        "round_cost": _ratio(round_seconds, _round_seconds(plain)),
+        "compiled_round_cost": _ratio(round_seconds, compiled_seconds),
+        "num_floors": _ratio(round_seconds, floor_seconds),
+        "warm_up_seconds": sum(run.seconds for run in runs.warm_up),
+        "num_captures": method.num_captures,
         "split_seconds": split_of(runs.split),
         "first_token_seconds": median(
             sum(run.seconds - run.decode_seconds for run in own) / len(own) for own in runs.passes
         ),
         "decode": _rates(_decode_rates(runs), _decode_rates(plain)),
         "end_to_end": _rates(_end_to_end_rates(runs), _end_to_end_rates(plain)),
-        "peak_memory": None if None in peaks else max(peaks),
+        # What a runtime keeps from the first calls on is not seen in later ones.
+        "peak_memory": None if None in peaks else max(peaks) + sum(run.kept_memory for run in runs.warm_up),
     }
+
+
+def _ratio(seconds: float | None, unit: float | None) -> float | None:
+    return seconds / unit if seconds and unit else None
 
 
 def acceptance_length(lengths: list[list[int]]) -> float | None:
