@@ -1,6 +1,7 @@
 """An assistant that knows what plain decoding says, and spoils some of it: an equality test's best enemy."""
 
 import random
+from itertools import compress
 
 import torch
 
@@ -45,6 +46,7 @@ class OracleCandidateGenerator(TreeCandidateGenerator):
     def __init__(self, oracle: Oracle) -> None:
         self.oracle = oracle
         self.random = random.Random(oracle.seed)
+        self.rows = list(range(len(oracle.token_ids)))
         self.num_emitted: list[int] | None = None
 
     def draft(self, committed: Committed) -> TokenTree:
@@ -56,13 +58,19 @@ class OracleCandidateGenerator(TreeCandidateGenerator):
             self.num_emitted = [before + new for before, new in zip(self.num_emitted, news, strict=True)]
         rows = [
             self._tree(root, self.oracle.token_ids[row], step)
-            for row, (root, step) in enumerate(zip(committed.root_token_ids.tolist(), self.num_emitted, strict=True))
+            for row, root, step in zip(self.rows, committed.root_token_ids.tolist(), self.num_emitted, strict=True)
         ]
         device = committed.token_ids.device
         token_ids, parents = (torch.tensor(values, device=device) for values in zip(*rows, strict=True))
         scores = torch.zeros_like(token_ids, dtype=torch.float32)
         self.oracle.trees.append(TokenTree(token_ids, parents, scores, self.oracle.depth))
         return self.oracle.trees[-1]
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        self.rows = list(compress(self.rows, kept))
+        if self.num_emitted is not None:
+            self.num_emitted = list(compress(self.num_emitted, kept))
+        return True
 
     def _tree(self, root: int, truth: list[int], step: int) -> tuple[list[int], list[int]]:
         """Draw a chain of truth and errors; beside each of its nodes stands a decoy, now before it, now after it."""

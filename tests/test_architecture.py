@@ -10,7 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "transformers_msd"
 LAYERS = [
     {"configuration_msd", "costs", "provenance", "stats"},
     {"calibration", "tree"},
-    {"modeling_msd", "verify", "cache", "outputs"},
+    {"modeling_msd", "verify", "cache", "committed", "outputs"},
+    {"fixed_cache"},
+    {"runtime"},
     {"convert", "target", "emission"},
     {"sampling"},
     {"drafters"},

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from zoo import make_draft_model, make_inputs, make_target
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.calibration import costs_path, load_sizing, save_costs
 from transformers_msd.cli import main
-from transformers_msd.costs import Costs, Sizing
+from transformers_msd.costs import Costs, Sizing, round_cost
+from transformers_msd.target import Target
 from transformers_msd.tuning import measure_costs
 
 
 # A step takes 1 second, a node of a tree 0.1 more, a level `level`.
-def costs(level: float, node: float = 0.1) -> Costs:
-    return Costs(1.0, [2, 10], [1 + 2 * node + 2 * level, 1 + 10 * node + 2 * level], level, 2)
+def costs(level: float, node: float = 0.1, batch_size: int = 1) -> Costs:
+    return Costs(1.0, [2, 10], [1 + 2 * node + 2 * level, 1 + 10 * node + 2 * level], level, 2, batch_size)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +40,27 @@ def test_rounds_are_linear_between_and_beyond_what_was_measured():
     assert measured.round(6, 4) == pytest.approx(3.6)
 
 
+def test_rounds_of_batches_are_linear_between_and_beyond_what_was_measured():
+    measured = [costs(0.5), replace(costs(0.5, node=0.8, batch_size=5), step=2.0)]
+    # With one prompt 3 seconds for a step of 1; with five 10 seconds for a step of 2.
+    assert [round_cost(measured, size, 10, 2) for size in (1, 3, 5, 9)] == pytest.approx([3, 6.5 / 1.5, 5, 17 / 3])
+    assert round_cost(measured[:1], 8, 10, 2) == pytest.approx(3)
+
+
+def test_gate_closes_for_a_batch_that_does_not_pay():
+    target = make_target("llama")
+    drafter = VLMDrafter(copy.deepcopy(target), tree_config=TreeConfig(num_nodes=5, depth=4, top_k=1))
+    # A round emits 5 tokens, and costs 4.5 steps at batch size 8, 7.4 at 16.
+    save_costs([costs(0.1), costs(0.1, node=1.2, batch_size=16)], [*drafter.models], target)
+    for batch_size, rests in ((1, False), (4, False), (8, False), (16, True)):
+        inputs = make_inputs("llama", (0,) * batch_size, lengths=(7,) * batch_size)
+        output = generate(target, inputs, assistant_model=drafter)
+        assert torch.equal(output.sequences, generate(target, inputs).sequences)
+        assert (output.speculative_stats.num_plain_steps > 0) == rests
+
+
 def test_most_tokens_for_each_second_by_hand():
-    sizing = Sizing(costs(level=0.5))
+    sizing = Sizing([costs(level=0.5)])
     probabilities = [0.9, 0.5, 0.1, 0.05]
     # 1.9 tokens in 2.2 s, 2.4 in 2.3, 2.5 in 2.4, 2.55 in 2.5: two nodes are best.
     number, rate = sizing.choose(probabilities, depth=2, most=4)
@@ -52,7 +73,7 @@ def test_most_tokens_for_each_second_by_hand():
 
 
 def test_probabilities_are_scaled_by_how_they_turned_out():
-    sizing = Sizing(costs(level=0.5, node=0.6))
+    sizing = Sizing([costs(level=0.5, node=0.6)])
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 3
     for _ in range(20):
         sizing.settle([0.9, 0.5, 0.4], depth=3, most=3)
@@ -80,7 +101,7 @@ def test_tokens_are_equal_and_trees_follow_the_costs(kind, do_sample):
     drafted = []
     for measured in (None, costs(level=0.0, node=0.0), costs(level=5.0), costs(level=0.0, node=3.0)):
         if measured is not None:
-            save_costs(measured, models, target)
+            save_costs([measured], models, target)
         output = generate(target, inputs, do_sample=do_sample, assistant_model=assistant)
         assert torch.equal(output.sequences, plain.sequences)
         drafted.append(output.speculative_stats.num_drafted / output.speculative_stats.num_rounds)
@@ -91,7 +112,7 @@ def test_tokens_are_equal_and_trees_follow_the_costs(kind, do_sample):
 
 def test_costs_of_another_pair_or_machine_are_ignored(monkeypatch):
     target, draft = make_target("llama"), make_draft_model("llama")
-    save_costs(costs(1.0), [draft], target)
+    save_costs([costs(1.0)], [draft], target)
     assert load_sizing([draft], target).costs == costs(1.0)
     assert load_sizing([make_draft_model("llava")], target) is None
     assert load_sizing([draft, draft], target) is None
@@ -104,7 +125,7 @@ def test_costs_of_another_pair_or_machine_are_ignored(monkeypatch):
 def test_several_prompts_are_drafted_with_the_fixed_tree():
     target = make_target("llava")
     drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(12, 5, 3, gate=False))
-    save_costs(costs(level=5.0), [*drafter.models], target)
+    save_costs([costs(level=5.0)], [*drafter.models], target)
     inputs = make_inputs("llava", (1, 1))
     output = generate(target, inputs, assistant_model=drafter)
     assert torch.equal(output.sequences, generate(target, inputs).sequences)
@@ -122,13 +143,40 @@ def test_measuring_leaves_the_draft_as_it_was():
     assert measured.rounds[0] > measured.step / 2
 
 
+def test_measuring_takes_as_many_rounds_whether_drafts_are_right_or_wrong(monkeypatch):
+    monkeypatch.setattr("transformers_msd.tuning.NUM_PASSES", 1)
+    target = make_target("llama")
+    wrong = make_draft_model("llama")
+    wrong.get_output_embeddings().weight.data.neg_()
+    rounds = []
+    forward_tree = Target.forward_tree
+    monkeypatch.setattr(Target, "forward_tree", lambda *args: rounds.append(args) or forward_tree(*args))
+    counts = []
+    for draft in (copy.deepcopy(target), wrong):
+        rounds.clear()
+        measure_costs(target, VLMDrafter(draft), prompt_length=8)
+        counts.append(len(rounds))
+    assert counts[0] == counts[1] < 200
+
+
+def test_draft_of_another_target_is_not_measured():
+    config = copy.deepcopy(make_target("llama").config)
+    config.vocab_size += 8
+    draft = MSDDraftModel(MSDConfig.from_target(config))
+    with pytest.raises(ValueError, match="made for a target of `vocab_size`"):
+        measure_costs(make_target("llama"), draft)
+
+
 def test_command_measures_and_saves(tmp_path, capsys):
     make_target("llama").save_pretrained(tmp_path / "target")
     torch.manual_seed(1)
     MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(tmp_path / "draft")
-    main(["tune", "--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")])
+    models = ["--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")]
+    main(["tune", *models, "--prompt_length", "16"])
     assert "A plain step takes" in capsys.readouterr().out
     target = type(make_target("llama")).from_pretrained(tmp_path / "target")
     draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
     saved = json.loads(costs_path([draft], target).read_text())
-    assert load_sizing([draft], target).costs == Costs(**saved)
+    assert load_sizing([draft], target).measured == [Costs(**each) for each in saved]
+    assert [each["batch_size"] for each in saved] == [1, 4, 16]
+    assert saved[2]["step"] > 0

@@ -18,8 +18,8 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
+from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.ensemble import EnsembleCandidateGenerator, simplex
-from transformers_msd.drafters.model import DraftModel
 from transformers_msd.drafters.prompts import prompt_of
 from transformers_msd.drafters.views import left_pad
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 
 
 NUM_TOKENS = 20
@@ -173,6 +173,12 @@ def check_tokens(
     for gate in (False, True) if attn_implementation == "sdpa" else (False,):
         draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=gate)
         drafted = generate(target, inputs, **kwargs, assistant_model=draft)
+        assert torch.equal(drafted.sequences, plain.sequences)
+        assert torch.equal(get_random_state(), random_state)
+
+    if batch_size > 1 and attn_implementation == "sdpa" and architecture in ("llava", "qwen2_vl"):
+        static = {"cache_implementation": "static", "disable_compile": True}
+        drafted = generate(target, inputs, **kwargs | static, assistant_model=StaticRuntime(draft))
         assert torch.equal(drafted.sequences, plain.sequences)
         assert torch.equal(get_random_state(), random_state)
 

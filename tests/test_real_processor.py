@@ -100,6 +100,21 @@ def test_pipeline_takes_a_draft_through_generate_kwargs(
     assert len(made) == 1
 
 
+def test_prompts_of_a_batch_begin_as_a_users_call_lets_them(processor: Any, photos: list[Image.Image]) -> None:
+    pytest.importorskip("trl")
+    from trl.data_utils import prepare_multimodal_messages
+
+    from transformers_msd.trainer.loading import encode_prompts
+
+    prompt = prepare_multimodal_messages(conversation(1, "What is this?"), images=photos[:1])
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = processor.apply_chat_template(prompt, **options)["input_ids"]
+    assert expected[0, 0] == processor.tokenizer.bos_token_id
+    inputs = encode_prompts(processor, [prompt, conversation(0, "Hello")])
+    assert torch.equal(inputs["input_ids"][:1], expected)
+    assert inputs["attention_mask"][1].tolist() == sorted(inputs["attention_mask"][1].tolist())
+
+
 def test_photos_and_texts_train_a_draft(
     target: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,8 +122,9 @@ def test_photos_and_texts_train_a_draft(
     from training_fixtures import make_trainer
 
     from transformers_msd.trainer import check_parity
-    from transformers_msd.trainer.callbacks import encode_prompt, prompt_of
+    from transformers_msd.trainer.callbacks import prompt_of
     from transformers_msd.trainer.dataset import row_length, undecoded
+    from transformers_msd.trainer.loading import encode_prompts
     from transformers_msd.trainer.recipe import DraftArguments, load_rows
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -123,11 +139,21 @@ def test_photos_and_texts_train_a_draft(
     trainer = make_trainer(
         target, rows, processor, tmp_path, stage="multimodal", max_steps=8, per_device_train_batch_size=2
     )
+    for row in (rows[0], rows[4]):
+        prompt = encode_prompts(processor, [prompt_of(row)])["input_ids"][0]
+        collated = trainer.data_collator([row])
+        row_ids, labels = collated["input_ids"][0], collated["labels"][0]
+        assert prompt[0] == processor.tokenizer.bos_token_id
+        assert torch.equal(row_ids[: len(prompt)], prompt)
+        assert labels[: len(prompt)].eq(-100).all()
+        answer = processor.tokenizer.decode(labels[labels != -100]).strip()
+        assert answer == row["messages"][-1]["content"][0]["text"].strip()
     first = trainer.data_collator([trainer.train_dataset[0]])
     assert row_length(undecoded(rows)[0], 0, processor) == first["input_ids"].shape[1] > 576
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
-    parity = check_parity(target, trainer.model.eval(), encode_prompt(processor, prompt_of(rows[0])), 8)
+    inputs = encode_prompts(processor, [prompt_of(rows[0])])
+    parity = check_parity(target, trainer.model.eval(), inputs, 8)
     assert parity.holds(1e-3), parity
     assert parity.num_visual_rows == 576

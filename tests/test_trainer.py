@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("trl")
 
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from training_fixtures import make_trainer
 from transformers import AutoConfig, AutoModel, TrainerCallback
 
@@ -219,6 +220,17 @@ def test_draft_learns_a_head_of_the_tokens_that_its_target_says_most(target, dat
     loaded = MSDDraftModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.draft_token_ids, chosen)
     assert torch.equal(loaded.head.weight, draft.head.weight)
+
+
+def test_rows_without_an_answer_count_no_token(processor, target):
+    ask = [{"role": "user", "content": [{"type": "text", "text": "What is red?"}]}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "The circle is red."}]}]
+    rows = Dataset.from_list([{"messages": ask}, {"messages": ask + answer}])
+    counts = token_counts(rows, processor, target.config.text_config)
+    expected = processor.tokenizer("The circle is red.", add_special_tokens=False)["input_ids"]
+    counts[target.config.text_config.eos_token_id] = 0
+    assert counts.sum() == len(expected)
+    assert all(counts[expected] > 0)
 
 
 def test_trained_draft_is_saved_and_loads(target, dataset, processor, tmp_path):

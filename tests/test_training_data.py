@@ -10,14 +10,20 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from training_fixtures import make_trainer
+from transformers import LlamaForCausalLM
 
-from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.target import CHAT_TEMPLATE, build_model, build_processor
 from training.tiny_world.world import FEATURES, training_dataset
 from transformers_msd.trainer import ExactMatch
+from transformers_msd.trainer.callbacks import prompt_of
+from transformers_msd.trainer.data import add_bos
 from transformers_msd.trainer.dataset import drop_long_rows, row_length, split_rows, undecoded
 from transformers_msd.trainer.generation import GenerationSettings, answer_rows, generate_data
+from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
+from transformers_msd.trainer.parity import has_equal_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +53,81 @@ def test_row_length_is_that_of_the_collated_row(target, processor, rows, tmp_pat
     for number in range(8):
         length = int(trainer.data_collator([rows[number]])["attention_mask"].sum())
         assert row_length(pictures[number], number, processor) == length
+
+
+def bos_processor(in_template, in_tokenizer):
+    """Build a processor whose bos token comes from its chat template, from its tokenizer, from both or from none."""
+    processor = build_processor(num_rows=200)
+    if not in_template:
+        processor.chat_template = CHAT_TEMPLATE.removeprefix("{{- bos_token }}")
+    if in_tokenizer:
+        added = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)])
+        processor.tokenizer.backend_tokenizer.post_processor = added
+    return processor
+
+
+@pytest.mark.parametrize("in_template", [False, True])
+@pytest.mark.parametrize("in_tokenizer", [False, True])
+@pytest.mark.parametrize("kind", ["messages", "prompt and completion", "no pictures"])
+def test_rows_begin_as_their_prompts(target, rows, tmp_path, in_template, in_tokenizer, kind):
+    processor = bos_processor(in_template, in_tokenizer)
+    asked = [{"messages": row["messages"][:2], "images": row["images"]} for row in rows.select(range(8))]
+    trained = Dataset.from_list(asked, features=FEATURES)
+    if kind == "prompt and completion":
+        trained = trained.map(
+            lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]}, remove_columns=["messages"]
+        )
+    elif kind == "no pictures":
+        asked = [row for row in asked if not row["images"]]
+        trained = Dataset.from_list([{"messages": row["messages"]} for row in asked])
+    trainer = make_trainer(target, trained, processor, tmp_path, stage="multimodal", max_length=2048)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(asked))])
+    bos_token_id = processor.tokenizer.bos_token_id
+    for number, row in enumerate(asked):
+        prompt = encode_prompts(processor, [prompt_of(row)])["input_ids"][0]
+        assert (prompt == bos_token_id).sum() == (in_template or in_tokenizer)
+        row_ids, mask, labels = (batch[name][number] for name in ("input_ids", "attention_mask", "labels"))
+        assert torch.equal(row_ids[: len(prompt)], prompt)
+        assert (row_ids == bos_token_id).sum() == (prompt == bos_token_id).sum()
+        answer = processor.tokenizer.decode(labels[labels != -100], skip_special_tokens=True).strip()
+        assert answer == row["messages"][1]["content"][0]["text"]
+        assert torch.equal(labels[labels != -100], row_ids[labels != -100])
+        if kind == "messages":
+            assert row_length(undecoded(trained)[number], number, processor) == mask.sum()
+            assert has_equal_prompt(processor, row, prompt[None])
+
+
+def test_rows_of_text_begin_as_a_users_call_and_are_cut(target, tmp_path):
+    processor = bos_processor(in_template=False, in_tokenizer=True)
+    texts = ["The circle is red.", "The red square is left of the blue circle."]
+    rows = Dataset.from_list([{"text": text, "images": []} for text in texts])
+    trainer = make_trainer(target, rows, processor, tmp_path, stage="multimodal", max_length=8)
+    expected = processor(text=texts, padding=True, truncation=True, max_length=8, padding_side="right")
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(2)])
+    assert batch["input_ids"].tolist() == expected["input_ids"]
+    assert batch["attention_mask"].tolist() == expected["attention_mask"]
+    assert batch["labels"].shape == batch["input_ids"].shape == (2, 8)
+
+
+def test_bos_stands_in_all_that_is_of_tokens():
+    processor = bos_processor(in_template=False, in_tokenizer=True)
+    batch = {"input_ids": [[7, 3], [8, 0]], "attention_mask": [[1, 1], [1, 0]], "labels": [[-100, 3], [8, -100]]}
+    batch |= {"mm_token_type_ids": [[0, 1], [0, 0]], "pixel_values": [[0.5, 0.5]]}
+    begun = add_bos({name: torch.tensor(value) for name, value in batch.items()}, processor, None)
+    assert {name: value.tolist() for name, value in begun.items()} == {
+        "input_ids": [[1, 7, 3], [1, 8, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, -100, 3], [-100, 8, -100]],
+        "mm_token_type_ids": [[0, 0, 1], [0, 0, 0]],
+        "pixel_values": [[0.5, 0.5]],
+    }
+
+
+def test_prompt_that_training_does_not_read_is_told(processor, rows):
+    for processing_class in (copy.deepcopy(processor), copy.deepcopy(processor).tokenizer):
+        processing_class.chat_template = "{% if add_generation_prompt %}A: {% endif %}" + CHAT_TEMPLATE
+        prompt = encode_prompts(processing_class, [prompt_of(rows[0])])["input_ids"]
+        assert not has_equal_prompt(processing_class, rows[0], prompt)
 
 
 def test_long_rows_with_pictures_are_dropped_and_counted(rows, processor, caplog):
@@ -96,8 +177,6 @@ def test_prompt_completion_rows_supervise_the_completion(target, processor, rows
 
 
 def test_text_target_trains(processor, tmp_path):
-    from transformers import LlamaForCausalLM
-
     torch.manual_seed(0)
     text_target = LlamaForCausalLM(build_model(processor, num_layers=1).config.text_config)
     talks = [
@@ -180,6 +259,21 @@ def test_target_answers_every_turn_itself(target, processor, rows):
         assert len(before["images"]) == len(after["images"])
     alone = answer_rows(target, processor, rows.select([3]), settings)
     assert alone[0]["messages"] == answered[3]["messages"]
+
+
+def test_language_model_answers_a_batch_as_it_answers_each_row(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
+    tokenizer.padding_side = "right"
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(build_model(processor, num_layers=1).config.text_config).eval()
+    questions = ("What is round?", "Is a red circle left of the blue square?")
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": question}]} for question in questions])
+    settings = GenerationSettings(batch_size=2, max_new_tokens=5)
+    together = answer_rows(target, tokenizer, rows, settings)["messages"]
+    alone = [answer_rows(target, tokenizer, rows.select([row]), settings)["messages"][0] for row in range(2)]
+    assert together == alone
+    assert all(turns[1]["content"] for turns in together)
 
 
 def test_interrupted_generation_goes_on(target, processor, rows, tmp_path, monkeypatch):

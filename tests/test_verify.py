@@ -38,7 +38,7 @@ def test_noise_draws_what_multinomial_draws() -> None:
     tape.at(7)
     for step in (4, 0, 2, 1, 3):
         assert torch.equal((probabilities[step] / tape.at(step)).argmax(-1), plain[step])
-    rows = tape.rows_at([2, 0, 4])
+    rows = tape.rows_at({0: 2, 1: 0, 2: 4})
     assert torch.equal(rows, torch.stack([tape.at(2)[0], tape.at(0)[1], tape.at(4)[2]]))
     tape.free(3)
     assert torch.equal((probabilities[4] / tape.at(4)).argmax(-1), plain[4])

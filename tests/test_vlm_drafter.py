@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import ARCHITECTURES, IMAGE_ID, TEXT, make_draft_model, make_inputs, make_target
 
 from transformers_msd import EnsembleDrafter, TreeConfig, VLMDrafter
-from transformers_msd.drafters.model import DraftModel
+from transformers_msd.drafters.draft_model import DraftModel
 
 
 TREE = TreeConfig(num_nodes=9, depth=4, top_k=2)

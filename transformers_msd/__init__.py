@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.convert import convert_msd_checkpoint
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
@@ -11,8 +12,9 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.runtime import StaticRuntime
 from transformers_msd.stats import SpeculativeStats
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree, TreeConfig
 
 
@@ -29,6 +31,7 @@ __all__ = [
     "Prompts",
     "SpeculativeDecoderOnlyOutput",
     "SpeculativeStats",
+    "StaticRuntime",
     "Target",
     "TextOnly",
     "TokenTree",

@@ -22,21 +22,24 @@ def costs_path(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Pa
     names = [f"{model.config._name_or_path} {model.num_parameters()}" for model in (*drafts, target)]
     names += [str(target.dtype), target.config.get_text_config()._attn_implementation, machine]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    return Path(HF_HOME) / "transformers_msd" / "costs" / f"{digest}.json"
+    return _folder() / f"{digest}.json"
 
 
-def save_costs(costs: Costs, drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Path:
-    """Save what was measured, and return the file."""
+def _folder() -> Path:
+    return Path(HF_HOME) / "transformers_msd" / "costs_by_batch"
+
+
+def save_costs(measured: Sequence[Costs], drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Path:
+    """Save what was measured with several batch sizes, 1 among them, and return the file."""
     path = costs_path(drafts, target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(costs), indent=1) + "\n")
+    path.write_text(json.dumps([asdict(costs) for costs in measured], indent=1) + "\n")
     return path
 
 
 def load_sizing(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Sizing | None:
     """Make the sizing of a call from what was measured; None where nothing was."""
-    folder = Path(HF_HOME) / "transformers_msd" / "costs"
-    if not folder.exists():  # names and sizes of models need not be looked up
+    if not _folder().exists():  # names and sizes of models need not be looked up
         return None
     path = costs_path(drafts, target)
-    return Sizing(Costs(**json.loads(path.read_text()))) if path.exists() else None
+    return Sizing([Costs(**costs) for costs in json.loads(path.read_text())]) if path.exists() else None

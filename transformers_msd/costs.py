@@ -1,13 +1,14 @@
 """What rounds cost, and the trees that pay most by it: numbers only, no model."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Costs:
     """
-    Seconds of rounds with one prompt.
+    Seconds of rounds with batches of one size.
 
     Args:
         step (`float`):
@@ -20,6 +21,8 @@ class Costs:
             A further level of a tree.
         depth (`int`):
             Levels of the measured trees.
+        batch_size (`int`, *optional*, defaults to 1):
+            Prompts that were answered together.
     """
 
     step: float
@@ -27,14 +30,38 @@ class Costs:
     rounds: list[float]
     level: float
     depth: int
+    batch_size: int = 1
 
     def round(self, num_nodes: int, depth: int) -> float:
         """Seconds of a round with a tree of this size, linear between the sizes that were measured and beyond them."""
-        last = len(self.num_nodes) - 1
-        i = min(max(bisect_left(self.num_nodes, num_nodes), 1), last)
-        (low, high), (start, end) = self.num_nodes[i - 1 : i + 1], self.rounds[i - 1 : i + 1]
-        seconds = start + (end - start) * (num_nodes - low) / (high - low)
-        return seconds + (depth - self.depth) * self.level
+        return _linear(num_nodes, self.num_nodes, self.rounds) + (depth - self.depth) * self.level
+
+
+def round_cost(measured: Sequence[Costs], batch_size: int, num_nodes: int, depth: int) -> float:
+    """
+    Tell what a round costs in plain steps of the same batch.
+
+    Args:
+        measured (`Sequence[Costs]`):
+            What was measured with several batch sizes, ascending; times are linear between them and beyond.
+        batch_size (`int`):
+            Rows of the batch.
+        num_nodes (`int`):
+            Nodes of each tree.
+        depth (`int`):
+            Levels of the trees.
+    """
+    sizes = [costs.batch_size for costs in measured]
+    seconds = _linear(batch_size, sizes, [costs.round(num_nodes, depth) for costs in measured])
+    return seconds / _linear(batch_size, sizes, [costs.step for costs in measured])
+
+
+def _linear(x: int, xs: list[int], ys: list[float]) -> float:
+    """Draw a line through the two known points that are next to `x`, or level through the only one."""
+    if len(xs) == 1:
+        return ys[0]
+    i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
 
 
 class Sizing:
@@ -45,15 +72,16 @@ class Sizing:
     how these turned out so far.
 
     Args:
-        costs ([`Costs`]):
-            What rounds cost.
+        measured (`Sequence[Costs]`):
+            What rounds cost: with one prompt, and with larger batches.
     """
 
     # Tokens by which the scale is held at 1 in the beginning.
     PRIOR = 8.0
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, measured: Sequence[Costs]) -> None:
+        self.measured = measured
+        self.costs = measured[0]
         self._expected = self._accepted = self.PRIOR
         # Of the last tree: tokens expected, and its depth.
         self._last, self._depth = 0.0, 0

@@ -3,15 +3,16 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_msd.cache import carry, check_cache, leave_room, take_carried
+from transformers_msd.cache import carry, check_cache, take_carried
 from transformers_msd.drafters.base import CallInputs, TreeAssistant
 from transformers_msd.emission import Emission
 from transformers_msd.gate import Gate
 from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.runtime import Captures
 from transformers_msd.sampling import Sampler
 from transformers_msd.target import Target
 from transformers_msd.tree import TreeConfig
@@ -27,6 +28,7 @@ def tree_decoding(
     assistant: TreeAssistant,
     arguments: dict[str, Any],
     streamer: BaseStreamer | None = None,
+    captures: Captures | None = None,
     **model_kwargs: Any,
 ) -> SpeculativeDecoderOnlyOutput | torch.Tensor:
     """
@@ -49,46 +51,57 @@ def tree_decoding(
             The keyword arguments of `generate` as the user passed them.
         streamer (`BaseStreamer`, *optional*):
             Streamer of the call.
+        captures ([`Captures`], *optional*):
+            Compiles what has fixed shapes: drafting and, with a static cache, the target.
         model_kwargs (`dict[str, Any]`):
             What `generate` prepared for the target's forward passes.
     """
     cache = model_kwargs["past_key_values"]
     check_cache(cache)
     carried = take_carried(cache)
-    target = Target(model, model_kwargs, generation_config)
+    target = Target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
-    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_pads=returns_state)
+    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
 
     # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
     tree, outputs = target.prefill(input_ids)
+    target.room.check(emission.max_steps)
     noise = None
     if generation_config.do_sample:
         noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
     sampler = Sampler(logits_processor, emission, noise)
     tree_config = getattr(assistant, "tree_config", None)
     candidates = Gate(
-        assistant.candidate_generator(target, CallInputs(arguments, sampler, carried)),
+        assistant.candidate_generator(target, CallInputs(arguments, sampler, carried, captures)),
         emission,
         is_active=not isinstance(tree_config, TreeConfig) or tree_config.gate,
     )
-    while True:
-        logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
-        choices, scores = sampler.choose(tree, logits)
-        acceptance = verify(tree, choices)
-        emission.emit(tree, acceptance, scores, logits, outputs.hidden_states)
-        committed = target.commit(tree, acceptance, outputs, emission.tokens)
-        if emission.is_done:
-            break
-        if noise is not None:
-            noise.free(min(emission.lengths))
-        tree = emission.pad(candidates.draft(committed))
-        outputs = target.forward_tree(tree)
+    try:
+        while True:
+            logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
+            choices, scores = sampler.choose(tree, logits)
+            acceptance = verify(tree, choices)
+            emission.emit(tree, acceptance, scores, logits, outputs.hidden_states)
+            committed = target.commit(tree, acceptance, outputs, emission.tokens_of_rows)
+            if emission.is_done:
+                break
+            kept = emission.going_on()
+            if kept is not None and captures is None and candidates.keep_sequences(kept):
+                target.keep_sequences(kept)
+                emission.keep_sequences(kept)
+                committed = committed.keep_sequences(kept)
+            if noise is not None:
+                noise.free(min(emission.lengths))
+            tree = target.fit(emission.pad(candidates.draft(committed)))
+            outputs = target.forward_tree(tree)
+    finally:
+        if returns_state:
+            target.room.leave()
 
     stats = emission.finish()
     if noise is not None:
         noise.rewind(emission.num_steps)
     if returns_state:
-        leave_room(cache)
         carry(cache, candidates.carry(committed, target))
     if not generation_config.return_dict_in_generate:
         return emission.sequences

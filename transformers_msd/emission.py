@@ -1,5 +1,7 @@
 """The tokens of a call: every row at a length of its own, handed over step by step as plain `generate` does."""
 
+from itertools import compress
+
 import torch
 from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
@@ -9,6 +11,10 @@ from transformers_msd.outputs import StepOutputs
 from transformers_msd.stats import Rounds, SpeculativeStats
 from transformers_msd.tree import TokenTree
 from transformers_msd.verify import Acceptance
+
+
+# Share of the batch that must have ended for the others to be copied: all copies of a call are of at most 3 batches.
+LEAVING_SHARE = 0.25
 
 
 class Emission:
@@ -27,9 +33,9 @@ class Emission:
             The settings of the call, special tokens prepared.
         streamer (`BaseStreamer`, *optional*):
             The streamer of the call.
-        returns_pads (`bool`, *optional*, defaults to `True`):
-            Whether the call returns what the target makes of the pad tokens behind an ended row, its cache among
-            them. Where it doesn't, they are written down without a round.
+        returns_state (`bool`, *optional*, defaults to `True`):
+            Whether the call returns more than tokens: statistics, and what the target makes of the pad tokens behind
+            an ended row, its cache among them. Where it doesn't, pads are written down without a round.
     """
 
     def __init__(
@@ -38,19 +44,21 @@ class Emission:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer: BaseStreamer | None = None,
-        returns_pads: bool = True,
+        returns_state: bool = True,
     ) -> None:
         batch_size = len(input_ids)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        # Of these, what rounds are about: rows of trees and acceptances.
+        self.rows = list(range(batch_size))
         self.outputs = StepOutputs(generation_config, batch_size)
         self.num_steps = 0
         self._prompt_ids = input_ids
         self._criteria = stopping_criteria
         self._streamer = streamer
-        self._returns_pads = returns_pads
+        self._returns_state = returns_state
         self._rounds = Rounds()
         max_length = stopping_criteria.max_length
-        self._max_steps = None if max_length is None else max_length - input_ids.shape[1]
+        self.max_steps = None if max_length is None else max_length - input_ids.shape[1]
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         self._eos_token_ids = {token_id for ids in eos for token_id in ids.tolist()}
         # Told by exact type: these are decided on the host, where the tokens are.
@@ -71,17 +79,22 @@ class Emission:
         return self.prefix(self.tokens, self.num_steps)
 
     @property
+    def tokens_of_rows(self) -> list[list[int]]:
+        """Generated tokens of each of `rows`."""
+        return [self.tokens[row] for row in self.rows]
+
+    @property
     def lengths(self) -> list[int]:
         """Generated tokens of each row, pads included."""
         return [
-            max(len(row), self.num_steps) if is_left else len(row)
-            for row, is_left in zip(self.tokens, self._left_rows, strict=True)
+            max(len(row), self.num_steps) if is_idle else len(row)
+            for row, is_idle in zip(self.tokens, self._idle_rows, strict=True)
         ]
 
     @property
-    def _left_rows(self) -> list[bool]:
-        """Which rows have ended and take no further part in rounds."""
-        return [has_ended and not self._returns_pads for has_ended in self.pad_rows]
+    def _idle_rows(self) -> list[bool]:
+        """Which rows have ended, where rounds say nothing more about them."""
+        return [has_ended and not self._returns_state for has_ended in self.pad_rows]
 
     @property
     def is_done(self) -> bool:
@@ -97,7 +110,7 @@ class Emission:
 
     def needs_more(self, row: int, tokens: list[int]) -> bool:
         """Whether a row that stood at these tokens would go on."""
-        if self._left_rows[row] or (self._max_steps is not None and len(tokens) >= self._max_steps):
+        if self._idle_rows[row] or (self.max_steps is not None and len(tokens) >= self.max_steps):
             return False
         return not tokens or tokens[-1] not in self._eos_token_ids or self.pad_rows[row]
 
@@ -110,9 +123,20 @@ class Emission:
     def pad(self, tree: TokenTree) -> TokenTree:
         """Let ended rows go on with pad tokens, which are known in advance and so accepted."""
         pad_rows = self.pad_rows
-        if not (any(pad_rows) and self._returns_pads):
+        if not (any(pad_rows) and self._returns_state):
             return tree
         return tree.with_chains(torch.tensor(pad_rows, device=tree.token_ids.device), self.pad_token_id)
+
+    def going_on(self) -> list[bool] | None:
+        """Tell which of `rows` go on, where enough others may leave for it to pay; `None` where they may not."""
+        if self._returns_state:
+            return None
+        going = [self.needs_more(row, self.tokens[row]) for row in self.rows]
+        return going if going.count(False) >= LEAVING_SHARE * len(going) else None
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Take rows out of further rounds; `kept` tells of each of `rows` whether it stays."""
+        self.rows = list(compress(self.rows, kept))
 
     def emit(
         self,
@@ -125,7 +149,7 @@ class Emission:
         """Take over the tokens of a round, cut where their row ends, and complete the steps that all rows reached."""
         starts = self.lengths
         found = torch.cat([acceptance.num_accepted[:, None], acceptance.token_ids], dim=1).tolist()
-        for row, (num_accepted, *token_ids) in enumerate(found):
+        for row, (num_accepted, *token_ids) in zip(self.rows, found, strict=True):
             for token_id in token_ids[: num_accepted + 1]:
                 if not self.needs_more(row, self.tokens[row]):
                     break
@@ -134,14 +158,14 @@ class Emission:
                 self._eos_ends[row] = len(self.tokens[row])
         counts = [length - start for length, start in zip(self.lengths, starts, strict=True)]
         self.outputs.add(acceptance.path, counts, scores, logits, hidden_states)
-        if any(starts):
+        if any(starts) and self._returns_state:
             self._rounds.starts.append(starts)
             self._rounds.lengths.append(self.lengths)
             self._rounds.num_accepted.append([num_accepted for num_accepted, *_ in found])
             self._rounds.num_drafted.append((tree.parents >= 0).sum(-1))
             self._rounds.num_plain_steps += tree.num_nodes == 1
         while not self.is_done and all(
-            is_left or len(row) > self.num_steps for row, is_left in zip(self.tokens, self._left_rows, strict=True)
+            is_idle or len(row) > self.num_steps for row, is_idle in zip(self.tokens, self._idle_rows, strict=True)
         ):
             self._complete_step()
 
@@ -150,7 +174,7 @@ class Emission:
         self.outputs.complete(self.num_steps)
         self.num_steps += 1
         if self._on_host:
-            at_limit = self._max_steps is not None and self.num_steps >= self._max_steps
+            at_limit = self.max_steps is not None and self.num_steps >= self.max_steps
             ended = [at_limit or token_id in self._eos_token_ids for token_id in token_ids]
         else:
             ended = self._criteria(self.sequences, self.outputs.scores).tolist()

@@ -2,9 +2,9 @@
 
 from collections import deque
 
+from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import TreeCandidateGenerator
 from transformers_msd.emission import Emission
-from transformers_msd.target import Committed
 from transformers_msd.tree import TokenTree
 
 
@@ -54,6 +54,13 @@ class Gate:
         tree = self._candidates.draft(self._catch_up(committed))
         self._cost = self._candidates.round_cost(tree)
         return tree
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        """Forget sequences, if the candidates can; return whether they could."""
+        if not self._candidates.keep_sequences(kept):
+            return False
+        self._missed = [committed.keep_sequences(kept) for committed in self._missed]
+        return True
 
     def carry(self, committed: Committed, target: object) -> object | None:
         """Give what a next turn needs."""

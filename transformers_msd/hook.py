@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from transformers_msd.decoding import tree_decoding
 from transformers_msd.drafters.base import ChecksTarget, TreeAssistant
+from transformers_msd.runtime import open_captures
 from transformers_msd.support import check_call
 
 
@@ -75,7 +76,10 @@ def assisted_decoding(
         return _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
     # What belongs to assistants with a tokenizer of their own and to encoders; `check_call` has seen `synced_gpus`.
     dropped = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tensor", "synced_gpus")
-    with self._optimize_model_for_decode():
+    with (
+        self._optimize_model_for_decode(),
+        open_captures(assistant, self, kwargs["past_key_values"], generation_config) as captures,
+    ):
         return tree_decoding(
             self,
             input_ids,
@@ -84,6 +88,7 @@ def assisted_decoding(
             generation_config,
             assistant=assistant,
             arguments=_arguments.get() or {},
+            captures=captures,
             **{name: value for name, value in kwargs.items() if name not in dropped},
         )
 

@@ -5,11 +5,11 @@ import subprocess
 import torch
 
 
-def hardware() -> str:
-    """Name the hardware that this process computes on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads"
+def hardware(device: torch.device) -> str:
+    """Name the hardware of a device that this process computes on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:

@@ -59,9 +59,9 @@ def check_call(
     _check_model(model)
     _check_settings(generation_config, generation_mode_kwargs)
     _check_processors(arguments.get("logits_processor") or ())
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
-            "Drafting needs a dynamic cache on the target's device, got "
+            "Drafting needs a dynamic or static cache on the target's device, got "
             f"`cache_implementation={generation_config.cache_implementation!r}`. Leave it unset, or {WAY_OUT}"
         )
     cache = arguments.get("past_key_values")

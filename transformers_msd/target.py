@@ -1,6 +1,6 @@
 """The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,87 +8,18 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from transformers_msd.cache import keep_rows, make_room
+from transformers_msd.cache import Room
+from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.modeling_msd import visual_token_mask
-from transformers_msd.tree import TokenTree, take_rows, tree_attention_mask
+from transformers_msd.runtime import Captures
+from transformers_msd.tree import TokenTree, take_rows
 from transformers_msd.verify import Acceptance
 
 
 # Rows of the prompt that a forward over new tokens must not see again.
 PROMPT_ONLY = ("attention_mask", "inputs_embeds", "past_key_values", "position_ids", "use_cache")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-
-
-@dataclass(frozen=True)
-class Committed:
-    """
-    Tokens that now stand, in the form in which a draft reads them: row `r` pairs token `r + 1` with what the target
-    knew at token `r`. Rows are packed to the left, padding of the prompt left out; the last row of each sequence holds
-    the token emitted last.
-
-    Args:
-        token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Tokens `r + 1`; -1 where a prompt was given as embeddings alone.
-        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Input embeddings of tokens `r + 1`, visual features merged in.
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Last hidden states of the target at tokens `r`, after its final norm, which predicted tokens `r + 1`.
-        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Places of tokens `r` among the real tokens of their sequence.
-        visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            Whether tokens `r + 1` are visual.
-        lengths (`torch.Tensor` of shape `(batch_size,)`):
-            Rows of each sequence; what lies behind them is filler.
-        host_lengths (`list[int]`):
-            The same where the device need not be asked.
-    """
-
-    token_ids: torch.Tensor
-    inputs_embeds: torch.Tensor
-    features: torch.Tensor
-    position_ids: torch.Tensor
-    visual_mask: torch.Tensor
-    lengths: torch.Tensor
-    host_lengths: list[int]
-
-    @property
-    def last_rows(self) -> torch.Tensor:
-        """Index of the last row of each sequence, of shape `(batch_size,)`."""
-        return (self.lengths - 1).clamp(min=0)
-
-    def pack(self, real: torch.Tensor) -> "Committed":
-        """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
-        lengths = real.sum(-1)
-        host_lengths = lengths.tolist()
-        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
-        return Committed(
-            token_ids=self.token_ids.gather(1, rows),
-            inputs_embeds=take_rows(self.inputs_embeds, rows),
-            features=take_rows(self.features, rows),
-            position_ids=self.position_ids.gather(1, rows),
-            visual_mask=self.visual_mask.gather(1, rows),
-            lengths=lengths,
-            host_lengths=host_lengths,
-        )
-
-    def join(self, *later: "Committed") -> "Committed":
-        """Put later rows behind these."""
-        parts = (self, *later)
-        real = [
-            torch.arange(part.token_ids.shape[1], device=part.lengths.device) < part.lengths[:, None] for part in parts
-        ]
-        rows = {
-            field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1)
-            for field in fields(self)
-            if field.name not in ("lengths", "host_lengths")
-        }
-        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1))
-
-    @property
-    def root_token_ids(self) -> torch.Tensor:
-        """Tokens emitted last, of shape `(batch_size,)`."""
-        return self.token_ids.gather(1, self.last_rows[:, None])[:, 0]
 
 
 class Target:
@@ -102,10 +33,16 @@ class Target:
             Keyword arguments that `generate` prepared for its forward passes.
         generation_config (`GenerationConfig`):
             The settings of the call.
+        captures ([`Captures`], *optional*):
+            Compiles the forwards after the prompt, on tensors of fixed shapes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+        self,
+        model: PreTrainedModel,
+        model_kwargs: dict[str, Any],
+        generation_config: GenerationConfig,
+        captures: Captures | None = None,
     ) -> None:
         self.model = model
         self.cache = model_kwargs["past_key_values"]
@@ -114,10 +51,7 @@ class Target:
         self._model_kwargs = model_kwargs | {
             "output_hidden_states": _with_ends(generation_config.output_hidden_states)
         }
-        # Columns of the cache, and how many of them are tokens of each sequence (padding of the prompt included).
-        self._num_columns = 0
-        self._lengths = torch.tensor([])
-        self._host_lengths: list[int] = []
+        self._captures = captures
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of tokens."""
@@ -140,24 +74,25 @@ class Target:
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
         self._device = features.device
-        self._num_generated = [1] * len(features)  # the token that the prefill gives has no row yet
         self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(input_ids.new_zeros(len(features))), outputs
 
     def _settle_prompt(self, batch_size: int, device: torch.device) -> None:
         """Take what the cache holds after the prefill as the settled rows."""
-        make_room(self.cache)
-        self._num_columns = self._prompt_length = self.cache.get_seq_length()
-        self._host_lengths = [self._num_columns] * batch_size
+        self._prompt_length = num_columns = int(self.cache.get_seq_length())
         mask = self._model_kwargs.get("attention_mask")
-        # Told on the host: one sequence without padding, whose columns are all real.
-        self._is_packed = mask is None and batch_size == 1
+        self._is_unpadded = mask is None
         if mask is None:
-            mask = torch.ones(batch_size, self._num_columns, dtype=torch.long)
+            mask = torch.ones(batch_size, num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
         self._num_real = self._prompt_mask.sum(-1)
-        self._lengths = torch.full_like(self._num_real, self._num_columns)
+        self.room = self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
+
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> Room:
+        if self._captures is None:
+            return Room(self.cache, lengths, host_lengths, self._prompt_mask)
+        return self._captures.open_room(self.model, self.cache, lengths, host_lengths, self._prompt_mask)
 
     def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
@@ -172,9 +107,13 @@ class Target:
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
+    def fit(self, tree: TokenTree) -> TokenTree:
+        """Fill trees up to a size that forwards are compiled for, where any are."""
+        return tree if self._captures is None else tree.widen(self._captures.num_nodes(tree))
+
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
-        if tree.num_nodes == 1 and self._is_packed:
+        if tree.num_nodes == 1 and self._is_packed and self._captures is None:
             return self.forward_rows(tree.token_ids, tree.depths, None)
         return self.forward_rows(tree.token_ids, tree.depths, tree.ancestor_mask)
 
@@ -192,11 +131,7 @@ class Target:
                 and no column of the cache is padding.
         """
         num_rows = token_ids.shape[1]
-        attention_mask = None
-        if visible is not None:
-            columns = torch.arange(self._num_columns, device=self._lengths.device) < self._lengths[:, None]
-            columns[:, : self._prompt_length] &= self._prompt_mask[:, : self._num_columns]
-            attention_mask = tree_attention_mask(columns, visible, self._dtype)
+        attention_mask = None if visible is None else self.room.mask(visible, self._dtype)
         kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
@@ -204,7 +139,7 @@ class Target:
                 kwargs[name] = kwargs[name][:, -1:].expand(-1, num_rows)
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = num_rows
-        generated = (self._lengths - self._prompt_length)[:, None] + depths + 1
+        generated = ((self.room.lengths - self._prompt_length)[:, None] + depths + 1).expand_as(token_ids)
         position_ids = self._model_kwargs["position_ids"]
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
@@ -215,23 +150,9 @@ class Target:
             is_first_iteration=False,
             **kwargs,
         )
-        return self.model(**model_inputs, return_dict=True)
-
-    def settle(self, rows: torch.Tensor | None, lengths: torch.Tensor, host_lengths: list[int]) -> None:
-        """
-        Keep some of the unsettled rows, and drop all others.
-
-        Args:
-            rows (`torch.Tensor` of shape `(batch_size, num_rows)`):
-                Which to move behind the settled rows, in this order; `None` where they already lie there.
-            lengths (`torch.Tensor` of shape `(batch_size,)`):
-                Columns that each sequence has then; what else was moved is overwritten later.
-            host_lengths (`list[int]`):
-                The same where the device need not be asked.
-        """
-        num_columns = max(host_lengths)
-        keep_rows(self.cache, self._num_columns, self._lengths, rows, num_columns)
-        self._lengths, self._host_lengths, self._num_columns = lengths, host_lengths, num_columns
+        if self._captures is None:
+            return self.model(**model_inputs, return_dict=True)
+        return self._captures.forward(self.model, model_inputs)
 
     def commit(
         self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]
@@ -251,10 +172,9 @@ class Target:
                 fewer than before where it had run ahead of its end.
         """
         # Counted on the host, where the tokens are: the device is told once, and not asked.
-        num_generated = [len(row) for row in tokens]
-        new = [max(now - before, 0) for now, before in zip(num_generated, self._num_generated, strict=True)]
-        host_lengths = [self._prompt_length - 1 + number for number in num_generated]
-        device = self._lengths.device
+        host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
+        new = [max(now - before, 0) for now, before in zip(host_lengths, self.room.host_lengths, strict=True)]
+        device = self.room.lengths.device
         roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
@@ -273,11 +193,20 @@ class Target:
             lengths=counts,
             host_lengths=new,
         )
-        # The root of a batch of one already lies where it belongs.
-        is_in_place = len(tokens) == 1 and new[0] <= 1
-        self.settle(None if is_in_place else path, lengths, host_lengths)
-        self._num_generated = num_generated
+        # Roots already lie where they belong, if all sequences are of one length.
+        is_in_place = path.shape[1] == 1 and self.room.is_in_place
+        self.room.settle(None if is_in_place else acceptance.path, lengths, host_lengths)
         return self._pair(rows, roots)
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Drop sequences; `kept` tells of each whether it stays."""
+        self.room.keep_sequences(kept)
+        self._num_real = self._num_real[kept]
+        for name, value in self._model_kwargs.items():
+            # As Transformers has them: positions may have axes before the batch, or none of the batch.
+            dim = -2 if name == "position_ids" else 0
+            if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
+                self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
 
     def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
         """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
@@ -294,9 +223,14 @@ class Target:
         )
 
     @property
+    def _is_packed(self) -> bool:
+        """Whether all columns of the cache are real, told on the host."""
+        return self._is_unpadded and self.room.is_even
+
+    @property
     def num_real_rows(self) -> torch.Tensor:
         """Real tokens of each sequence in the cache, padding of the prompt left out, of shape `(batch_size,)`."""
-        return self._num_real + self._lengths - self._prompt_length
+        return self._num_real + self.room.lengths - self._prompt_length
 
 
 class _Recorder:

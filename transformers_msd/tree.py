@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch.nn.functional import pad
 
 from transformers_msd.costs import Sizing
 
@@ -103,6 +104,18 @@ class TokenTree:
         token_ids = token_ids[:, None]
         return cls(token_ids, torch.full_like(token_ids, -1), torch.zeros_like(token_ids, dtype=torch.float32), 0)
 
+    def widen(self, num_nodes: int) -> "TokenTree":
+        """Fill the trees up to so many nodes."""
+        more = num_nodes - self.num_nodes
+        if not more:
+            return self
+        return TokenTree(
+            pad(self.token_ids, (0, more)),
+            pad(self.parents, (0, more), value=-1),
+            pad(self.scores, (0, more)),
+            self.depth,
+        )
+
     def with_chains(self, rows: torch.Tensor, token_id: int) -> "TokenTree":
         """Replace the trees of some rows, a mask of shape `(batch_size,)`, by a chain that repeats one token."""
         nodes = torch.arange(self.num_nodes, device=rows.device)
@@ -121,6 +134,7 @@ def grow_tree(
     log_probs: torch.Tensor,
     expand: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     sizing: Sizing | None = None,
+    fixed: bool = False,
 ) -> TokenTree:
     """
     Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858).
@@ -139,6 +153,9 @@ def grow_tree(
             `(batch_size, frontier, vocab_size)`.
         sizing ([`Sizing`], *optional*):
             Chooses depth and size within the settings, for a batch of one.
+        fixed (`bool`, *optional*, defaults to `False`):
+            Whether the device is asked nothing and all shapes follow from the settings: every level is grown, and what
+            is too unlikely to be verified becomes fillers behind the other nodes.
     """
     top_k = min(config.top_k, log_probs.shape[-1])
     scores, token_ids = log_probs.topk(top_k)  # (batch, top_k)
@@ -153,7 +170,7 @@ def grow_tree(
     num_candidates = top_k
     depth = 1
     while depth < config.depth:
-        if config.min_probability:
+        if config.min_probability and not fixed:
             # The best come first: of all rows the one that is surest tells how many are open.
             width = int((frontier_scores >= math.log(config.min_probability)).sum(-1).max())
             if width == 0:
@@ -189,6 +206,7 @@ def grow_tree(
         torch.cat(all_token_ids, 1),
         torch.cat(all_parents, 1),
         depth,
+        fixed,
     )
 
 
@@ -203,6 +221,7 @@ def _keep_best(
     token_ids: torch.Tensor,
     parents: torch.Tensor,
     depth: int,
+    fixed: bool,
 ) -> TokenTree:
     """Build the tree of the most likely candidates, in the order in which they were tried."""
     num_kept = min(config.num_nodes - 1, scores.shape[1])
@@ -210,9 +229,12 @@ def _keep_best(
     if config.min_probability:
         unsure = scores < math.log(config.min_probability)
         unsure.scatter_(1, scores.argmax(-1, keepdim=True), False)  # a tree holds one drafted token at least
-        num_kept = min(num_kept, int((~unsure).sum(-1).max()))
+        if not fixed:
+            num_kept = min(num_kept, int((~unsure).sum(-1).max()))
     # Stable: on a tie the parent, which comes first, must win over its child.
     kept = scores.sort(descending=True, stable=True).indices[:, :num_kept].sort().values
+    if config.min_probability:
+        kept = kept.gather(1, unsure.gather(1, kept).int().sort(stable=True).indices)
     batch_size, num_kept = kept.shape
     nodes = torch.arange(num_kept + 1, device=kept.device).expand(batch_size, -1)
     node_of_candidate = kept.new_zeros(batch_size, scores.shape[1] + 1).scatter(1, kept + 1, nodes[:, 1:])

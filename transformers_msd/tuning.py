@@ -1,56 +1,63 @@
 """Measuring what rounds cost, by running them."""
 
 import time
+from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from transformers_msd.committed import Committed
 from transformers_msd.costs import Costs
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.target import Committed, Target
-from transformers_msd.tree import TokenTree
+from transformers_msd.target import Target
+from transformers_msd.tree import TokenTree, TreeConfig
 
 
-SIZES = (2, 4, 8, 16, 32, 64)
+# Batch sizes, and the trees that are measured with each; single prompts choose their trees by these.
+SIZES = {1: (2, 4, 8, 16, 32, 64), 4: (4, 16, 64), 16: (4, 16, 64)}
 SHALLOW, DEEP = 2, 6
 NUM_ROUNDS, NUM_PASSES = 12, 4
 NEVER_SAID = 2**31 - 1  # as EOS token: no answer ends early
 
 
-class _Timed:
-    """An assistant that drafts with another, in trees of one shape or not at all, and notes when each round begins."""
+class _EnoughRounds(Exception):
+    """Ends a call in which `NUM_ROUNDS` rounds have begun, however many tokens they emitted."""
 
-    def __init__(self, assistant: Any, drafts: bool) -> None:
+
+class _Timed(TreeCandidateGenerator):
+    """
+    Drafts in one call with an assistant, or not at all, and notes when each round begins.
+
+    It is an assistant and its own candidate generator, and ends its call by [`_EnoughRounds`].
+    """
+
+    tree_config = TreeConfig(gate=False)
+
+    def __init__(self, assistant: Any | None) -> None:
         self.assistant = assistant
-        self.tree_config = assistant.tree_config
-        self.drafts = drafts
         self.times: list[float] = []
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_TimedGenerator":
-        own = self.assistant.candidate_generator(target, inputs)
-        own.sizing = None  # what was measured before must not change what is measured
-        return _TimedGenerator(own if self.drafts else None, self.times)
-
-
-class _TimedGenerator(TreeCandidateGenerator):
-    def __init__(self, generator: TreeCandidateGenerator | None, times: list[float]) -> None:
-        self.generator = generator
-        self.times = times
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_Timed":
+        if self.assistant is not None:
+            self.candidates = self.assistant.candidate_generator(target, inputs)
+            self.candidates.sizing = None  # what was measured before must not change what is measured
+        return self
 
     def draft(self, committed: Committed) -> TokenTree:
         committed.lengths.tolist()  # waits for the device
         self.times.append(time.perf_counter())
-        if self.generator is None:
-            return TokenTree.root(committed.root_token_ids)
-        return self.generator.draft(committed)
+        if len(self.times) == NUM_ROUNDS:
+            raise _EnoughRounds
+        return TokenTree.root(committed.root_token_ids) if self.assistant is None else self.candidates.draft(committed)
 
 
-def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256) -> Costs:
+def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256, batch_size: int = 1) -> Costs:
     """
-    Run rounds with trees of several shapes, and plain steps, on a prompt of random tokens.
+    Run rounds with trees of several shapes, and plain steps, on prompts of random tokens.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -58,15 +65,23 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
         assistant ([`MSDDraftModel`] or [`VLMDrafter`]):
             What drafts for it. Its settings are as before in the end.
         prompt_length (`int`, *optional*, defaults to 256):
-            Tokens of the prompt.
+            Tokens of each prompt.
+        batch_size (`int`, *optional*, defaults to 1):
+            Prompts that are answered together, one of `SIZES`.
+
+    Raises:
+        ValueError: If the assistant can't draft for this target.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(target.config.get_text_config().vocab_size, 1000)
-    ids = torch.randint(3, vocab_size, (1, prompt_length), generator=generator).to(target.device)
+    ids = torch.randint(3, vocab_size, (batch_size, prompt_length), generator=generator).to(target.device)
+    assistant.check_target(target, {"input_ids": ids})
     config = assistant.tree_config
 
     # A shape without levels is a plain step.
-    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in SIZES), (SIZES[3], DEEP)]
+    sizes = SIZES[batch_size]
+    middle = len(sizes) // 2
+    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[middle], DEEP)]
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     try:
         # In turn, so that what else the machine does slows all of them; the first pass warms up.
@@ -76,20 +91,20 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
                     # Wide enough to fill the tree.
                     top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
                     assistant.tree_config = replace(config, num_nodes=num_nodes, depth=depth, top_k=top_k, gate=False)
-                timed = _Timed(assistant, drafts=depth > 0)
-                timed.tree_config = replace(timed.tree_config, gate=False)
-                length = NUM_ROUNDS * (depth + 1)
-                target.generate(
-                    ids, max_new_tokens=length, do_sample=False, eos_token_id=NEVER_SAID, assistant_model=timed
-                )
-                rounds = zip(timed.times[1:NUM_ROUNDS], timed.times[2:NUM_ROUNDS], strict=False)
+                timed = _Timed(assistant if depth else None)
+                length = 1 + NUM_ROUNDS * (depth + 1)  # never reached: the call ends before
+                with suppress(_EnoughRounds):
+                    target.generate(
+                        ids, max_new_tokens=length, do_sample=False, eos_token_id=NEVER_SAID, assistant_model=timed
+                    )
                 if number:
-                    seconds[num_nodes, depth] += [end - start for start, end in rounds]
+                    # The first round pays for what is made once.
+                    seconds[num_nodes, depth] += [end - start for start, end in pairwise(timed.times[1:])]
     finally:
         assistant.tree_config = config
     step, *rounds, deep = (median(values) for values in seconds.values())
-    level = max((deep - rounds[3]) / (DEEP - SHALLOW), 0.0)
+    level = max((deep - rounds[middle]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])
-    return Costs(step, list(SIZES), rounds, level, SHALLOW)
+    return Costs(step, list(sizes), rounds, level, SHALLOW, batch_size)

@@ -83,11 +83,11 @@ class NoiseTape:
             self._states.append(self._get_state())
         return self._draws[step - self._first]
 
-    def rows_at(self, steps: list[int]) -> torch.Tensor:
-        """Noise of one position of each row, of shape `(batch_size, vocab_size)`."""
-        if len(set(steps)) == 1:
+    def rows_at(self, steps: dict[int, int]) -> torch.Tensor:
+        """Noise of some rows, each at a position of its own, of shape `(num_rows, vocab_size)`."""
+        if len(steps) == self._shape[0] and len(set(steps.values())) == 1:
             return self.at(steps[0])
-        return torch.stack([self.at(step)[row] for row, step in enumerate(steps)])
+        return torch.stack([self.at(step)[row] for row, step in steps.items()])
 
     def free(self, step: int) -> None:
         """Forget the positions before `step`, which every row has passed."""

@@ -87,7 +87,7 @@ def trees(world: World, repeats: int) -> dict[str, Any]:
         settings = assistant.tree_config
         with tempfile.TemporaryDirectory() as home, patch("transformers_msd.calibration.HF_HOME", home):
             drafts = [world.msd] if assistant is world.msd else [world.draft_vlm]
-            save_costs(measure_costs(world.target, assistant), drafts, world.target)
+            save_costs([measure_costs(world.target, assistant)], drafts, world.target)
             configs = {f"{n} nodes, depth {d}, top-k {k}": TreeConfig(n, d, k) for n, d, k in FIXED_TREES}
             for group, prompts in world.prompts.items():
                 seconds: dict[str, list[float]] = {label: [] for label in ("cost-aware", "plain", *configs)}
@@ -123,7 +123,7 @@ def hostile(world: World, repeats: int) -> dict[str, Any]:
             drafts = [world.msd] if assistant is world.msd else [world.draft_vlm]
             for label in ("not measured", "measured"):
                 if label == "measured":
-                    save_costs(measure_costs(world.target, assistant), drafts, world.target)
+                    save_costs([measure_costs(world.target, assistant)], drafts, world.target)
                 ratios = []
                 for repeat in range(repeats + 1):
                     for inputs in prompts if repeat else prompts[:1]:
@@ -185,7 +185,7 @@ def main() -> None:
     logging.set_verbosity_error()
     world = World(arguments.num_per_group)
     results: dict[str, Any] = {
-        "hardware": hardware(),
+        "hardware": hardware(world.target.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),

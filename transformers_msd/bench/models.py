@@ -4,11 +4,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -18,6 +15,7 @@ from transformers import (
 
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer.loading import auto_class, is_multimodal
 
 
 # Text shapes of llava-hf/llava-1.5-7b-hf and llava-1.5-13b-hf.
@@ -40,8 +38,7 @@ SHAPES = {
 def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     """Load a target or a draft by what its config says it is."""
     config = AutoConfig.from_pretrained(name)
-    auto_class = MSDDraftModel if isinstance(config, MSDConfig) else _auto_class(config)
-    return auto_class.from_pretrained(name, dtype=dtype).to(device).eval()
+    return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def named_config(name: str) -> PreTrainedConfig:
@@ -94,7 +91,7 @@ def random_target(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> 
     vocabulary, by a margin that no rounding can close. All else is as Transformers initialises it.
     """
     with torch.device(device):
-        target = _auto_class(config).from_config(config, dtype=dtype).eval()
+        target = auto_class(config).from_config(config, dtype=dtype).eval()
     embeddings = target.get_input_embeddings().weight
     embeddings.normal_(std=10.0)
     head = target.get_output_embeddings().weight
@@ -109,12 +106,3 @@ def random_draft(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> M
     """Make an MSD draft of random weights for a target."""
     with torch.device(device):
         return AutoModel.from_config(MSDConfig.from_target(config), dtype=dtype).eval()
-
-
-def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Tell whether a model reads pictures."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-
-def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM

@@ -6,20 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
-from transformers_msd.bench.models import is_multimodal
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.trainer.callbacks import prompt_of
+from transformers_msd.trainer.loading import is_multimodal
 from transformers_msd.trainer.recipe import DraftArguments, load_rows
 
 
@@ -77,29 +69,6 @@ def draw_picture(seed: int) -> Image.Image:
         shape = (canvas.ellipse, canvas.rectangle, canvas.rounded_rectangle)[number % 3]
         shape(box, **({"radius": 12} if number % 3 == 2 else {}), fill=COLOURS[colour])
     return image
-
-
-def encode_prompts(
-    processor: ProcessorMixin | PreTrainedTokenizerBase, prompts: list[list[dict[str, Any]]], device: str
-) -> dict[str, torch.Tensor]:
-    """Turn prompts into one left-padded batch."""
-    padding = {"padding": True, "padding_side": "left"}
-    if isinstance(processor, ProcessorMixin):
-        options = {"processor_kwargs": padding | {"add_special_tokens": False}}
-    else:
-        options = {"tokenizer_kwargs": {"add_special_tokens": False}, **padding}
-    return processor.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
-    ).to(device)
-
-
-def load_processor(name: str, config: PreTrainedConfig) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Load what turns prompts into the inputs of a target."""
-    processor = (AutoProcessor if is_multimodal(config) else AutoTokenizer).from_pretrained(name)
-    tokenizer = processor.tokenizer if is_multimodal(config) else processor
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return processor
 
 
 def random_prompts(

@@ -13,10 +13,11 @@ from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, run_method, run_methods
 from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
 from transformers_msd.bench.models import load_model, named_config, random_draft, random_target
-from transformers_msd.bench.prompts import batched, encode_prompts, load_processor, load_prompts, random_prompts
+from transformers_msd.bench.prompts import batched, load_prompts, random_prompts
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
 from transformers_msd.provenance import commit, hardware
+from transformers_msd.trainer.loading import encode_prompts, load_processor
 
 
 Inputs = dict[str, torch.Tensor]
@@ -47,7 +48,7 @@ def run_benchmark(
         "num_parameters": target.num_parameters(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config.get_text_config()._attn_implementation,
-        "hardware": hardware() if target.device.type != "cpu" else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware(target.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "transformers_msd": transformers_msd.__version__,
@@ -132,11 +133,11 @@ def _prepare(
     drafts = {
         name: load_model(path, arguments.dtype, device) for name, path in zip(names, arguments.drafts, strict=True)
     }
-    processor = load_processor(arguments.target_model, target.config)
+    processor = load_processor(arguments.target_model)
     prompts = load_prompts(arguments, target)
 
     def make_batches(batch_size: int) -> list[Inputs]:
-        return [encode_prompts(processor, rows, device) for rows in batched(prompts, batch_size)]
+        return [encode_prompts(processor, rows).to(device) for rows in batched(prompts, batch_size)]
 
     return target, drafts, make_batches, len(prompts)
 

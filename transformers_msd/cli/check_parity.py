@@ -22,8 +22,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Compare, print, and exit with 1 where training and decoding differ."""
     from transformers import ProcessorMixin
 
-    from transformers_msd.trainer.callbacks import encode_prompt, prompt_of
-    from transformers_msd.trainer.parity import check_parity
+    from transformers_msd.trainer.callbacks import prompt_of
+    from transformers_msd.trainer.loading import encode_prompts
+    from transformers_msd.trainer.parity import check_parity, has_equal_prompt
     from transformers_msd.trainer.recipe import DraftArguments, hold_out, load_rows, load_target, make_draft
 
     names = ("target_model", "draft_model", "datasets", "dataset_split", "image_folder", "target_dtype")
@@ -33,9 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     _, rows = hold_out(load_rows(recipe, isinstance(processor, ProcessorMixin)), arguments.num_rows, seed=0)
     holds = True
     for row in rows:
-        inputs = encode_prompt(processor, prompt_of(row))
+        inputs = encode_prompts(processor, [prompt_of(row)])
         parity = check_parity(target.eval(), draft.eval(), inputs)
-        print(parity)
-        holds &= parity.holds(arguments.tolerance)
+        equal_prompt = has_equal_prompt(processor, row, inputs["input_ids"])
+        print(parity if equal_prompt else f"{parity}: training begins the row with other tokens than its prompt's")
+        holds &= parity.holds(arguments.tolerance) and equal_prompt
     print("Training and decoding feed the draft the same." if holds else "Training and decoding differ.")
     sys.exit(not holds)

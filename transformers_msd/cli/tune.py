@@ -9,7 +9,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "tune",
         help="measure what rounds cost on this machine",
         description="Measure the target's time for verifying trees and the draft's time for growing them. Calls of "
-        "this pair on this machine with one prompt then choose the size of every tree by it.",
+        "this pair on this machine then draft where it pays by it, and with one prompt choose the size of every tree.",
     )
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
     parser.add_argument("--draft_model", required=True, help="an MSD draft, or a VLM or language model")
@@ -26,18 +26,19 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd import MSDDraftModel, VLMDrafter
     from transformers_msd.bench.models import load_model
     from transformers_msd.calibration import save_costs
-    from transformers_msd.tuning import measure_costs
+    from transformers_msd.tuning import SIZES, measure_costs
 
     device = arguments.device
     if device.startswith("cuda if"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_model(arguments.target_model, arguments.dtype, device)
     draft = load_model(arguments.draft_model, arguments.dtype, device)
-    costs = measure_costs(
-        target, draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft), arguments.prompt_length
-    )
-    path = save_costs(costs, [draft], target)
-    print(f"A plain step takes {costs.step * 1e3:.2f} ms, a further level of a tree {costs.level * 1e3:.2f} ms.")
-    for num_nodes, seconds in zip(costs.num_nodes, costs.rounds, strict=True):
-        print(f"A round of {num_nodes:3} nodes in {costs.depth} levels: {seconds * 1e3:.2f} ms")
+    assistant = draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft)
+    measured = [measure_costs(target, assistant, arguments.prompt_length, batch_size) for batch_size in SIZES]
+    path = save_costs(measured, [draft], target)
+    for costs in measured:
+        print(f"With {costs.batch_size} prompts at a time:" if costs.batch_size > 1 else "With one prompt:")
+        print(f"A plain step takes {costs.step * 1e3:.2f} ms, a further level of a tree {costs.level * 1e3:.2f} ms.")
+        for num_nodes, seconds in zip(costs.num_nodes, costs.rounds, strict=True):
+            print(f"A round of {num_nodes:3} nodes in {costs.depth} levels: {seconds * 1e3:.2f} ms")
     print(f"Written to {path}.")

@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
-from transformers_msd.costs import Sizing
+from transformers_msd.committed import Committed
+from transformers_msd.costs import Sizing, round_cost
+from transformers_msd.runtime import Captures
 from transformers_msd.sampling import Sampler
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree
 
 
@@ -26,11 +28,14 @@ class CallInputs:
             Ranks draft logits.
         carried (`Any`, *optional*):
             What the candidate generator of the turn before left in the cache that this call goes on from.
+        captures ([`Captures`], *optional*):
+            Compiles what has fixed shapes.
     """
 
     arguments: dict[str, Any]
     sampler: Sampler
     carried: Any | None = None
+    captures: Captures | None = None
 
 
 class TreeCandidateGenerator(CandidateGenerator, ABC):
@@ -51,11 +56,27 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
 
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        """
+        Forget sequences that have ended, so that they take no room in further rounds.
+
+        Called between two rounds, and only where nothing but tokens is returned. By default nothing is forgotten, and
+        all sequences stay until the last has ended.
+
+        Args:
+            kept (`list[bool]`):
+                For each sequence of the batch, whether it stays. All later batches are of those alone.
+
+        Returns:
+            `bool`: Whether the others are forgotten. If not, all of them stay in the batch.
+        """
+        return False
+
     def round_cost(self, tree: TokenTree) -> float:
-        """What a round with a tree costs, in plain steps: as measured, which was for one prompt, or as assumed."""
-        if self.sizing is None or len(tree.token_ids) > 1:
+        """What a round with a tree costs, in plain steps: as measured, or as assumed."""
+        if self.sizing is None:
             return self.assumed_round_cost
-        return self.sizing.costs.round(tree.num_nodes, tree.depth) / self.sizing.costs.step
+        return round_cost(self.sizing.measured, len(tree.token_ids), tree.num_nodes, tree.depth)
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""

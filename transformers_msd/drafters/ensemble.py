@@ -3,17 +3,19 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import product
+from itertools import compress, product
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs
-from transformers_msd.drafters.model import DraftModel, ModelCandidateGenerator, ModelDrafter
+from transformers_msd.drafters.draft_model import DraftModel
+from transformers_msd.drafters.model import ModelCandidateGenerator, ModelDrafter
 from transformers_msd.drafters.views import VIEWS, Prompts, View, left_pad
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TreeConfig
 
 
@@ -117,6 +119,14 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
             self._weights = weights[:, None].expand(-1, logits.shape[1])
         self._said.append(logits)
         return (self._weights[..., None, None] * logits.float().softmax(-1)).sum(0).log()
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        if not super().keep_sequences(kept):
+            return False
+        self._said = [logits[:, kept] for logits in self._said]
+        self._weights = self._weights[:, kept]
+        self._history = list(compress(self._history, kept))
+        return True
 
     def observe(self, committed: Committed, logits: torch.Tensor, matched: torch.Tensor, rows: torch.Tensor) -> None:
         said, self._said = self._said, []

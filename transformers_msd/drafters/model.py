@@ -6,94 +6,19 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from transformers_msd.calibration import load_sizing
+from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.prompts import prompt_ids, prompt_of
-from transformers_msd.target import Committed, Target
+from transformers_msd.target import Target
 from transformers_msd.tree import TokenTree, TreeConfig, grow_tree
 
 
 # Models of one tokenizer pad their vocabularies to different multiples.
 MOST_PADDING = 512
-
-
-class DraftModel(Target):
-    """A model that drafts, as one call uses it: the rows it has settled, and those of the tree behind them."""
-
-    @classmethod
-    def start(cls, model: PreTrainedModel, inputs: Mapping[str, Any], num_copies: int = 1) -> "DraftModel":
-        """
-        Run a prompt, its pictures encoded once.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`]):
-                The model.
-            inputs (`dict[str, Any]`):
-                Prompts as for `generate`, left-padded.
-            num_copies (`int`, *optional*, defaults to 1):
-                Rows to draft for each prompt.
-        """
-
-        def prefilled(
-            model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs
-        ) -> "DraftModel":
-            draft = cls(model, model_kwargs, generation_config)
-            draft._model_kwargs["output_hidden_states"] = None
-            type(model)._prefill(model, input_ids, generation_config, draft._model_kwargs)
-            draft._settle_prompt(len(input_ids), input_ids.device)
-            return draft
-
-        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        settings = GenerationConfig(
-            max_new_tokens=1,
-            do_sample=True,  # nothing is sampled: it lets a prompt have several rows
-            num_return_sequences=num_copies,
-            pad_token_id=0,
-            eos_token_id=None,
-            cache_implementation=None,
-        )
-        return model.generate(**moved, generation_config=settings, custom_generate=prefilled)
-
-    @property
-    def lengths(self) -> torch.Tensor:
-        """Settled columns of each sequence, padding of the prompt included, of shape `(batch_size,)`."""
-        return self._lengths
-
-    @property
-    def host_lengths(self) -> list[int]:
-        """The same where the device need not be asked."""
-        return self._host_lengths
-
-    def extend(self, token_ids: torch.Tensor, counts: torch.Tensor, host_counts: list[int]) -> torch.Tensor:
-        """
-        Settle further tokens.
-
-        Args:
-            token_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`):
-                Tokens, fillers behind the first `counts` of them.
-            counts (`torch.Tensor` of shape `(batch_size,)`):
-                Tokens of each sequence.
-            host_counts (`list[int]`):
-                The same where the device need not be asked.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_tokens, vocab_size)`: Logits after each of them.
-        """
-        rows = torch.arange(token_ids.shape[1], device=token_ids.device)
-        visible = None
-        if not self._is_packed:
-            visible = (rows <= rows[:, None]).expand(len(token_ids), -1, -1)
-        logits = self.forward_rows(token_ids, rows, visible).logits
-        host_lengths = [before + new for before, new in zip(self._host_lengths, host_counts, strict=True)]
-        rows = None if len(token_ids) == 1 else rows.expand(len(token_ids), -1)
-        self.settle(rows, self._lengths + counts, host_lengths)
-        return logits
-
-    def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Replace tokens that the draft's vocabulary lacks."""
-        return token_ids.clamp(max=self.model.config.get_text_config().vocab_size - 1)
 
 
 class ModelDrafter:
@@ -179,7 +104,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
     def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
         self._drafter = drafter
         self._key = (tuple(drafter.models), tuple(views))
-        self.sizing = load_sizing(drafter.models, target.model)
+        if inputs.captures is None:  # what was measured is not the cost of compiled rounds
+            self.sizing = load_sizing(drafter.models, target.model)
         self._target = target
         self._inputs = inputs
         self._sampler = inputs.sampler
@@ -193,7 +119,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         if isinstance(carried, _Carried) and carried.key == self._key:
             self._drafts, self._offsets, self._pending = carried.drafts, carried.offsets, carried.pending
             for draft, lengths in zip(self._drafts, carried.lengths, strict=True):
-                draft.settle(None, lengths, lengths.tolist())
+                draft.resume(lengths, inputs.captures)
 
     def start(self, batch_size: int) -> list[DraftModel]:
         """Run the prompts; the rows of a model are those of its first view, then those of its second, and so on."""
@@ -208,7 +134,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
                 raise ValueError(
                     f"`draft_inputs` must hold as many prompts as the call, got {num_prompts} for {batch_size} rows."
                 )
-            drafts.append(DraftModel.start(model, self.read(model, inputs), copies))
+            drafts.append(DraftModel.start(model, self.read(model, inputs), copies, self._inputs.captures))
         return drafts
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -250,6 +176,16 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
 
         return grow_tree(self._drafter.tree_config, roots.to(log_probs.device), log_probs, expand, sizing)
 
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        if not self._drafts:
+            return False  # the prompts of all of them are yet to be run
+        for place, draft in enumerate(self._drafts):
+            rows = kept * (len(draft.lengths) // len(kept))
+            draft.keep_sequences(rows)
+            self._offsets[place] = self._offsets[place][rows]
+        self._levels = [(token_ids[kept], slots[kept]) for token_ids, slots in self._levels]
+        return True
+
     def carry(self, committed: Committed, target: Target) -> _Carried | None:
         if not self._drafts or self._pending is not None:
             return None
@@ -258,6 +194,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             # A row that ran ahead of the end of the call may have drafted on more than the target kept.
             kept = (target.num_real_rows - committed.lengths + 1).to(offset.device)
             lengths.append(torch.minimum(draft.lengths, kept.repeat(len(offset) // len(kept)) + offset))
+            draft.room.leave()
         return _Carried(self._drafts, self._offsets, lengths, committed, self._key)
 
     def _advance(self, committed: Committed) -> torch.Tensor:
@@ -268,9 +205,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             committed, self._pending = self._pending.join(committed), None
             if restart:
                 self._drafts, self._offsets = [], []
-        is_first = not self._drafts
         token_ids, lengths = committed.token_ids, committed.lengths
-        if is_first:
+        if is_first := not self._drafts:
             self._drafts = self.start(len(lengths))
             token_ids, lengths = committed.root_token_ids[:, None], torch.ones_like(lengths)
         device = self._drafts[0].lengths.device
@@ -279,16 +215,16 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         # What is left of each sequence, moved to the left; the only question to the device.
         left = lengths - matched
         host_matched, host_left = torch.stack([matched, left]).tolist()
-        places = torch.arange(max(*host_left, 1), device=device) + matched[:, None]
+        num_left = max(*host_left, 1)
+        if self._inputs.captures is not None:  # few shapes are to occur
+            num_left = 1 << (num_left - 1).bit_length()
+        places = torch.arange(num_left, device=device) + matched[:, None]
         new_ids = token_ids.gather(1, places.clamp(max=token_ids.shape[1] - 1))
         parts = []
         for draft in self._drafts:
             copies = len(draft.lengths) // len(lengths)
-            settled = draft.lengths + matched.repeat(copies)
-            host_settled = [
-                before + new for before, new in zip(draft.host_lengths, host_matched * copies, strict=True)
-            ]
-            draft.settle(rows.repeat(copies, 1) if any(host_matched) else None, settled, host_settled)
+            found = rows.repeat(copies, 1) if any(host_matched) else None
+            draft.room.extend(matched.repeat(copies), host_matched * copies, found)
             logits = draft.extend(draft.readable(new_ids).repeat(copies, 1), left.repeat(copies), host_left * copies)
             parts.append(self._by_view(logits, copies))
         if is_first:

@@ -3,14 +3,20 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.generation import LogitsProcessor
 
-from transformers_msd.cache import keep_rows, make_room
+from transformers_msd.cache import Room
 from transformers_msd.calibration import load_sizing
+from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.fixed_cache import fixed_attention_mask
 from transformers_msd.modeling_msd import MSDDraftModel, pool_visual_rows
-from transformers_msd.target import Committed, Target
-from transformers_msd.tree import TokenTree, grow_tree, take_rows, tree_attention_mask
+from transformers_msd.sampling import coupled_log_probs
+from transformers_msd.target import Target
+from transformers_msd.tree import TokenTree, TreeConfig, grow_tree, take_rows
 
 
 @dataclass(frozen=True)
@@ -45,29 +51,31 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._device, self._dtype = draft.device, draft.dtype
         self._target = target
         self._sampler = inputs.sampler
-        self.sizing = load_sizing([draft], target.model)
+        self._captures = inputs.captures
+        if inputs.captures is None:  # what was measured is not the cost of compiled rounds
+            self.sizing = load_sizing([draft], target.model)
         self._cache = DynamicCache(config=draft.config.get_text_config())
-        self._lengths: torch.Tensor | None = None
+        self._room: Room | None = None
         self._pending: Committed | None = None
         carried = inputs.carried
         if isinstance(carried, _Carried) and carried.weights == self._draft.fc.weight.data_ptr():
-            self._cache, self._pending = carried.cache, carried.pending
-            self._lengths, self._starts = carried.lengths, carried.starts
-            self._host_lengths = self._lengths.tolist()
+            self._cache, self._pending, self._starts = carried.cache, carried.pending, carried.starts
+            if self._cache.get_seq_length():
+                self._room = self._open_room(carried.lengths, carried.lengths.tolist())
 
     def draft(self, committed: Committed) -> TokenTree:
         sizing = self.sizing_for(committed)
         # Visual rows stand in the prompt alone, which comes with the first rows of a call.
-        is_prompt = self._lengths is None or self._pending is not None
+        is_prompt = self._room is None or self._pending is not None
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
         if is_prompt:
             committed = self._pool(committed)
+        if self._captures is not None:
+            return self._draft_captured(committed, is_prompt)
         last_rows = committed.last_rows[:, None]
         hidden = take_rows(self._extend(committed), last_rows)  # (batch, 1, hidden)
         position_ids = committed.position_ids.gather(1, last_rows)
-        num_columns = self._cache.get_seq_length()
-        columns = torch.arange(num_columns, device=hidden.device) < self._lengths.to(hidden.device)[:, None]
         depth = 0
 
         def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -76,35 +84,94 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             hidden = self._forward(
                 inputs_embeds=self._target.embed(token_ids),
                 features=take_rows(hidden, slots),
-                attention_mask=tree_attention_mask(columns, visible, hidden.dtype),
+                attention_mask=self._room.mask(visible, self._dtype),
                 position_ids=(position_ids + depth).expand_as(token_ids),
             )
             return self._rank(hidden, depth)
 
         log_probs = self._rank(hidden, depth)[:, 0]
         tree = grow_tree(self._draft.tree_config, committed.root_token_ids, log_probs, expand, sizing)
-        keep_rows(self._cache, num_columns, self._lengths, None, num_columns)
+        self._room.settle(None, self._room.lengths, self._room.host_lengths)
         return tree
+
+    def _draft_captured(self, committed: Committed, is_prompt: bool) -> TokenTree:
+        """Draft by compiled code, on inputs of one shape."""
+        config = self._draft.tree_config
+        num_rows = config.depth + 1
+        if is_prompt or committed.token_ids.shape[1] > num_rows:
+            # Visual rows, or more than a round commits: a prompt, or what came to stand while the gate was closed.
+            last_rows = committed.last_rows
+            self._extend(
+                replace(
+                    committed,
+                    lengths=last_rows,
+                    host_lengths=[max(length - 1, 0) for length in committed.host_lengths],
+                )
+            )
+            committed = committed.last()
+        self._room.reserve(num_rows + config.depth * config.top_k)
+        more = num_rows - committed.token_ids.shape[1]
+        inputs_embeds, features, position_ids = (
+            pad(rows, (0, 0) * (rows.ndim - 2) + (0, more)).to(self._dtype if rows.is_floating_point() else None)
+            for rows in (committed.inputs_embeds, committed.features, committed.position_ids)
+        )
+        noise = self._sampler.noise_of_round(config.depth)
+        token_ids, parents, scores = self._captures.run(
+            _draft_trees,
+            (self._draft, config, len(committed.lengths), self._room.width, noise is None),
+            self._draft,
+            self._target.model.get_input_embeddings(),
+            self._target.model.get_output_embeddings(),
+            config,
+            self._room.cache,
+            self._room.starts,
+            self._room.lengths,
+            inputs_embeds,
+            features,
+            position_ids,
+            committed.lengths,
+            committed.root_token_ids,
+            noise,
+            self._sampler.draft_warpers,
+        )
+        self._room.extend(committed.lengths, committed.host_lengths)
+        # Fillers come last.
+        num_nodes = token_ids.shape[1]
+        if config.min_probability:
+            num_nodes = int((parents >= 0).sum(-1).max()) + 1
+        trees = (rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores))
+        return TokenTree(*trees, config.depth)
+
+    def keep_sequences(self, kept: list[bool]) -> bool:
+        if self._room is not None:
+            self._room.keep_sequences(kept)
+            self._room.settle(None, self._room.lengths, self._room.host_lengths)
+            self._starts = self._starts[kept]
+        return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
         if self._pending is not None:
             committed = self._pending.join(committed)
-        if self._lengths is None:
-            self._start(committed)
+        if self._room is None:
+            lengths, self._starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
+        else:
+            lengths = self._room.lengths
+            self._room.leave()
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
-        lengths = torch.minimum(self._lengths, target.num_real_rows - self._starts - committed.lengths)
+        lengths = torch.minimum(lengths, target.num_real_rows - self._starts - committed.lengths)
         return _Carried(self._cache, lengths, self._starts, committed, self._draft.fc.weight.data_ptr())
 
-    def _start(self, committed: Committed) -> None:
-        self._lengths = torch.zeros_like(committed.lengths)
-        self._host_lengths = [0] * len(committed.lengths)
-        # Rows of the target that the draft has none for.
-        self._starts = committed.position_ids[:, 0]
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> Room:
+        lengths = lengths.to(self._device)
+        if self._captures is None:
+            return Room(self._cache, lengths, host_lengths)
+        return self._captures.open_room(self._draft, self._cache, lengths, host_lengths)
 
     def _pool(self, committed: Committed) -> Committed:
         """Pool the visual rows of a prompt as in training."""
-        if self._lengths is None:
-            self._start(committed)
+        if self._room is None:
+            # Rows of the target that the draft has none for.
+            self._starts = committed.position_ids[:, 0]
         if self._draft.config.visual_pool_size == 1:
             return committed
         rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
@@ -121,14 +188,11 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def _extend(self, committed: Committed) -> torch.Tensor:
         """Add committed rows to the draft's cache; fillers behind the last row of a sequence are overwritten later."""
-        num_columns = self._cache.get_seq_length()
         batch_size, num_rows = committed.token_ids.shape
         attention_mask = None
-        if batch_size > 1 and num_columns > 0:
-            rows = torch.arange(num_rows, device=committed.token_ids.device)
-            columns = torch.arange(num_columns, device=rows.device) < self._lengths[:, None]
-            visible = (rows <= rows[:, None]).expand(batch_size, -1, -1)
-            attention_mask = tree_attention_mask(columns, visible, self._dtype)
+        if self._room is not None and (batch_size > 1 or self._captures is not None):
+            rows = torch.arange(num_rows, device=self._device)
+            attention_mask = self._room.mask((rows <= rows[:, None]).expand(batch_size, -1, -1), self._dtype)
         hidden = self._forward(
             inputs_embeds=committed.inputs_embeds,
             features=committed.features,
@@ -136,14 +200,10 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             attention_mask=attention_mask,
             position_ids=committed.position_ids,
         )
-        self._host_lengths = [
-            before + new for before, new in zip(self._host_lengths, committed.host_lengths, strict=True)
-        ]
-        make_room(self._cache)
-        if batch_size > 1:
-            rows = torch.arange(num_rows, device=self._lengths.device).expand(batch_size, -1)
-            keep_rows(self._cache, num_columns, self._lengths, rows, max(self._host_lengths))
-        self._lengths = self._lengths + committed.lengths
+        if self._room is None:
+            self._room = self._open_room(committed.lengths, committed.host_lengths)
+        else:
+            self._room.extend(committed.lengths.to(self._device), committed.host_lengths)
         return hidden
 
     def _forward(self, **inputs: torch.Tensor | None) -> torch.Tensor:
@@ -158,3 +218,97 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
         return self._sampler.rank(self._draft.logits(hidden, self._target.logits), depth)
+
+
+def _draft_trees(
+    draft: MSDDraftModel,
+    embed: nn.Module,
+    head: nn.Module,
+    config: TreeConfig,
+    cache: DynamicCache,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    features: torch.Tensor,
+    position_ids: torch.Tensor,
+    counts: torch.Tensor,
+    root_token_ids: torch.Tensor,
+    noise: torch.Tensor | None,
+    warpers: tuple[LogitsProcessor, ...],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Add committed rows to the cache of a [`FixedRoom`] and grow trees behind them: what a round of drafting is.
+
+    Args:
+        draft ([`MSDDraftModel`]):
+            The draft model.
+        embed (`torch.nn.Module`):
+            The target's embeddings.
+        head (`torch.nn.Module`):
+            The target's head.
+        config ([`TreeConfig`]):
+            The trees.
+        cache (`DynamicCache`):
+            Cache of the room.
+        starts (`torch.Tensor` of shape `(batch_size,)`):
+            Of the room: where the next rows are written.
+        lengths (`torch.Tensor` of shape `(batch_size,)`):
+            Rows of each sequence that are settled.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Of the committed rows, fillers behind them, as in [`Committed`].
+        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            The same.
+        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            The same.
+        counts (`torch.Tensor` of shape `(batch_size,)`):
+            How many there are.
+        root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
+            Tokens emitted last.
+        noise (`torch.Tensor` of shape `(batch_size, depth + 1, vocab_size)`, *optional*):
+            Noise of the round, by which tokens are picked.
+        warpers (`tuple[LogitsProcessor, ...]`):
+            Row-wise processors of the call.
+
+    Returns:
+        Tokens, parents and scores of a [`TokenTree`], each of shape `(batch_size, num_nodes)`.
+    """
+    width = cache.layers[0].keys.shape[2]
+
+    def forward(
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        starts.copy_(lengths + (visible.shape[2] - visible.shape[1]))
+        return draft(
+            inputs_embeds=inputs_embeds.to(features.dtype),
+            features=features,
+            attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def rank(hidden: torch.Tensor, depth: int) -> torch.Tensor:
+        logits = draft.logits(hidden, lambda features: head(features.to(head.weight.dtype)))
+        return coupled_log_probs(logits, None if noise is None else noise[:, depth], warpers)
+
+    batch_size, num_rows = position_ids.shape
+    rows = torch.arange(num_rows, device=position_ids.device)
+    causal = (rows <= rows[:, None]).expand(batch_size, -1, -1)
+    last_rows = (counts - 1).clamp(min=0)[:, None]
+    hidden = take_rows(forward(inputs_embeds, features, position_ids, lengths, causal), last_rows)
+    roots = position_ids.gather(1, last_rows)
+    depth = 0
+
+    def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        nonlocal hidden, depth
+        depth += 1
+        places = (roots + depth).expand_as(token_ids)
+        hidden = forward(embed(token_ids), take_rows(hidden, slots), places, lengths + counts, visible)
+        return rank(hidden, depth)
+
+    tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)
+    return tree.token_ids, tree.parents, tree.scores

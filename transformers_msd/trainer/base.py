@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.provenance import hardware
 from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
@@ -250,6 +251,7 @@ class DraftTrainer(SFTTrainer):
             "target_class": (config.architectures or [type(self.target).__name__])[0],
             "tags": sorted({*self._tag_names, *tags}),
             "tree": self.assistant().tree_config,
+            "hardware": hardware(self.accelerator.device),
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "dataset": ", ".join(datasets),
             "num_steps": self.state.global_step,

@@ -14,6 +14,7 @@ from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.target import Target
+from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
 
 
@@ -28,13 +29,6 @@ def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         messages = messages[:-1]
     images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
     return prepare_multimodal_messages(messages, images=images) if "images" in row or "image" in row else messages
-
-
-def encode_prompt(processing_class: Any, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Tokenize the messages of one prompt for `generate`."""
-    return processing_class.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
 
 
 class Ungated:
@@ -106,7 +100,7 @@ class AcceptanceLengthCallback(TrainerCallback):
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
             for messages in self.prompts:
-                inputs = encode_prompt(trainer.processing_class, messages).to(device)
+                inputs = encode_prompts(trainer.processing_class, [messages]).to(device)
                 kind = "_image" if "pixel_values" in inputs else "_text"
                 if compare and not answers:
                     self._timed(inputs, draft)  # warm up

@@ -7,15 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from transformers import ProcessorMixin
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import pool_visual_rows, visual_token_mask
+from transformers_msd.target import TOKEN_TYPES
 
 
 @dataclass(frozen=True)
 class RowCollator:
     """
-    Collates rows with another collator, and keeps their numbers in the dataset.
+    Collates rows with another collator, begins them as a user's call of the processor does, and keeps their numbers in
+    the dataset.
 
     Args:
         collator (`Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]`):
@@ -28,7 +32,37 @@ class RowCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         row_ids = [row.get(self.COLUMN, -1) for row in rows]
         batch = self.collator([{name: row[name] for name in row if name != self.COLUMN} for row in rows])
+        if isinstance(self.collator, DataCollatorForVisionLanguageModeling):
+            batch = add_bos(batch, self.collator.processor, self.collator.max_length)
         return {**batch, self.COLUMN: torch.tensor(row_ids)}
+
+
+def add_bos(
+    batch: dict[str, torch.Tensor], processor: ProcessorMixin, max_length: int | None
+) -> dict[str, torch.Tensor]:
+    """
+    Put the bos token in front of rows where a user's call has it from the tokenizer, not from the chat template.
+
+    TRL's collator lets a processor add no special token.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Inputs and labels, padded on the right.
+        processor ([`~transformers.ProcessorMixin`]):
+            The processor that made them.
+        max_length (`int`, *optional*):
+            Length that rows are cut to.
+    """
+    bos_token_id = processor.tokenizer.bos_token_id
+    if bos_token_id is None or batch["input_ids"][0, 0] == bos_token_id:
+        return batch
+    if processor(text=["a"])["input_ids"][0][0] != bos_token_id:
+        return batch
+    values = {"input_ids": bos_token_id, "attention_mask": 1, "labels": -100} | dict.fromkeys(TOKEN_TYPES, 0)
+    return {
+        name: pad(value, (1, 0), value=values[name])[:, :max_length] if name in values else value
+        for name, value in batch.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,10 @@ def row_length(row: dict[str, Any], number: int, processing_class: ProcessorMixi
     pictures = row["images"] if "images" in row else [row["image"]] if row.get("image") else []
     sizes = [_picture_size(picture, number) for picture in pictures]
     text = processing_class.apply_chat_template(prepare_multimodal_messages(messages, images=sizes), tokenize=False)
-    num_tokens = len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokenizer = processing_class.tokenizer
+    # As Transformers does: the tokenizer adds what the chat template has not.
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    num_tokens = len(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
     if not sizes:
         return num_tokens
     # The text holds one token for each picture.
@@ -153,7 +156,7 @@ def token_counts(
         else:
             texts = [value] if isinstance(value, str) else _answers(value)
             token_ids = [
-                token_id for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token_id in ids
+                token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
             ]
         counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(counts))
     eos = text_config.eos_token_id

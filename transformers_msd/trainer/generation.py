@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
+
+from transformers_msd.trainer.loading import encode_prompts
 
 
 logger = logging.getLogger(__name__)
@@ -161,19 +162,12 @@ def _answer(
     images: list[list[Any]],
     settings: GenerationSettings,
 ) -> list[str]:
-    options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
     if isinstance(processing_class, ProcessorMixin):
         talks = [prepare_multimodal_messages(talk, images=own) for talk, own in zip(talks, images, strict=True)]
-        options = {"processor_kwargs": options}
-    else:
-        options = {"tokenizer_kwargs": {"add_special_tokens": False}, "padding": True, "padding_side": "left"}
-    inputs = processing_class.apply_chat_template(
-        talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
-    ).to(target.device)
+    inputs = encode_prompts(processing_class, talks).to(target.device)
     sampling = {"do_sample": False}
     if settings.temperature:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     sequences = target.generate(**inputs, **sampling, max_new_tokens=settings.max_new_tokens)
     new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-    decode: Callable[..., list[str]] = processing_class.batch_decode
-    return [answer.strip() for answer in decode(new_tokens, skip_special_tokens=True)]
+    return [answer.strip() for answer in processing_class.batch_decode(new_tokens, skip_special_tokens=True)]

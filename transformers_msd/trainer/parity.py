@@ -1,17 +1,19 @@
 """Does the decoder feed a draft what training fed it? Where it doesn't, acceptance is low though the losses are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.target import TOKEN_TYPES, Committed, Target
-from transformers_msd.trainer.data import target_rows
+from transformers_msd.target import TOKEN_TYPES, Target
+from transformers_msd.trainer.data import RowCollator, target_rows
 from transformers_msd.tree import TokenTree, TreeConfig
 
 
@@ -51,26 +53,45 @@ class Parity:
         return self.equal_masks and self.equal_positions and difference <= tolerance
 
 
-@dataclass
-class _Recorder:
-    """An assistant that drafts with another and keeps what it was fed."""
+class _Recorder(TreeCandidateGenerator):
+    """Drafts in one call with a draft, and keeps what it is fed: an assistant and its own candidate generator."""
 
-    draft: MSDDraftModel
-    fed: list[Committed] = field(default_factory=list)
-    tree_config: TreeConfig = TreeConfig(gate=False)
+    tree_config = TreeConfig(gate=False)
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_RecordingGenerator":
-        return _RecordingGenerator(self.draft.candidate_generator(target, inputs), self.fed)
+    def __init__(self, assistant: MSDDraftModel) -> None:
+        self.assistant = assistant
+        self.fed: list[Committed] = []
 
-
-@dataclass
-class _RecordingGenerator(TreeCandidateGenerator):
-    generator: TreeCandidateGenerator
-    fed: list[Committed]
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_Recorder":
+        self.candidates = self.assistant.candidate_generator(target, inputs)
+        return self
 
     def draft(self, committed: Committed) -> TokenTree:
         self.fed.append(committed)
-        return self.generator.draft(committed)
+        return self.candidates.draft(committed)
+
+
+def has_equal_prompt(
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase, row: dict[str, Any], input_ids: torch.Tensor
+) -> bool:
+    """
+    Tell whether a row of `messages` begins in training with the tokens that its prompt has in a user's call.
+
+    Args:
+        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            Processor of the target.
+        row (`dict[str, Any]`):
+            The row, with `images` where the target is multimodal.
+        input_ids (`torch.Tensor` of shape `(1, sequence_length)`):
+            Tokens of the prompt.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        row_ids = RowCollator(DataCollatorForVisionLanguageModeling(processing_class))([row])["input_ids"]
+    else:
+        row_ids = processing_class.apply_chat_template(row["messages"], return_dict=True, return_tensors="pt")
+        row_ids = row_ids["input_ids"]
+    length = min(row_ids.shape[1], input_ids.shape[1])  # a row without an answer has no generation prompt
+    return torch.equal(row_ids[:, :length], input_ids[:, :length])
 
 
 @torch.no_grad()

@@ -6,20 +6,12 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from datasets import Dataset
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import EpochSampler
 from transformers_msd.trainer.dataset import row_length, split_rows, undecoded
+from transformers_msd.trainer.loading import auto_class
 
 
 GIB = 2**30
@@ -29,13 +21,7 @@ _FLOAT = 4  # bytes of a number in float32
 def num_parameters(config: PreTrainedConfig) -> int:
     """Count the parameters of a model by its config, without its weights."""
     with init_empty_weights():
-        if isinstance(config, MSDConfig):
-            model = MSDDraftModel(config)
-        elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            model = AutoModelForImageTextToText.from_config(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config)
-    return model.num_parameters()
+        return auto_class(config).from_config(config).num_parameters()
 
 
 def memory_of_step(

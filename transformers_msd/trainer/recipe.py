@@ -8,23 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.drafters.model import MOST_PADDING
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.dataset import split_rows, undecoded
+from transformers_msd.trainer.loading import auto_class, is_multimodal, load_processor
 
 
 DEFAULT_RECIPE = "recipe.yaml"
@@ -106,24 +96,15 @@ def find_recipe(name: str) -> str:
     return hf_hub_download(repo_id, file or DEFAULT_RECIPE)
 
 
-def load_processor(arguments: DraftArguments) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Load the processor of a recipe's target, or the tokenizer of one for text alone."""
-    config = AutoConfig.from_pretrained(arguments.target_model)
-    is_multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return (AutoProcessor if is_multimodal else AutoTokenizer).from_pretrained(arguments.target_model)
-
-
 def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """Load the target of a recipe and its processor."""
-    processor = load_processor(arguments)
-    is_multimodal = isinstance(processor, ProcessorMixin)
-    auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
-    target = auto_class.from_pretrained(arguments.target_model, dtype=arguments.target_dtype)
+    config = AutoConfig.from_pretrained(arguments.target_model)
+    target = auto_class(config).from_pretrained(arguments.target_model, dtype=arguments.target_dtype)
     if arguments.target_adapter:
         from peft import PeftModel
 
         target = PeftModel.from_pretrained(target, arguments.target_adapter)
-    return target, processor
+    return target, load_processor(arguments.target_model)
 
 
 def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -150,18 +131,16 @@ def load_draft_vlm(arguments: DraftArguments, target_config: PreTrainedConfig) -
         ValueError: If one of draft and target reads pictures, and the other does not.
     """
     draft, target = draft_config(arguments, target_config), target_config
-    is_multimodal, of_target = (type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING for config in (draft, target))
-    if is_multimodal != of_target:
+    if is_multimodal(draft) != is_multimodal(target):
         raise ValueError(
             f"`draft_vlm` must read what its target reads, got {draft.model_type} for {target.model_type}, one of "
             "which reads text alone. Choose another draft."
         )
-    auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
-    model = auto_class.from_pretrained(arguments.draft_vlm, dtype=torch.float32)
+    model = auto_class(draft).from_pretrained(arguments.draft_vlm, dtype=torch.float32)
     ours, theirs = (config.get_text_config().vocab_size for config in (draft, target))
     if 0 < abs(ours - theirs) <= MOST_PADDING:
         model.resize_token_embeddings(theirs)
-    if is_multimodal:
+    if is_multimodal(draft):
         model.get_encoder("image").requires_grad_(False)
     return model
 

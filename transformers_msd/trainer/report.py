@@ -10,7 +10,7 @@ import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
 
-from transformers_msd.provenance import commit, hardware
+from transformers_msd.provenance import commit
 
 
 _LOSSES = ("loss", "eval_loss")
@@ -107,7 +107,6 @@ def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[
         card_data=data.to_yaml(),
         name=name,
         measured=_measured(log_history),
-        hardware=hardware(),
         command=_command(),
         commit=commit(),
         torch=torch.__version__,

@@ -11,13 +11,13 @@ from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.dataset import usable_rows
+from transformers_msd.trainer.loading import load_processor
 from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
 from transformers_msd.trainer.recipe import (
     DraftArguments,
     draft_config,
     hold_out,
     load_draft_vlm,
-    load_processor,
     load_rows,
     load_target,
     make_draft,
@@ -64,7 +64,7 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     if arguments.draft_vlm:
         check_settings(args)
     config = AutoConfig.from_pretrained(arguments.target_model)
-    processor = load_processor(arguments)
+    processor = load_processor(arguments.target_model)
     rows, _ = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
     )

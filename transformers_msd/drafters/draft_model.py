@@ -1,0 +1,89 @@
+"""A model of its own as one call drafts with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from transformers_msd.runtime import Captures
+from transformers_msd.target import Target
+
+
+class DraftModel(Target):
+    """A model that drafts, as one call uses it: the rows it has settled, and those of the tree behind them."""
+
+    @classmethod
+    def start(
+        cls, model: PreTrainedModel, inputs: Mapping[str, Any], num_copies: int = 1, captures: Captures | None = None
+    ) -> "DraftModel":
+        """
+        Run a prompt, its pictures encoded once.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            inputs (`dict[str, Any]`):
+                Prompts as for `generate`, left-padded.
+            num_copies (`int`, *optional*, defaults to 1):
+                Rows to draft for each prompt.
+            captures ([`Captures`], *optional*):
+                Compiles the forwards after the prompt.
+        """
+
+        def prefilled(
+            model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs
+        ) -> "DraftModel":
+            draft = cls(model, model_kwargs, generation_config, captures)
+            draft._model_kwargs["output_hidden_states"] = None
+            type(model)._prefill(model, input_ids, generation_config, draft._model_kwargs)
+            draft._settle_prompt(len(input_ids), input_ids.device)
+            return draft
+
+        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        settings = GenerationConfig(
+            max_new_tokens=1,
+            do_sample=True,  # nothing is sampled: it lets a prompt have several rows
+            num_return_sequences=num_copies,
+            pad_token_id=0,
+            eos_token_id=None,
+            cache_implementation=None,
+        )
+        return model.generate(**moved, generation_config=settings, custom_generate=prefilled)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Settled columns of each sequence, padding of the prompt included, of shape `(batch_size,)`."""
+        return self.room.lengths
+
+    def extend(self, token_ids: torch.Tensor, counts: torch.Tensor, host_counts: list[int]) -> torch.Tensor:
+        """
+        Settle further tokens.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`):
+                Tokens, fillers behind the first `counts` of them.
+            counts (`torch.Tensor` of shape `(batch_size,)`):
+                Tokens of each sequence.
+            host_counts (`list[int]`):
+                The same where the device need not be asked.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens, vocab_size)`: Logits after each of them.
+        """
+        rows = torch.arange(token_ids.shape[1], device=token_ids.device)
+        visible = None
+        if not self._is_packed or self._captures is not None:
+            visible = (rows <= rows[:, None]).expand(len(token_ids), -1, -1)
+        logits = self.forward_rows(token_ids, rows, visible).logits
+        self.room.extend(counts, host_counts)
+        return logits
+
+    def resume(self, lengths: torch.Tensor, captures: Captures | None) -> None:
+        """Go on in another call from so many settled columns `(batch_size,)` of each sequence."""
+        self._captures = captures
+        self.room = self._open_room(lengths, lengths.tolist())
+
+    def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Replace tokens that the draft's vocabulary lacks."""
+        return token_ids.clamp(max=self.model.config.get_text_config().vocab_size - 1)
