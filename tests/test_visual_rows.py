@@ -18,7 +18,7 @@ from zoo import IMAGE_ID, VIDEO_ID, make_inputs, make_target
 from training.tiny_world.target import build_model, build_processor, encode_prompts, load_target
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts, training_dataset
-from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig
 from transformers_msd.modeling_msd import pool_visual_rows
 
 
@@ -269,3 +269,25 @@ def test_conversations_of_two_turns_with_pictures_equal_plain_ones(pair, visual_
         assert torch.equal(second.sequences, seconds[0].sequences)
     # As if the whole conversation were read for the first time.
     assert_same_trees(spies[0].trees[0], spies[1].trees[0])
+
+
+@pytest.mark.parametrize("visual_pool_size", [0, 36])
+def test_fixed_shapes_pool_the_same_rows(pair, visual_pool_size):
+    target, processor, draft = pair
+    draft = copy.deepcopy(draft)
+    draft.config.visual_pool_size = visual_pool_size
+    # Deep: with a picture of one row, the prompt of the second turn is no longer than what a round may commit.
+    draft.tree_config = TreeConfig(num_nodes=16, depth=12, top_k=2)
+    inputs = encode_prompts(processor, evaluation_prompts(1)[1:2])
+    settings = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "eos_token_id": 10**6}
+    spies = [Spy(draft), Spy(draft)]
+    for spy in spies:
+        assistant = spy if spy is spies[0] else StaticRuntime(spy)
+        first = target.generate(**inputs, **settings, assistant_model=assistant, disable_compile=True)
+        news = torch.tensor([[*[target.config.image_token_id] * 36, 202, 17]])
+        turn = {"input_ids": torch.cat([first.sequences, news], dim=1), "pixel_values": -inputs["pixel_values"]}
+        turn["past_key_values"] = first.past_key_values
+        target.generate(**turn, **settings, assistant_model=assistant, disable_compile=True)
+    assert len(spies[0].trees) == len(spies[1].trees)
+    for ours, theirs in zip(spies[0].trees, spies[1].trees, strict=True):
+        assert_same_trees(ours, theirs)

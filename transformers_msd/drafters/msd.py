@@ -72,7 +72,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if is_prompt:
             committed = self._pool(committed)
         if self._captures is not None:
-            return self._draft_captured(committed)
+            return self._draft_captured(committed, is_prompt)
         last_rows = committed.last_rows[:, None]
         hidden = take_rows(self._extend(committed), last_rows)  # (batch, 1, hidden)
         position_ids = committed.position_ids.gather(1, last_rows)
@@ -94,12 +94,12 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._room.settle(None, self._room.lengths, self._room.host_lengths)
         return tree
 
-    def _draft_captured(self, committed: Committed) -> TokenTree:
+    def _draft_captured(self, committed: Committed, is_prompt: bool) -> TokenTree:
         """Draft by compiled code, on inputs of one shape."""
         config = self._draft.tree_config
         num_rows = config.depth + 1
-        if self._room is None or committed.token_ids.shape[1] > num_rows:
-            # More rows than a round commits: a prompt, or what came to stand while the gate was closed.
+        if is_prompt or committed.token_ids.shape[1] > num_rows:
+            # Visual rows, or more than a round commits: a prompt, or what came to stand while the gate was closed.
             last_rows = committed.last_rows
             self._extend(
                 replace(
