@@ -180,7 +180,7 @@ def test_measuring_leaves_the_draft_as_it_was():
 def test_measuring_takes_as_many_rounds_whether_drafts_are_right_or_wrong(monkeypatch):
     monkeypatch.setattr("transformers_msd.tuning.NUM_PASSES", 1)
     target = make_target("llama")
-    wrong = make_draft_model("llama")
+    wrong = copy.deepcopy(make_draft_model("llama"))  # tests share it
     wrong.get_output_embeddings().weight.data.neg_()
     rounds = []
     forward_tree = Target.forward_tree

@@ -58,7 +58,10 @@ class Room:
         # Columns before the unsettled rows.
         self.num_columns = max(host_lengths)
         self.is_real = is_real
-        self._layers = list(cache.layers)
+        # Of static layers; the layers themselves are not kept, with the rows that they hold.
+        self._max_lengths = {
+            index: layer.max_cache_len for index, layer in enumerate(cache.layers) if type(layer) is StaticLayer
+        }
         self._open()
 
     @property
@@ -74,7 +77,7 @@ class Room:
     def check(self, num_steps: int | None) -> None:
         """Raise a `ValueError` if the caller's static cache has no columns for so many new tokens."""
         needed = self.num_columns + (num_steps or 1) - 1
-        most = min((layer.max_cache_len for layer in self._layers if type(layer) is StaticLayer), default=needed)
+        most = min(self._max_lengths.values(), default=needed)
         if needed > most:
             raise ValueError(
                 f"The static cache needs {needed} columns for the prompt and the new tokens, got {most}. Make it with "
@@ -145,32 +148,33 @@ class Room:
 
     def leave(self) -> None:
         """Make the cache again what Transformers made it."""
-        for index, (before, layer) in enumerate(zip(self._layers, self.cache.layers, strict=True)):
-            if layer is before:
-                continue
-            keys, values = (rows[:, :, : self.num_columns] for rows in (layer.keys, layer.values))
-            restored = StaticLayer(before.max_cache_len) if type(before) is StaticLayer else DynamicLayer()
-            restored.update(keys, values)
+        for index, layer in enumerate(self.cache.layers):
+            if type(layer) in (DynamicLayer, StaticLayer):
+                continue  # it was not replaced
+            max_length = self._max_lengths.get(index)
+            restored = DynamicLayer() if max_length is None else StaticLayer(max_length)
+            restored.update(*(rows[:, :, : self.num_columns] for rows in (layer.keys, layer.values)))
             self.cache.layers[index] = restored
 
     def _open(self) -> None:
         """Replace the layers."""
+        layers = self.cache.layers
 
         def shape(index: int) -> tuple[Any, ...]:
-            layer = self._layers[index]
+            layer = layers[index]
             if not layer.is_initialized:
                 return ()  # it shares the rows of another layer
             return layer.device, layer.dtype, layer.keys.shape, layer.values.shape
 
         self._blocks: list[_Block] = []
-        for key, group in groupby(range(len(self._layers)), shape):
+        for key, group in groupby(range(len(layers)), shape):
             indices = list(group) if key else []
             for start in range(0, len(indices), LAYERS_PER_BLOCK):
                 part = indices[start : start + LAYERS_PER_BLOCK]
-                block = _Block([self._layers[index] for index in part], self.num_columns)
+                block = _Block([layers[index] for index in part], self.num_columns)
                 self._blocks.append(block)
                 for place, index in enumerate(part):
-                    self.cache.layers[index] = _GrowingLayer(block, place, self._layers[index], self.num_columns)
+                    layers[index] = _GrowingLayer(block, place, layers[index], self.num_columns)
 
     def _move(self, rows: torch.Tensor, places: torch.Tensor) -> None:
         for block in self._blocks:

@@ -85,7 +85,8 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     try:
         # In turn, so that what else the machine does slows all of them; the first pass warms up.
-        for number in range(NUM_PASSES + 1):
+        num_passes = NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1)
+        for number in range(num_passes + 1):
             for num_nodes, depth in shapes:
                 if depth:
                     # Wide enough to fill the tree.
