@@ -90,7 +90,7 @@ def timed(target: LlavaForConditionalGeneration, seed: int, **call: Any) -> tupl
     """Generate from a seed; return the output and the seconds it took."""
     torch.manual_seed(seed)
     start = time.perf_counter()
-    output = target.generate(**call, return_dict_in_generate=True)
+    output = target.generate(**{"return_dict_in_generate": True} | call)
     return output, time.perf_counter() - start
 
 

@@ -4,6 +4,7 @@ Measure what drafters promise about time, on the tiny world: `python -m training
 - `trees`: the cost-aware tree against fixed trees of many sizes, on prompts of each group.
 - `hostile`: what drafting costs where it is of no use, against plain decoding.
 - `views`: several views of a prompt in one batch, against one after another.
+- `batches`: ragged batches of several sizes, against plain decoding of the same.
 
 All runs are interleaved; ratios are medians, with the quartiles in brackets.
 """
@@ -13,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 from unittest.mock import patch
@@ -36,6 +38,7 @@ from transformers_msd.tuning import measure_costs
 
 # Nodes, depth, top-k.
 FIXED_TREES = ((3, 2, 1), (5, 4, 1), (7, 6, 1), (8, 4, 2), (16, 5, 3), (24, 6, 4), (32, 6, 4))
+BATCH_SIZES = (1, 2, 4, 8, 16)
 LARGEST = TreeConfig(num_nodes=48, depth=8, top_k=4)
 # No draft knows what a target says at this temperature.
 HOSTILE = {
@@ -171,7 +174,35 @@ def views(world: World, repeats: int) -> dict[str, Any]:
     return results
 
 
-MEASUREMENTS: dict[str, Callable[[World, int], dict[str, Any]]] = {"trees": trees, "hostile": hostile, "views": views}
+def batches(world: World, repeats: int) -> dict[str, Any]:
+    """Answer batches whose rows end at different steps, the rows that end staying in the batch and leaving it."""
+    prompts = evaluation_prompts()
+    Random(0).shuffle(prompts)
+    results: dict[str, Any] = {}
+    print("\nSpeed-up over plain, end to end\n| batch size, ended rows stay or leave |  |\n|---|---|")
+    for size in BATCH_SIZES:
+        inputs = [encode_prompts(world.processor, prompts[start : start + size]) for start in range(0, 16, size)]
+        # Where the output is returned with its cache and statistics, ended rows must stay in it.
+        calls = {"plain": (None, False), "stay": (world.msd, True), "leave": (world.msd, False)}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for repeat in range(repeats + 1):
+            for name, (assistant, returns_state) in calls.items():
+                elapsed = world.seconds(inputs, assistant, return_dict_in_generate=returns_state)
+                if repeat:
+                    seconds[name].append(elapsed)
+        for name in ("stay", "leave"):
+            figure = spread([plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)])
+            results[f"{size}, {name}"] = figure
+            show(f"{size}, {name}", figure)
+    return results
+
+
+MEASUREMENTS: dict[str, Callable[[World, int], dict[str, Any]]] = {
+    "trees": trees,
+    "hostile": hostile,
+    "views": views,
+    "batches": batches,
+}
 
 
 def main() -> None:
