@@ -349,3 +349,24 @@ def test_ended_rows_cost_no_rounds() -> None:
         assert torch.equal(output.sequences if returns_pads else output, plain.sequences)
         num_rounds[returns_pads] = len(forwards)
     assert num_rounds[False] < num_rounds[True]
+
+
+def test_a_prompt_is_run_once_its_picture_encoded_once_and_logits_made_of_its_end_alone() -> None:
+    target, call, *_ = make_case()
+    draft = make_draft(target)
+    num_pictures, num_logits, num_rows = [], [], []
+    hooks = [
+        target.model.vision_tower.register_forward_hook(lambda module, args, outputs: num_pictures.append(1)),
+        target.lm_head.register_forward_hook(lambda module, args, outputs: num_logits.append(outputs.shape[1])),
+        draft.fc.register_forward_hook(lambda module, args, outputs: num_rows.append(outputs.shape[1])),
+    ]
+    target.generate(**call, assistant_model=draft)
+    for hook in hooks:
+        hook.remove()
+    prompt_length = call["input_ids"].shape[1]
+    assert len(num_pictures) == 1
+    # The prefill; what is drafted and verified later is shorter than the prompt.
+    assert num_logits[0] == 1
+    assert max(num_logits) < prompt_length
+    assert num_rows[0] == prompt_length
+    assert max(num_rows[1:]) < prompt_length

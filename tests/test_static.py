@@ -126,6 +126,22 @@ def test_tokens_compiled_by_inductor_equal_plain_generate() -> None:
     assert runtime.num_captures > 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_vl"])
+def test_tokens_of_cuda_graphs_equal_plain_generate(architecture: str) -> None:
+    target = make_target(architecture, "sdpa", "cuda")
+    inputs = {name: values.cuda() for name, values in make_inputs(architecture, (2, 0, 1)).items()}
+    msd = make_msd(target).cuda()
+    for assistant in (msd, VLMDrafter(make_draft_model(architecture, "cuda"), tree_config=PRUNED)):
+        runtime = StaticRuntime(assistant)
+        for kwargs in ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 20}):
+            plain = generate(target, inputs, **kwargs)
+            for cache in (None, "static"):
+                call = kwargs | {"assistant_model": runtime, "cache_implementation": cache}
+                for _ in range(3):  # warmed up, recorded, replayed
+                    assert torch.equal(generate(target, inputs, **call).sequences, plain.sequences)
+
+
 def test_prompts_of_all_lengths_in_two_threads_compile_once() -> None:
     target = make_target("llava")
     backend = Counting()
