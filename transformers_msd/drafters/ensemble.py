@@ -98,6 +98,7 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
 
     def __init__(self, drafter: EnsembleDrafter, target: Target, inputs: CallInputs) -> None:
         super().__init__(drafter, target, inputs, drafter.views)
+        self.assumed_round_cost += 0.5 * (len(drafter.views) * len(drafter.models) - 1)
         # What the views said in the last round: after the root, then after each level of the tree.
         self._said: list[torch.Tensor] = []
         self._weights: torch.Tensor | None = None  # (num_views, batch_size)
