@@ -17,10 +17,11 @@ from transformers_msd.sampling import Sampler
 
 
 class GoldenTarget:
-    """The embeddings and head of a golden file, all that a draft asks of its target."""
+    """The embeddings and head of a golden file, and where they are: all that a draft asks of its target."""
 
     def __init__(self, embed_tokens: torch.Tensor, head: torch.Tensor) -> None:
         self.model = None
+        self.device = embed_tokens.device
         self.embed = lambda token_ids: embedding(token_ids, embed_tokens)
         self.logits = lambda features: linear(features, head)
 

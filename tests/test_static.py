@@ -106,7 +106,8 @@ def test_compiled_tokens_equal_plain_generate(architecture: str, drafter: str, n
     inputs = make_inputs(architecture, num_images)
     runtime = StaticRuntime(make_drafter(drafter, target, architecture))
     backend = Counting()
-    for kwargs in ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}):
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    for kwargs in ({"do_sample": False}, sampled, sampled | {"temperature": 0.7}):
         plain = generate(target, inputs, **kwargs)
         for cache in (None, "static"):
             call = kwargs | {"cache_implementation": cache, "compile_config": compiled_by(backend)}
@@ -195,6 +196,21 @@ def test_a_runtime_in_use_drafts_eagerly() -> None:
     assert runtime.num_captures > 0
     runtime.free()
     assert runtime.num_captures == 0
+
+
+def test_what_an_earlier_call_left_behind_is_not_read() -> None:
+    target = make_target("llava")
+    runtime = StaticRuntime(make_msd(target))
+    call = {"cache_implementation": "static", "disable_compile": True, "assistant_model": runtime}
+    generate(target, make_inputs("llava"), **call)
+    for buffers in runtime._buffers.values():
+        for buffer in buffers.values():
+            buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+    inputs = make_inputs("llava", seed=3)
+    eager = generate(target, inputs, assistant_model=runtime.assistant)
+    drafted = generate(target, inputs, **call)
+    assert torch.equal(drafted.sequences, generate(target, inputs).sequences)
+    assert torch.equal(drafted.speculative_stats.acceptance_lengths, eager.speculative_stats.acceptance_lengths)
 
 
 def test_a_returned_static_cache_is_the_callers() -> None:

@@ -40,11 +40,6 @@ class FixedRoom(Room):
         self._buffers, self._run = buffers, run
         super().__init__(cache, lengths, host_lengths, is_real)
 
-    @property
-    def width(self) -> int:
-        """Columns, used or not."""
-        return self._columns.shape[0]
-
     def reserve(self, num_rows: int) -> None:
         """Have room for so many rows behind the settled ones."""
         if self.num_columns + num_rows > self.width:
@@ -57,16 +52,16 @@ class FixedRoom(Room):
         return fixed_attention_mask(self.lengths, visible, self.width, dtype, self._is_open)
 
     def _open(self, num_rows: int = 0) -> None:
-        width = FIXED_COLUMNS
-        while width < self.num_columns + max(num_rows, 1):
-            width *= 2
+        # Columns, used or not.
+        self.width = FIXED_COLUMNS
+        while self.width < self.num_columns + max(num_rows, 1):
+            self.width *= 2
         batch_size, device = len(self.lengths), self.lengths.device
         self.starts = self._buffer("starts", (batch_size,), torch.long, device)
-        self._columns = torch.arange(width, device=device)
         self._is_open = None
         if self.is_real is not None:
             # Columns behind the prompt are told by the lengths alone.
-            self._is_open = torch.ones(batch_size, width, dtype=torch.bool, device=device)
+            self._is_open = torch.ones(batch_size, self.width, dtype=torch.bool, device=device)
             self._is_open[:, : self.is_real.shape[1]] = self.is_real
         self._tensors: list[torch.Tensor] = []
         for index, layer in enumerate(self.cache.layers):
@@ -76,16 +71,17 @@ class FixedRoom(Room):
             num_held = layer.keys.shape[2] if isinstance(layer, _FixedLayer) else self.num_columns
             for name in ("keys", "values"):
                 rows = getattr(layer, name)[:, :, :num_held]
-                shape = (*rows.shape[:2], width, rows.shape[3])
+                shape = (*rows.shape[:2], self.width, rows.shape[3])
                 tensors.append(self._buffer((index, name), shape, rows.dtype, rows.device))
                 tensors[-1][:, :, :num_held] = rows
+                tensors[-1][:, :, num_held:] = 0  # masked columns count, too, if an earlier call left NaN there
             self._tensors += tensors
             self.cache.layers[index] = _FixedLayer(*tensors, self.starts)
 
     def _buffer(self, name: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = (name, shape, dtype, device)
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=device)
+            self._buffers[key] = torch.empty(shape, dtype=dtype, device=device)
             torch._dynamo.mark_static_address(self._buffers[key])
         return self._buffers[key]
 

@@ -48,7 +48,7 @@ class StaticRuntime:
 
     @property
     def num_captures(self) -> int:
-        """Functions compiled so far, one for each of their shapes."""
+        """Functions compiled so far, one for each shape of their inputs and each way to sample."""
         return len(self._compiled)
 
     def free(self) -> None:
@@ -83,7 +83,7 @@ class StaticRuntime:
 
 class Captures:
     """
-    What one call has compiled.
+    Compiles for one call, or finds what earlier calls have compiled.
 
     Args:
         runtime ([`StaticRuntime`]):
@@ -102,6 +102,7 @@ class Captures:
             self._settings = compile_config.to_dict()
             if self._settings["dynamic"] is None:
                 self._settings["dynamic"] = False
+        self._settings_key = repr(self._settings)
         self._num_rooms: dict[nn.Module, int] = {}
 
     def open_room(
@@ -151,14 +152,14 @@ class Captures:
             function (`Callable`):
                 A function of a module.
             key (`Hashable`):
-                Tells calls whose inputs differ in shape.
+                Tells calls whose inputs differ in shape, or in numbers that compiled code takes for constants.
             args:
                 Its arguments.
         """
         if self._settings is None:
             return function(*args)
         compiled = self._runtime._compiled
-        key = (function, key, repr(self._settings))
+        key = (function, key, self._settings_key)
         if key not in compiled:
             if self._is_kept:
                 # `torch.compile` keeps what it makes with the code of a function, and only so much of it.

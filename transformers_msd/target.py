@@ -59,7 +59,7 @@ class Target:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features, of shape `(..., vocab_size)`."""
-        return self.model.get_output_embeddings()(features.to(self._device, self._dtype))
+        return self.model.get_output_embeddings()(features.to(self.device, self._dtype))
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
         """
@@ -73,7 +73,7 @@ class Target:
         self._settle_prompt(len(outputs.logits), outputs.hidden_states[-1].device)
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
-        self._device = features.device
+        self.device = features.device
         self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(input_ids.new_zeros(len(features))), outputs

@@ -269,6 +269,12 @@ def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: tor
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
+def causal_mask(batch_size: int, num_rows: int, device: torch.device) -> torch.Tensor:
+    """Let each row see itself and those before it: a mask of shape `(batch_size, num_rows, num_rows)`."""
+    rows = torch.arange(num_rows, device=device)
+    return (rows <= rows[:, None]).expand(batch_size, -1, -1)
+
+
 def take_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Take rows `(batch_size, k)` of dimension 1 of a tensor `(batch_size, n, m)`."""
     return tensor.gather(1, rows[..., None].expand(-1, -1, tensor.shape[-1]))

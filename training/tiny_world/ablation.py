@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from training.tiny_world.evaluate import Blinkered, timed
 from training.tiny_world.target import encode_prompts, load_target
-from training.tiny_world.train_draft import TREE
+from training.tiny_world.train_draft import COMMON_SETTINGS, TREE
 from training.tiny_world.world import FEATURES, evaluation_prompts, training_rows
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.trainer import AcceptanceLength, MSDTrainer, MSDTrainingConfig
@@ -121,21 +121,14 @@ def run(
         "learning_rate": 4e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 20,
-        "max_grad_norm": 1.0,
-        "token_loss_weight": 1.0,
         "feature_noise": 0.0,
-        "head_chunk_size": 4096,
         "save_strategy": "no",
         "logging_steps": 20,
         "seed": seed,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "disable_tqdm": True,
     }
     torch.manual_seed(seed)
     draft = MSDDraftModel(MSDConfig.from_target(target.config, tree_config=TREE, **arm.draft))
-    args = MSDTrainingConfig(output_dir=str(work / "run"), **settings | arm.training)
+    args = MSDTrainingConfig(output_dir=str(work / "run"), **COMMON_SETTINGS | settings | arm.training)
     MSDTrainer(model=draft, target=target, args=args, train_dataset=rows, processing_class=processor).train()
     return measure(target, processor, draft.eval())
 

@@ -22,7 +22,13 @@ from transformers.utils import logging
 
 from training.tiny_world.evaluate import MODES, acceptance_length, timed
 from training.tiny_world.target import encode_prompts, load_target
-from training.tiny_world.train_draft import BATCH_SIZE, DRAFT_CHECKPOINT, NUM_UNROLL_STEPS, training_batches
+from training.tiny_world.train_draft import (
+    BATCH_SIZE,
+    COMMON_SETTINGS,
+    DRAFT_CHECKPOINT,
+    NUM_UNROLL_STEPS,
+    training_batches,
+)
 from training.tiny_world.world import evaluation_prompts
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.bench.assistants import PhaseTimer
@@ -66,17 +72,11 @@ def train(
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=10,
-        max_grad_norm=1.0,
-        token_loss_weight=1.0,
         feature_noise=0.0,
         num_unroll_steps=NUM_UNROLL_STEPS,
-        head_chunk_size=4096,
         logging_steps=25,
         save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        disable_tqdm=True,
+        **COMMON_SETTINGS,
     )
     MSDTrainer(model=draft, target=target, args=args, train_dataset=rows, processing_class=processor).train()
     draft.save_pretrained(output)
@@ -222,7 +222,7 @@ def main() -> None:
         "steps": arguments.steps,
         "batch_size": BATCH_SIZE,
         "repeats": arguments.repeats,
-        "hardware": hardware(),
+        "hardware": hardware(target.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),

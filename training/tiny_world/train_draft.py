@@ -22,6 +22,17 @@ DRAFT_CHECKPOINT = CHECKPOINT.parent / "draft"
 TREE = {"num_nodes": 24, "depth": 6, "top_k": 4}
 NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
+# Of all trainings in the tiny world.
+COMMON_SETTINGS = {
+    "max_grad_norm": 1.0,
+    # Small heads give flat distributions, of which features alone teach little.
+    "token_loss_weight": 1.0,
+    "head_chunk_size": 4096,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "disable_tqdm": True,
+}
 
 
 class LogCallback(TrainerCallback):
@@ -104,22 +115,15 @@ def main() -> None:
             learning_rate=arguments.learning_rate,
             lr_scheduler_type=schedule,
             warmup_steps=50,
-            max_grad_norm=1.0,
-            # Small heads give flat distributions, of which features alone teach little; short rows need no noise.
-            token_loss_weight=1.0,
-            feature_noise=0.0,
+            feature_noise=0.0,  # short rows need none
             num_unroll_steps=NUM_UNROLL_STEPS,
-            head_chunk_size=4096,
             logging_steps=25,
             eval_strategy="steps",
             eval_steps=150,
             save_steps=150,
             save_only_model=True,
             save_total_limit=2,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            disable_tqdm=True,
+            **COMMON_SETTINGS,
         )
         trainer = MSDTrainer(
             model=draft,

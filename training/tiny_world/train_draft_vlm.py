@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from training.tiny_world.ablation import make_rows
 from training.tiny_world.target import CHECKPOINT, draw_weights, load_target
+from training.tiny_world.train_draft import COMMON_SETTINGS
 from transformers_msd.trainer import MSDTrainingConfig, VLMDraftTrainer
 from transformers_msd.trainer.generation import GenerationSettings, generate_data
 
@@ -68,17 +69,11 @@ def main() -> None:
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=50,
-        max_grad_norm=1.0,
         adam_beta2=0.98,
         weight_decay=0.05,
-        token_loss_weight=1.0,
-        head_chunk_size=4096,
         logging_steps=25,
         save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        disable_tqdm=True,
+        **COMMON_SETTINGS,
     )
     rows = answered_rows(target, processor, arguments.work)
     trainer = VLMDraftTrainer(

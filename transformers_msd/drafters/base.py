@@ -84,7 +84,7 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""
         if self.sizing is None or len(committed.lengths) > 1:
             return None
-        self.sizing.observe(int(committed.lengths) - 1)
+        self.sizing.observe(committed.host_lengths[0] - 1)
         return self.sizing
 
     def carry(self, committed: Committed, target: Target) -> Any | None:

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_msd.runtime import Captures
 from transformers_msd.target import Target
+from transformers_msd.tree import causal_mask
 
 
 class DraftModel(Target):
@@ -74,7 +75,7 @@ class DraftModel(Target):
         rows = torch.arange(token_ids.shape[1], device=token_ids.device)
         visible = None
         if not self._is_packed or self._captures is not None:
-            visible = (rows <= rows[:, None]).expand(len(token_ids), -1, -1)
+            visible = causal_mask(*token_ids.shape, token_ids.device)
         logits = self.forward_rows(token_ids, rows, visible).logits
         self.room.extend(counts, host_counts)
         return logits

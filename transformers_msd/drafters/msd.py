@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.generation import LogitsProcessor
@@ -16,7 +15,7 @@ from transformers_msd.fixed_cache import fixed_attention_mask
 from transformers_msd.modeling_msd import MSDDraftModel, pool_visual_rows
 from transformers_msd.sampling import coupled_log_probs
 from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree, TreeConfig, grow_tree, take_rows
+from transformers_msd.tree import TokenTree, TreeConfig, causal_mask, grow_tree, take_rows
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._device, self._dtype = draft.device, draft.dtype
         self._target = target
         self._sampler = inputs.sampler
-        self._captures = inputs.captures
-        if inputs.captures is None:  # what was measured is not the cost of compiled rounds
+        # Draft and target are captured together.
+        self._captures = inputs.captures if self._device == target.device else None
+        if self._captures is None:  # what was measured is not the cost of compiled rounds
             self.sizing = load_sizing([draft], target.model)
         self._cache = DynamicCache(config=draft.config.get_text_config())
         self._room: Room | None = None
@@ -116,12 +116,14 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             for rows in (committed.inputs_embeds, committed.features, committed.position_ids)
         )
         noise = self._sampler.noise_of_round(config.depth)
+        warpers = () if noise is None else self._sampler.draft_warpers
+        # Their settings are constants of the compiled code.
+        sampling = tuple((type(warper), *vars(warper).values()) for warper in warpers)
         token_ids, parents, scores = self._captures.run(
             _draft_trees,
-            (self._draft, config, len(committed.lengths), self._room.width, noise is None),
+            (self._draft, config, len(committed.lengths), self._room.width, noise is None, sampling),
             self._draft,
-            self._target.model.get_input_embeddings(),
-            self._target.model.get_output_embeddings(),
+            self._target,
             config,
             self._room.cache,
             self._room.starts,
@@ -132,7 +134,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             committed.lengths,
             committed.root_token_ids,
             noise,
-            self._sampler.draft_warpers,
+            warpers,
         )
         self._room.extend(committed.lengths, committed.host_lengths)
         # Fillers come last.
@@ -191,8 +193,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         batch_size, num_rows = committed.token_ids.shape
         attention_mask = None
         if self._room is not None and (batch_size > 1 or self._captures is not None):
-            rows = torch.arange(num_rows, device=self._device)
-            attention_mask = self._room.mask((rows <= rows[:, None]).expand(batch_size, -1, -1), self._dtype)
+            attention_mask = self._room.mask(causal_mask(batch_size, num_rows, self._device), self._dtype)
         hidden = self._forward(
             inputs_embeds=committed.inputs_embeds,
             features=committed.features,
@@ -222,8 +223,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
 def _draft_trees(
     draft: MSDDraftModel,
-    embed: nn.Module,
-    head: nn.Module,
+    target: Target,
     config: TreeConfig,
     cache: DynamicCache,
     starts: torch.Tensor,
@@ -242,10 +242,8 @@ def _draft_trees(
     Args:
         draft ([`MSDDraftModel`]):
             The draft model.
-        embed (`torch.nn.Module`):
-            The target's embeddings.
-        head (`torch.nn.Module`):
-            The target's head.
+        target ([`Target`]):
+            Lends its embeddings and head.
         config ([`TreeConfig`]):
             The trees.
         cache (`DynamicCache`):
@@ -292,12 +290,11 @@ def _draft_trees(
         ).last_hidden_state
 
     def rank(hidden: torch.Tensor, depth: int) -> torch.Tensor:
-        logits = draft.logits(hidden, lambda features: head(features.to(head.weight.dtype)))
+        logits = draft.logits(hidden, target.logits)
         return coupled_log_probs(logits, None if noise is None else noise[:, depth], warpers)
 
     batch_size, num_rows = position_ids.shape
-    rows = torch.arange(num_rows, device=position_ids.device)
-    causal = (rows <= rows[:, None]).expand(batch_size, -1, -1)
+    causal = causal_mask(batch_size, num_rows, position_ids.device)
     last_rows = (counts - 1).clamp(min=0)[:, None]
     hidden = take_rows(forward(inputs_embeds, features, position_ids, lengths, causal), last_rows)
     roots = position_ids.gather(1, last_rows)
@@ -307,7 +304,7 @@ def _draft_trees(
         nonlocal hidden, depth
         depth += 1
         places = (roots + depth).expand_as(token_ids)
-        hidden = forward(embed(token_ids), take_rows(hidden, slots), places, lengths + counts, visible)
+        hidden = forward(target.embed(token_ids), take_rows(hidden, slots), places, lengths + counts, visible)
         return rank(hidden, depth)
 
     tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)
