@@ -98,10 +98,9 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
 
     def __init__(self, drafter: EnsembleDrafter, target: Target, inputs: CallInputs) -> None:
         super().__init__(drafter, target, inputs, drafter.views)
-        # A CPU is held up by the arithmetic of further rows, a GPU by the weights, which views share and models don't.
-        per_view = 1.0 if target.model.device.type == "cpu" else 0.1
+        # Further views are rows of the same forward, further models are forwards.
         num_models = len(drafter.models)
-        self.assumed_round_cost += num_models - 1 + per_view * num_models * (len(drafter.views) - 1)
+        self.assumed_round_cost += num_models - 1 + 0.25 * num_models * (len(drafter.views) - 1)
         # What the views said in the last round: after the root, then after each level of the tree.
         self._said: list[torch.Tensor] = []
         self._weights: torch.Tensor | None = None  # (num_views, batch_size)
