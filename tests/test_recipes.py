@@ -15,7 +15,17 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from PIL import Image
-from training_fixtures import ENVIRONMENT, ROOT, finish, launch, recipe, vlm_recipe, write_recipe, write_world
+from training_fixtures import (
+    ENVIRONMENT,
+    ROOT,
+    TWO_PROCESSES,
+    finish,
+    launch,
+    recipe,
+    vlm_recipe,
+    write_recipe,
+    write_world,
+)
 from transformers import AutoConfig, LlamaConfig, LlavaForConditionalGeneration
 
 from transformers_msd import MSDConfig, MSDDraftModel
@@ -244,11 +254,10 @@ def test_command_launches_a_run(world, make_recipe, draft_class):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_command_generates_data_in_the_targets_words(world, tmp_path, num_processes):
     output = tmp_path / "answered"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29586"]
     command = ["-m", "transformers_msd.cli", "generate-data", "--target_model", str(world / "target")]
     command += ["--datasets", str(world / "rows"), "--output", str(output), "--num_rows", "6"]
     command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--use_cpu"]
-    printed = finish(launch([*(launcher if num_processes == 2 else []), *command]))
+    printed = finish(launch([*(TWO_PROCESSES if num_processes == 2 else []), *command]))
     assert "Wrote 6 rows" in printed
     rows = load_rows(DraftArguments(target_model="none", datasets=[str(output)]), is_multimodal=True)
     asked = load_rows(DraftArguments(target_model="none", datasets=[str(world / "rows")]), is_multimodal=True)

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("trl")
 
 from safetensors.torch import load_file
-from training_fixtures import finish, launch, recipe, vlm_recipe, write_recipe, write_world
+from training_fixtures import TWO_PROCESSES, finish, launch, recipe, vlm_recipe, write_recipe, write_world
 
 from transformers_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import last_checkpoint
@@ -95,8 +95,7 @@ def test_two_processes_leave_the_curve(world, make_recipe, unbroken):
         save_strategy="steps",
         save_steps=NUM_STEPS,
     )
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583"]
-    finish(launch([*launcher, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
+    finish(launch([*TWO_PROCESSES, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
     state = json.loads((world / f"two/checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
     torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
     measured = [entry["step"] for entry in state["log_history"] if "eval_acceptance_length_image" in entry]
@@ -125,10 +124,9 @@ def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
 
 
 def test_sharded_target_trains_and_drafts_alike(world, make_recipe, unbroken):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29584"]
     settings = CURVE | {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
     script = str(Path(__file__).parent / "sharded_training.py")
-    output = finish(launch([*launcher, script, json.dumps(make_recipe(world, "sharded", **settings))]))
+    output = finish(launch([*TWO_PROCESSES, script, json.dumps(make_recipe(world, "sharded", **settings))]))
     result = json.loads(next(line for line in output.splitlines() if line.startswith('{"losses"')))
     torch.testing.assert_close(torch.tensor(result["losses"]), unbroken, **TOLERANCE)
     assert set(result["parameter_types"]) == {"DTensor"}
@@ -143,7 +141,7 @@ def test_deepspeed_leaves_the_curve(world, make_recipe, unbroken, stage):
     path = write_recipe(world, output, make_recipe, **CURVE | settings, gradient_accumulation_steps=2)
     command = ["-m", "transformers_msd.cli", "train", "--config", str(path), "--mixed_precision", "no"]
     command += ["--accelerate_config", f"training/accelerate_configs/zero{stage}.yaml"]
-    process = launch([*command, "--num_processes", "2", "--main_process_port", "29587"])
+    process = launch([*command, "--num_processes", "2", "--main_process_port", "0"])
     if make_recipe is vlm_recipe:
         with pytest.raises(AssertionError, match="A draft VLM must be trained by DDP"):
             finish(process)

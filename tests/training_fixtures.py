@@ -24,6 +24,8 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
+# They meet at a port that is free.
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", "2"]
 
 
 def write_world(folder: Path, num_rows: int = 40) -> None:
