@@ -44,7 +44,7 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
     # Chooses the size of trees, where the costs of this pair were measured on this machine.
     sizing: Sizing | None = None
     # What a round with one prompt is taken to cost where it was not measured, in plain steps.
-    assumed_round_cost = 1.6
+    assumed_round_cost = 2.0
 
     @abstractmethod
     def draft(self, committed: Committed) -> TokenTree:

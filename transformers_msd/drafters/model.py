@@ -99,8 +99,6 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             What each model reads. A later turn goes on with the same models and views.
     """
 
-    assumed_round_cost = 2.0  # a level is a forward of a whole model
-
     def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
         self._drafter = drafter
         self._key = (tuple(drafter.models), tuple(views))
