@@ -22,7 +22,7 @@ DRAFT_CHECKPOINT = CHECKPOINT.parent / "draft"
 TREE = {"num_nodes": 24, "depth": 6, "top_k": 4}
 NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
-# Of all trainings in the tiny world.
+# Of all trainings of drafts in the tiny world.
 COMMON_SETTINGS = {
     "max_grad_norm": 1.0,
     # Small heads give flat distributions, of which features alone teach little.

@@ -59,18 +59,20 @@ def plot_split(report: dict[str, Any], path: Path) -> None:
     figure, panels = _panels(report, height=1.2 + 0.42 * rows, width=7.5)
     for cell, axes in panels:
         steps, methods = _steps(cell), _split_methods(cell)
-        plain = steps[0]["round_seconds"] * 1e3
-        bars = [({"plain step": method["round_seconds"]}, {"plain step": "#d55e00"}) for method in steps]
+        bars = [({"plain step": 1.0}, {"plain step": "#d55e00"}) for _ in steps]
         bars += [(method["split_seconds"], PHASE_COLOURS) for method in methods]
-        for place, (seconds, colours) in enumerate(bars):
+        for place, (method, (seconds, colours)) in enumerate(zip((*steps, *methods), bars, strict=True)):
+            # What is left can be a little below nothing on a noisy machine.
+            widths = {phase: max(seconds[phase], 0.0) for phase in colours}
+            # Phases are timed in runs of their own: here they divide a round as it takes without.
+            scale = method["round_seconds"] * 1e3 / sum(widths.values())
             start = 0.0
             for phase, colour in colours.items():
-                # What is left can be a little below nothing on a noisy machine.
-                width = max(seconds[phase] * 1e3, 0.0)
+                width = widths[phase] * scale
                 axes.barh(place, width, left=start, color=colour, label=phase, height=0.65)
                 start += width
             if place > 0:
-                axes.text(start, place, f" {start / plain:.2f} steps", va="center", fontsize=8)
+                axes.text(start, place, f" {method['round_cost']:.2f} steps", va="center", fontsize=8)
         names = [method["name"] for method in (*steps, *methods)]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
