@@ -1,13 +1,21 @@
 VENV ?= .venv
 PYTHON ?= python3
+PIP = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow evaluate style quality
+.PHONY: demo test test-lowest test-release test-slow evaluate style quality
 
-# One environment for all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
+# The environment of all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/$(PIP) --constraint constraints.txt torch
+	$(VENV)/bin/$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The lowest versions that pyproject.toml allows.
+$(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/$(PIP) --constraint constraints-lowest.txt torch
+	$(VENV)-lowest/bin/$(PIP) --constraint constraints-lowest.txt --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -15,6 +23,21 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2 --quiet
+
+# What depends on the versions, and one half of the equality table.
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --quiet -k "not (test_tokens_equal_plain_generate and eager)" \
+		tests/test_compat.py tests/test_hook.py tests/test_equality.py tests/test_generate.py tests/test_static.py \
+		tests/test_msd_drafter.py tests/test_vlm_drafter.py tests/test_ensemble_drafter.py tests/test_convert.py \
+		tests/test_parity.py tests/test_trainer.py tests/test_training_data.py tests/test_recipes.py tests/test_bench.py
+
+# A release beyond the ranges: make test-release RELEASE="transformers==5.25.0"
+test-release:
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/$(PIP) --constraint constraints.txt torch
+	$(VENV)-release/bin/$(PIP) --constraint constraints.txt --editable ".[dev]"
+	$(VENV)-release/bin/$(PIP) --upgrade $(RELEASE)
+	$(VENV)-release/bin/python -m pytest --numprocesses 2 --quiet --pythonwarnings "ignore:Tests never ran"
 
 test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m slow

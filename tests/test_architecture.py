@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "transformers_msd"
 LAYERS = [
+    {"compat"},
     {"configuration_msd", "costs", "provenance", "stats"},
     {"calibration", "tree"},
     {"modeling_msd", "verify", "cache", "committed", "outputs"},

@@ -20,6 +20,7 @@ from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_meth
 from transformers_msd.bench.run import count_divergences
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
+from transformers_msd.compat import CACHE
 
 
 def test_a_baseline_that_fails_is_left_out_and_a_draft_that_fails_is_not():
@@ -239,7 +240,7 @@ def test_static_baseline_is_compiled_on_a_cpu_on_demand(compiles):
     config = GenerationConfig(**static.call)
     cache = StaticCache(make_target("llama").config, max_cache_len=8)
     # Transformers' own decision.
-    assert make_target("llama")._valid_auto_compile_criteria({"past_key_values": cache}, config) == compiles
+    assert make_target("llama")._valid_auto_compile_criteria({CACHE: cache}, config) == compiles
 
 
 def test_held_out_prompts_of_the_tiny_world_take_turns():

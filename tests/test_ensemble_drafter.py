@@ -18,6 +18,7 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
+from transformers_msd.compat import CACHE
 from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.ensemble import EnsembleCandidateGenerator, simplex
 from transformers_msd.drafters.prompts import prompt_of
@@ -199,8 +200,8 @@ def test_second_turn_goes_on():
     ids = torch.cat([first.sequences, torch.randint(3, 80, (2, 6))], dim=1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     turn["attention_mask"][:, : inputs["input_ids"].shape[1]] = inputs["attention_mask"]
-    plain = generate(target, turn, past_key_values=copy.deepcopy(first.past_key_values))
-    second = generate(target, turn, past_key_values=first.past_key_values, assistant_model=drafter)
+    plain = generate(target, turn, **{CACHE: copy.deepcopy(first[CACHE])})
+    second = generate(target, turn, **{CACHE: first[CACHE]}, assistant_model=drafter)
     assert torch.equal(second.sequences, plain.sequences)
     assert (second.speculative_stats.acceptance_lengths[:-1] == CHAIN.depth + 1).all()
 

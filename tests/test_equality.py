@@ -12,6 +12,7 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd.compat import CACHE
 
 
 NUM_TOKENS = 20
@@ -212,7 +213,7 @@ def check_tokens(
             break
     else:
         pytest.fail("No oracle had τ >= 2, rows that accepted different numbers, and an end inside a block.")
-    for layer, plain_layer in zip(guided.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for layer, plain_layer in zip(guided[CACHE].layers, plain[CACHE].layers, strict=True):
         # Rounding differs with the number of rows in a forward.
         torch.testing.assert_close(layer.keys, plain_layer.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer.values, plain_layer.values, atol=1e-4, rtol=1e-4)

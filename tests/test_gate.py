@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from zoo import ARCHITECTURES, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd.compat import CACHE
 from transformers_msd.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS, WINDOW, Gate
 
 
@@ -33,7 +34,7 @@ def test_bad_draft_rests_and_the_tokens_are_equal(architecture, num_images, do_s
     plain = generate(target, inputs, do_sample=do_sample)
     drafted = generate(target, inputs, do_sample=do_sample, assistant_model=random_draft(target))
     assert torch.equal(drafted.sequences, plain.sequences)
-    for layer, plain_layer in zip(drafted.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for layer, plain_layer in zip(drafted[CACHE].layers, plain[CACHE].layers, strict=True):
         torch.testing.assert_close(layer.keys, plain_layer.keys, atol=1e-4, rtol=1e-4)
     stats = drafted.speculative_stats
     assert stats.num_plain_steps > FIRST_REST

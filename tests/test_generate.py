@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from zoo import TEXT, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, SpeculativeStats, TreeConfig
+from transformers_msd.compat import CACHE
 from transformers_msd.stats import Rounds
 
 
@@ -78,9 +79,9 @@ def test_without_the_dict_the_tokens_come_alone() -> None:
 def test_a_cache_that_was_passed_in_is_filled_like_plain_generate_fills_it() -> None:
     target, call, plain, oracle = make_case()
     cache = DynamicCache(config=target.config.get_text_config())
-    ours = target.generate(**call | {"return_dict_in_generate": False}, past_key_values=cache, assistant_model=oracle)
+    ours = target.generate(**call | {"return_dict_in_generate": False}, **{CACHE: cache}, assistant_model=oracle)
     assert torch.equal(ours, plain.sequences)
-    torch.testing.assert_close(cache.layers[1].keys, plain.past_key_values.layers[1].keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cache.layers[1].keys, plain[CACHE].layers[1].keys, atol=1e-4, rtol=1e-4)
 
 
 class Notes(BaseStreamer):
@@ -274,7 +275,7 @@ def test_caches_that_cannot_take_rows_back_are_refused() -> None:
     target, call, *_ = make_case()
     offloaded = DynamicCache(config=target.config.get_text_config(), offloading=True)
     with pytest.raises(ValueError, match="offloading"):
-        target.generate(**call, past_key_values=offloaded, assistant_model=make_draft(target))
+        target.generate(**call, **{CACHE: offloaded}, assistant_model=make_draft(target))
     sliding = sliding_target()
     with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
         sliding.generate(torch.tensor([[1, 5]]), max_new_tokens=3, assistant_model=make_draft(sliding))
@@ -306,8 +307,8 @@ def test_a_call_that_ends_with_the_prefill(batch_size: int) -> None:
     # The next turn goes on from it all the same.
     turn = {"input_ids": ours.sequences, "max_new_tokens": 12, "do_sample": False}
     turn["attention_mask"] = torch.cat([call["attention_mask"], torch.ones(batch_size, 1, dtype=torch.long)], dim=1)
-    expected = target.generate(**turn, past_key_values=plain.past_key_values)
-    assert torch.equal(target.generate(**turn, past_key_values=ours.past_key_values, assistant_model=draft), expected)
+    expected = target.generate(**turn, **{CACHE: plain[CACHE]})
+    assert torch.equal(target.generate(**turn, **{CACHE: ours[CACHE]}, assistant_model=draft), expected)
 
 
 def test_the_smallest_tree_and_a_chain_are_plain() -> None:

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
+from transformers_msd.compat import CACHE
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel, visual_token_mask
 from transformers_msd.tree import TreeConfig
@@ -128,10 +129,10 @@ def test_next_round_with_the_cache_kept_equals_the_published_layer():
     meta, tensors = load_golden("a")
     draft, embed_tokens = golden_draft(meta, tensors)
     prefix = golden_image_rows(meta, tensors, embed_tokens)
-    cache = draft(*prefix, use_cache=True).past_key_values
+    cache = draft(*prefix, use_cache=True)[CACHE]
     ids = torch.cat([tensors["io.round2_committed"], tensors["io.round2_sampled"]], dim=1)
     rows = embed_tokens[ids], tensors["io.round2_target_hidden"]
-    hidden = draft(*rows, past_key_values=cache).last_hidden_state
+    hidden = draft(*rows, **{CACHE: cache}).last_hidden_state
 
     whole = [torch.cat(pair, dim=1) for pair in zip(prefix, (*rows, torch.zeros_like(ids).bool()), strict=True)]
     torch.testing.assert_close(hidden, draft(*whole).last_hidden_state[:, -3:], atol=1e-4, rtol=0)
@@ -212,8 +213,8 @@ def test_additive_causal_mask_equals_no_mask(target, attn_implementation):
     mask = torch.full((1, 1, 9, 9), torch.finfo(torch.float32).min).triu(1)
     outputs, expected = draft(*rows, attention_mask=mask), draft(*rows)
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, atol=1e-4, rtol=0)
-    cache = draft(rows[0][:, :6], rows[1][:, :6], use_cache=True).past_key_values
-    outputs = draft(rows[0][:, 6:], rows[1][:, 6:], attention_mask=mask[:, :, 6:], past_key_values=cache)
+    cache = draft(rows[0][:, :6], rows[1][:, :6], use_cache=True)[CACHE]
+    outputs = draft(rows[0][:, 6:], rows[1][:, 6:], attention_mask=mask[:, :, 6:], **{CACHE: cache})
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state[:, 6:], atol=1e-4, rtol=0)
 
 

@@ -12,6 +12,7 @@ from transformers.generation import LogitsProcessorList
 from zoo import ARCHITECTURES, IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, Target, TokenTree, TreeConfig
+from transformers_msd.compat import CACHE
 from transformers_msd.drafters.msd import MSDCandidateGenerator
 from transformers_msd.sampling import Sampler
 
@@ -149,12 +150,12 @@ def test_a_second_turn_goes_on_where_the_first_stopped(architecture: str, batch_
     settings["suppress_tokens"] = [IMAGE_ID, VIDEO_ID]
     plain_first = target.generate(**inputs, **settings)
     turn = second_turn_inputs(inputs, plain_first.sequences)
-    plain = target.generate(**turn, past_key_values=plain_first.past_key_values, **settings)
+    plain = target.generate(**turn, **{CACHE: plain_first[CACHE]}, **settings)
 
     draft = make_draft(target)
     first = target.generate(**inputs, **settings, assistant_model=draft)
     spy = Spy(draft)
-    second = target.generate(**turn, past_key_values=first.past_key_values, **settings, assistant_model=spy)
+    second = target.generate(**turn, **{CACHE: first[CACHE]}, **settings, assistant_model=spy)
     assert torch.equal(second.sequences, plain.sequences)
 
     # The same conversation encoded afresh: the draft starts with the same tree.
@@ -173,21 +174,21 @@ def test_a_cropped_or_replaced_cache_drops_the_state_of_the_draft() -> None:
     settings = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
     draft = make_draft(target)
     first = target.generate(**inputs, **settings, assistant_model=draft)
-    kept = copy.deepcopy(first.past_key_values)
+    kept = copy.deepcopy(first[CACHE])
     turn = second_turn_inputs(inputs, first.sequences)
-    expected = target.generate(**turn, past_key_values=copy.deepcopy(kept), **settings)
+    expected = target.generate(**turn, **{CACHE: copy.deepcopy(kept)}, **settings)
 
     def num_joined_rows(cache: DynamicCache, turn: dict) -> int:
         spy = Spy(draft)
-        output = target.generate(**turn, past_key_values=cache, **settings, assistant_model=spy)
+        output = target.generate(**turn, **{CACHE: cache}, **settings, assistant_model=spy)
         assert torch.equal(output.sequences, expected.sequences)
-        return int(output.past_key_values._speculative_state.state.starts)
+        return int(output[CACHE]._speculative_state.state.starts)
 
     assert num_joined_rows(kept, turn) == 0  # a copy carries it, too
-    cropped = copy.deepcopy(first.past_key_values)
+    cropped = copy.deepcopy(first[CACHE])
     cropped.crop(-3)
     assert num_joined_rows(cropped, turn) == inputs["input_ids"].shape[1] + 8 - 3
-    plain = target.generate(**inputs, **settings).past_key_values
+    plain = target.generate(**inputs, **settings)[CACHE]
     assert num_joined_rows(plain, turn) == inputs["input_ids"].shape[1] + 8
 
 
@@ -199,7 +200,7 @@ def test_with_a_plain_cache_the_draft_starts_at_the_new_rows(architecture: str) 
     first = target.generate(**inputs, **settings)
     turn = second_turn_inputs(inputs, first.sequences)
     spy = Spy(make_draft(target))
-    target.generate(**turn, past_key_values=first.past_key_values, **settings, assistant_model=spy)
+    target.generate(**turn, **{CACHE: first[CACHE]}, **settings, assistant_model=spy)
     length = first.sequences.shape[1]
     assert spy.committed[0].position_ids.tolist() == [list(range(length - 1, length + 5))]
 
@@ -209,7 +210,7 @@ def test_inputs_embeds_are_drafted_like_ids_and_pixels() -> None:
     inputs = make_inputs("llava", (2, 0, 1))
     settings = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True}
     with torch.no_grad():
-        embeds = target(**inputs, output_hidden_states=[0]).hidden_states[0]
+        embeds = target(**inputs, output_hidden_states=True).hidden_states[0]
     draft = make_draft(target)
     by_ids = Spy(draft)
     expected = target.generate(**inputs, **settings, assistant_model=by_ids)

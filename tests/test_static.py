@@ -20,6 +20,7 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
+from transformers_msd.compat import CACHE
 
 
 TREE = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
@@ -113,7 +114,7 @@ def test_compiled_tokens_equal_plain_generate(architecture: str, drafter: str, n
             call = kwargs | {"cache_implementation": cache, "compile_config": compiled_by(backend)}
             drafted = generate(target, inputs, assistant_model=runtime, **call)
             assert torch.equal(drafted.sequences, plain.sequences)
-            assert type(drafted.past_key_values) is (DynamicCache if cache is None else StaticCache)
+            assert type(drafted[CACHE]) is (DynamicCache if cache is None else StaticCache)
     assert backend.num_graphs == runtime.num_captures > 2
 
 
@@ -218,8 +219,8 @@ def test_a_returned_static_cache_is_the_callers() -> None:
     inputs = make_inputs("llava", (1, 2))
     runtime = StaticRuntime(make_msd(target))
     call = {"cache_implementation": "static", "disable_compile": True}
-    plain = generate(target, inputs, **call).past_key_values
-    cache = generate(target, inputs, assistant_model=runtime, **call).past_key_values
+    plain = generate(target, inputs, **call)[CACHE]
+    cache = generate(target, inputs, assistant_model=runtime, **call)[CACHE]
     kept = [layer.keys.clone() for layer in cache.layers]
     generate(target, make_inputs("llava", (1, 2), seed=3), assistant_model=runtime, **call)
     for layer, keys, plain_layer in zip(cache.layers, kept, plain.layers, strict=True):
@@ -237,9 +238,9 @@ def test_a_second_turn_goes_on_from_a_static_cache(drafter: str) -> None:
 
     def converse(**call: Any) -> list[Any]:
         cache = StaticCache(config=target.config.get_text_config(), max_cache_len=128)
-        first = generate(target, inputs, past_key_values=cache, **call)
+        first = generate(target, inputs, **{CACHE: cache}, **call)
         ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
-        second = generate(target, {"input_ids": ids}, past_key_values=first.past_key_values, **call)
+        second = generate(target, {"input_ids": ids}, **{CACHE: first[CACHE]}, **call)
         return [first, second]
 
     plain = converse()
@@ -254,7 +255,7 @@ def test_a_static_cache_without_room_is_refused() -> None:
     target = make_target("llava")
     cache = StaticCache(config=target.config.get_text_config(), max_cache_len=24)
     with pytest.raises(ValueError, match="max_cache_len"):
-        generate(target, make_inputs("llava"), past_key_values=cache, assistant_model=make_msd(target))
+        generate(target, make_inputs("llava"), **{CACHE: cache}, assistant_model=make_msd(target))
 
 
 def test_an_error_leaves_the_callers_cache_as_it_was_made() -> None:
@@ -266,9 +267,7 @@ def test_an_error_leaves_the_callers_cache_as_it_was_made() -> None:
 
     runtime = StaticRuntime(make_msd(target))
     with pytest.raises(RuntimeError, match="enough"):
-        generate(
-            target, make_inputs("llava"), past_key_values=cache, assistant_model=runtime, stopping_criteria=[fail]
-        )
+        generate(target, make_inputs("llava"), **{CACHE: cache}, assistant_model=runtime, stopping_criteria=[fail])
     assert {type(layer) for layer in cache.layers} == {StaticLayer}
     assert runtime.take(target.device)
 

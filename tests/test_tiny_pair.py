@@ -17,6 +17,7 @@ from training.tiny_world.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.train_draft_vlm import DRAFT_VLM_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts
 from transformers_msd import EnsembleDrafter, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd.compat import CACHE
 
 
 ROOT = Path(__file__).parents[1]
@@ -77,9 +78,9 @@ def test_a_chat_of_three_turns(pair: tuple) -> None:
     for text in FOLLOW_UPS:
         assert torch.equal(drafted.sequences, plain.sequences)
         turn = next_turn(processor, plain.sequences, text)
-        plain = target.generate(**turn, past_key_values=plain.past_key_values, **settings)
-        cache = drafted.past_key_values
-        drafted = target.generate(**turn, past_key_values=cache, **settings, assistant_model=draft)
+        plain = target.generate(**turn, **{CACHE: plain[CACHE]}, **settings)
+        cache = drafted[CACHE]
+        drafted = target.generate(**turn, **{CACHE: cache}, **settings, assistant_model=draft)
         afresh = target.generate(**turn, **pictures, **settings, assistant_model=draft)
         assert torch.equal(afresh.sequences, plain.sequences)
         taus["cache"].append(drafted.speculative_stats.acceptance_lengths)
@@ -94,7 +95,7 @@ def test_inputs_embeds_are_accepted_as_often_as_ids_and_pixels(pair: tuple, enco
     settings = {"max_new_tokens": 60, "return_dict_in_generate": True, "assistant_model": draft}
     for _, inputs in encoded:
         with torch.no_grad():
-            embeds = target(**inputs, output_hidden_states=[0]).hidden_states[0]
+            embeds = target(**inputs, output_hidden_states=True).hidden_states[0]
         by_ids = target.generate(**inputs, **settings)
         alone = target.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **settings)
         length = inputs["input_ids"].shape[1]

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from training.tiny_world.target import build_model, build_processor
 from training.tiny_world.world import training_dataset
+from transformers_msd.compat import CACHE
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer import AcceptanceLengthCallback, MSDTrainingConfig
@@ -179,12 +180,12 @@ def test_unrolled_training_equals_drafting_a_chain_with_a_cache(
             outputs.last_hidden_state[0, -1], unrolled[step][sample, root + step], atol=1e-4, rtol=0
         )
         next_embeds = rows.inputs_embeds[sample : sample + 1, root + step + 1 : root + step + 2]
-        cache = outputs.past_key_values
+        cache = outputs[CACHE]
         outputs = trainer.model(
             next_embeds,
             outputs.last_hidden_state[:, -1:],
             position_ids=positions[:, root + step + 1 : root + step + 2],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
 
 

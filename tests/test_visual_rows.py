@@ -19,6 +19,7 @@ from training.tiny_world.target import build_model, build_processor, encode_prom
 from training.tiny_world.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world import evaluation_prompts, training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig
+from transformers_msd.compat import CACHE
 from transformers_msd.modeling_msd import pool_visual_rows
 
 
@@ -187,9 +188,9 @@ def test_turns_after_a_rest_of_the_gate_go_on_with_pooled_rows(num_images, visua
         assert torch.equal(first.sequences, plain.sequences)
         assert first.speculative_stats.num_plain_steps > 0
         turn = second_turn_inputs(inputs, first.sequences)
-        plain = target.generate(**turn, past_key_values=plain.past_key_values, **settings)
+        plain = target.generate(**turn, **{CACHE: plain[CACHE]}, **settings)
         spy, afresh = Spy(draft), Spy(draft)
-        first = target.generate(**turn, past_key_values=first.past_key_values, **settings, assistant_model=spy)
+        first = target.generate(**turn, **{CACHE: first[CACHE]}, **settings, assistant_model=spy)
         target.generate(**turn, **pictures, **settings, assistant_model=afresh)
         assert_same_trees(spy.trees[0], afresh.trees[0])
 
@@ -200,7 +201,7 @@ def test_prompts_given_as_embeddings_are_pooled_like_ids(visual_pool_size):
     draft = make_draft(target)
     draft.config.visual_pool_size = visual_pool_size
     with torch.no_grad():
-        embeds = target(**inputs, output_hidden_states=[0]).hidden_states[0]
+        embeds = target(**inputs, output_hidden_states=True).hidden_states[0]
     settings = {"max_new_tokens": 6, "do_sample": False}
     by_ids, by_embeds = Spy(draft), Spy(draft)
     target.generate(**inputs, **settings, assistant_model=by_ids)
@@ -249,7 +250,7 @@ def test_conversations_of_two_turns_with_pictures_equal_plain_ones(pair, visual_
     firsts = [answer(who, 0, width + 18, **inputs, num_return_sequences=num_copies) for who in (None, draft)]
     assert torch.equal(firsts[0].sequences, firsts[1].sequences)
     assert firsts[1].speculative_stats.mean_acceptance_length > 2
-    carried = firsts[1].past_key_values._speculative_state.state
+    carried = firsts[1][CACHE]._speculative_state.state
     assert not settings["do_sample"] or carried.cache.get_seq_length() > carried.lengths.max()  # rows ran ahead
     batch_size = 3 * num_copies
     mask = inputs["attention_mask"].repeat_interleave(num_copies, dim=0)
@@ -259,10 +260,10 @@ def test_conversations_of_two_turns_with_pictures_equal_plain_ones(pair, visual_
     new = news["pixel_values"][0]
     of_all = torch.stack([picture for own in shown for _ in range(num_copies) for picture in (*own, new)])
     spies, of_turn = [Spy(draft), Spy(draft)], new.expand(batch_size, -1, -1, -1)
-    plain_cache, cache = (first.past_key_values for first in firsts)
+    plain_cache, cache = (first[CACHE] for first in firsts)
     calls = [(None, plain_cache, of_turn), (spies[0], cache, of_turn), (spies[1], None, of_all)]
     seconds = [
-        answer(who, 1, ids.shape[1] + 2, **turn, past_key_values=cache, pixel_values=pictures)
+        answer(who, 1, ids.shape[1] + 2, **turn, **{CACHE: cache}, pixel_values=pictures)
         for who, cache, pictures in calls
     ]
     for second in seconds[1:]:
@@ -286,7 +287,7 @@ def test_fixed_shapes_pool_the_same_rows(pair, visual_pool_size):
         first = target.generate(**inputs, **settings, assistant_model=assistant, disable_compile=True)
         news = torch.tensor([[*[target.config.image_token_id] * 36, 202, 17]])
         turn = {"input_ids": torch.cat([first.sequences, news], dim=1), "pixel_values": -inputs["pixel_values"]}
-        turn["past_key_values"] = first.past_key_values
+        turn[CACHE] = first[CACHE]
         target.generate(**turn, **settings, assistant_model=assistant, disable_compile=True)
     assert len(spies[0].trees) == len(spies[1].trees)
     for ours, theirs in zip(spies[0].trees, spies[1].trees, strict=True):

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import ARCHITECTURES, IMAGE_ID, TEXT, make_draft_model, make_inputs, make_target
 
 from transformers_msd import EnsembleDrafter, TreeConfig, VLMDrafter
+from transformers_msd.compat import CACHE
 from transformers_msd.drafters.draft_model import DraftModel
 
 
@@ -152,8 +153,8 @@ def test_second_turn_goes_on_in_the_drafts_cache(architecture):
     widths = []
     head = draft.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
-    plain = generate(target, turn, past_key_values=copy.deepcopy(first.past_key_values))
-    second = generate(target, turn, past_key_values=first.past_key_values, assistant_model=drafter)
+    plain = generate(target, turn, **{CACHE: copy.deepcopy(first[CACHE])})
+    second = generate(target, turn, **{CACHE: first[CACHE]}, assistant_model=drafter)
     assert torch.equal(second.sequences, plain.sequences)
     assert (second.speculative_stats.acceptance_lengths[:-1] == CHAIN.depth + 1).all()
     assert max(widths) < 6 + CHAIN.depth + 3  # the prompt is not run again

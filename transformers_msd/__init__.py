@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from transformers_msd import compat  # noqa: F401  # first: it says what the installed Transformers lacks
 from transformers_msd.committed import Committed
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.convert import convert_msd_checkpoint

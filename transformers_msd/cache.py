@@ -28,7 +28,7 @@ def check_cache(cache: Cache) -> None:
             "Drafting needs a `DynamicCache` or `StaticCache` of full-attention layers that stays on its device, got "
             f"{type(cache).__name__}{f' with layers {unsupported}' if unsupported else ''}"
             f"{' with offloading' if cache.offloading else ''}. Sliding-window, recurrent, quantised and offloaded "
-            "caches can't take back rejected rows: drop `cache_implementation` and `past_key_values`, or generate "
+            "caches can't take back rejected rows: drop `cache_implementation` and the cache, or generate "
             "without `assistant_model`."
         )
 
@@ -160,11 +160,11 @@ class Room:
         """Replace the layers."""
         layers = self.cache.layers
 
-        def shape(index: int) -> tuple[Any, ...]:
+        def shape(index: int) -> list[tuple[Any, ...]]:
             layer = layers[index]
             if not layer.is_initialized:
-                return ()  # it shares the rows of another layer
-            return layer.device, layer.dtype, layer.keys.shape, layer.values.shape
+                return []  # it shares the rows of another layer
+            return [(rows.device, rows.dtype, rows.shape) for rows in (layer.keys, layer.values)]
 
         self._blocks: list[_Block] = []
         for key, group in groupby(range(len(layers)), shape):
@@ -233,7 +233,7 @@ class _GrowingLayer(DynamicLayer):
     def __init__(self, block: _Block, index: int, layer: DynamicLayer | StaticLayer, length: int) -> None:
         self.block = block
         self.length = length
-        self.dtype, self.device = layer.dtype, layer.device
+        self.device = layer.device
         self._index = index
         self.is_initialized = True
 

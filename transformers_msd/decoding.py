@@ -8,6 +8,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_msd.cache import carry, check_cache, take_carried
+from transformers_msd.compat import CACHE
 from transformers_msd.drafters.base import CallInputs, TreeAssistant
 from transformers_msd.emission import Emission
 from transformers_msd.gate import Gate
@@ -56,7 +57,7 @@ def tree_decoding(
         model_kwargs (`dict[str, Any]`):
             What `generate` prepared for the target's forward passes.
     """
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[CACHE]
     check_cache(cache)
     carried = take_carried(cache)
     target = Target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
@@ -110,6 +111,6 @@ def tree_decoding(
         scores=emission.outputs.scores,
         logits=emission.outputs.logits,
         hidden_states=emission.outputs.hidden_states,
-        past_key_values=cache,
         speculative_stats=stats,
+        **{CACHE: cache},
     )

@@ -137,7 +137,7 @@ class _FixedLayer(StaticLayer):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor) -> None:
         super().__init__(keys.shape[2])
         self.keys, self.values, self.starts = keys, values, starts
-        self.dtype, self.device = keys.dtype, keys.device
+        self.device = keys.device
         self.is_initialized = True
 
     def get_seq_length(self) -> torch.Tensor:

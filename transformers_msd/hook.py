@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from transformers_msd.compat import CACHE, current_names
 from transformers_msd.decoding import tree_decoding
 from transformers_msd.drafters.base import ChecksTarget, TreeAssistant
 from transformers_msd.runtime import open_captures
@@ -35,9 +36,9 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(arguments.get("assistant_model"), TreeAssistant):
         return _generate(self, *args, **kwargs)
     del arguments["self"]
-    token = _arguments.set(arguments)
+    token = _arguments.set(current_names(arguments))
     try:
-        return _generate(self, *args, **kwargs)
+        return _generate(self, *args, **current_names(kwargs))
     finally:
         _arguments.reset(token)
 
@@ -78,7 +79,7 @@ def assisted_decoding(
     dropped = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tensor", "synced_gpus")
     with (
         self._optimize_model_for_decode(),
-        open_captures(assistant, self, kwargs["past_key_values"], generation_config) as captures,
+        open_captures(assistant, self, kwargs[CACHE], generation_config) as captures,
     ):
         return tree_decoding(
             self,

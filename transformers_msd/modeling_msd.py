@@ -12,6 +12,7 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from transformers_msd.compat import CACHE, cache_of
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.tree import TreeConfig
 
@@ -230,6 +231,7 @@ class MSDDraftModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast:
         """
         Predict the target's features, each of which its head turns into logits.
@@ -254,21 +256,24 @@ class MSDDraftModel(PreTrainedModel):
                 Cache of the rows before.
             use_cache (`bool`, *optional*):
                 Whether to make a cache when none is given.
+            cache (`Cache`, *optional*):
+                The same as `past_key_values`, which is its older name. Both at once raise a `ValueError`.
         """
         self._check_inputs(inputs_embeds, features, visual_mask, attention_mask)
+        cache = cache_of({"past_key_values": past_key_values, "cache": cache})
         hidden_states = self.fc(torch.cat([inputs_embeds, features], dim=-1))
         if visual_mask is not None and self.config.decoupled:
             hidden_states = torch.where(visual_mask[..., None], inputs_embeds, hidden_states)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length
             position_ids = position_ids.expand(hidden_states.shape[:2])
         return self.model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
         )
 
     def _check_inputs(

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import ModelOutput
 
+from transformers_msd.compat import CACHE
 from transformers_msd.fixed_cache import FixedRoom
 from transformers_msd.tree import TokenTree, TreeConfig
 
@@ -202,7 +203,7 @@ def open_captures(
         finally:
             assistant.give_back()
     elif isinstance(cache, StaticCache):
-        compiles = model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config)
+        compiles = model._valid_auto_compile_criteria({CACHE: cache}, generation_config)
         yield Captures(StaticRuntime(assistant), compile_config if compiles else None, is_kept=False)
     else:
         yield None

@@ -17,6 +17,7 @@ from transformers.generation.configuration_utils import (
 )
 
 from transformers_msd.cache import check_cache
+from transformers_msd.compat import cache_of
 
 
 # These remember earlier calls, or run the model themselves, and so would be wrong at the nodes of a tree.
@@ -64,7 +65,7 @@ def check_call(
             "Drafting needs a dynamic or static cache on the target's device, got "
             f"`cache_implementation={generation_config.cache_implementation!r}`. Leave it unset, or {WAY_OUT}"
         )
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     check_cache(cache if cache is not None else DynamicCache(config=model.config.get_text_config(decoder=True)))
 
 

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from transformers_msd.cache import Room
 from transformers_msd.committed import Committed
+from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.modeling_msd import visual_token_mask
 from transformers_msd.runtime import Captures
@@ -18,7 +19,7 @@ from transformers_msd.verify import Acceptance
 
 
 # Rows of the prompt that a forward over new tokens must not see again.
-PROMPT_ONLY = ("attention_mask", "inputs_embeds", "past_key_values", "position_ids", "use_cache")
+PROMPT_ONLY = (*CACHE_NAMES, "attention_mask", "inputs_embeds", "position_ids", "use_cache")
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
@@ -45,7 +46,7 @@ class Target:
         captures: Captures | None = None,
     ) -> None:
         self.model = model
-        self.cache = model_kwargs["past_key_values"]
+        self.cache = model_kwargs[CACHE]
         self._dtype = model.dtype  # looked up once: it walks the parameters
         self._generation_config = generation_config
         self._model_kwargs = model_kwargs | {
@@ -143,11 +144,11 @@ class Target:
         position_ids = self._model_kwargs["position_ids"]
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
-            past_key_values=self.cache,
             attention_mask=attention_mask,
             position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
             use_cache=True,
             is_first_iteration=False,
+            **{CACHE: self.cache},
             **kwargs,
         )
         if self._captures is None:

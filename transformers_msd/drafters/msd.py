@@ -214,7 +214,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             for name, value in inputs.items()
             if value is not None
         }
-        return self._draft(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state
+        return self._draft(**inputs, cache=self._cache, use_cache=True).last_hidden_state
 
     def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
@@ -285,7 +285,7 @@ def _draft_trees(
             features=features,
             attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
             position_ids=position_ids,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).last_hidden_state
 

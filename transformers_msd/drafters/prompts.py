@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from transformers_msd.compat import CACHE_NAMES
 from transformers_msd.configuration_msd import visual_token_ids
 
 
 # Inputs of a forward that belong to the target's own run.
-_NOT_PROMPT = ("past_key_values", "inputs_embeds", "position_ids", "labels", "use_cache", "logits_to_keep")
+_NOT_PROMPT = (*CACHE_NAMES, "inputs_embeds", "position_ids", "labels", "use_cache", "logits_to_keep")
 
 
 def prompt_ids(arguments: Mapping[str, Any]) -> torch.Tensor | None:

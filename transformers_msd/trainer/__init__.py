@@ -1,5 +1,10 @@
 """Training of drafts, on TRL. Needs the extra `train`."""
 
+from transformers_msd.compat import TRAINER_NAMES, check_names
+
+
+check_names(TRAINER_NAMES)
+
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.metrics import AcceptanceLength, ExactMatch

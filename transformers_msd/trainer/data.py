@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from transformers_msd.compat import encode_pictures
 from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.modeling_msd import pool_visual_rows, visual_token_mask
 from transformers_msd.target import TOKEN_TYPES
@@ -156,7 +157,9 @@ def target_rows(
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    outputs = target(**inputs, output_hidden_states=[0, -1], use_cache=False, logits_to_keep=1)
+    outputs = target(
+        **encode_pictures(target, inputs), output_hidden_states=[0, -1], use_cache=False, logits_to_keep=1
+    )
     ends = outputs.hidden_states[0], outputs.hidden_states[-1]
     inputs_embeds, features = (states.to(dtype or states.dtype) for states in ends)
     return pair_rows(inputs["input_ids"], labels, inputs["attention_mask"], inputs_embeds, features, visual_token_ids)

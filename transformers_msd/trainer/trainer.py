@@ -88,7 +88,7 @@ class MSDTrainer(DraftTrainer):
                 if cache is None
                 else unroll_attention_mask(rows.row_mask, step, features.dtype),
                 position_ids=rows.position_ids,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=False,
             ).last_hidden_state
             ends = predicted[supervised], rows.target_features[supervised]

@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from transformers_msd.compat import encode_pictures
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
@@ -75,10 +76,13 @@ class VLMDraftTrainer(DraftTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         supervised = inputs["labels"][:, 1:] != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        settings = {"output_hidden_states": [-1], "use_cache": False, "logits_to_keep": 1}
+        settings = {"use_cache": False, "logits_to_keep": 1}
         with torch.no_grad():
-            features = self.target(**inputs, **settings).hidden_states[-1][:, :-1][supervised]
-        predicted = model(**inputs, **settings).hidden_states[-1][:, :-1][supervised]
+            outputs = self.target(**encode_pictures(self.target, inputs), output_hidden_states=[-1], **settings)
+        features = outputs.hidden_states[-1][:, :-1][supervised]
+        # All layers: their states are kept for the gradients in any case.
+        outputs = model(**inputs, output_hidden_states=True, **settings)
+        predicted = outputs.hidden_states[-1][:, :-1][supervised]
         loss = self.token_loss_sum(predicted, features, draft_head=self.model.get_output_embeddings())
         # Rows without pictures leave the projector out, and the processes of a run must have the same gradients.
         nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)

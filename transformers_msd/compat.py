@@ -1,0 +1,182 @@
+"""
+What differs between the supported versions of Transformers, and a canary that looks on import at every name of theirs
+that they may change in any release.
+"""
+
+import inspect
+import pkgutil
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import groupby
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from torch import nn
+from transformers import Cache
+
+
+# The versions that the tests ran on; pyproject.toml says the same.
+SUPPORTED = {"datasets": ">=4.8", "torch": ">=2.13", "transformers": ">=5.23,<5.25", "trl": ">=1.16,<1.17"}
+
+
+@dataclass(frozen=True)
+class Name:
+    """
+    A name that this package wraps, overrides or reads although it is not its own and no public one.
+
+    Args:
+        path (`str`):
+            Where it is, as `package.module:Class.name`.
+        parameters (`str`, *optional*):
+            Parameters of the function that it names, `one|other` where versions call a parameter differently.
+        attribute (`str`, *optional*):
+            What is needed is not the function itself but an attribute of other objects that it sets.
+    """
+
+    path: str
+    parameters: str | None = None
+    attribute: str | None = None
+
+    def __str__(self) -> str:
+        name = self.path.replace(":", ".")
+        if self.attribute is not None:
+            return f"`{self.attribute}`, which `{name}` sets"
+        return f"`{name}`" if self.parameters is None else f"`{name}({self.parameters})`"
+
+    @property
+    def package(self) -> str:
+        """The package whose version decides."""
+        return self.path.partition(":")[0].partition(".")[0]
+
+    def is_there(self) -> bool:
+        """Tell whether the installed package has it as expected."""
+        try:
+            value = pkgutil.resolve_name(self.path)
+        except (ImportError, AttributeError):
+            return False
+        if self.attribute is not None:
+            code = getattr(inspect.unwrap(value), "__code__", None)
+            return code is not None and self.attribute in code.co_names + code.co_consts
+        if self.parameters is None:
+            return True
+        found = list(inspect.signature(value).parameters)
+        expected = [parameter.split("|") for parameter in self.parameters.split(", ")]
+        return len(found) == len(expected) and all(a in b for a, b in zip(found, expected, strict=True))
+
+
+_MIXIN = "transformers.generation:GenerationMixin"
+NAMES = (
+    Name(
+        f"{_MIXIN}.generate",
+        "self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus, "
+        "assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask, custom_generate, kwargs",
+    ),
+    Name(
+        f"{_MIXIN}._validate_generation_mode",
+        "self, generation_mode, generation_config, generation_mode_kwargs",
+    ),
+    Name(
+        f"{_MIXIN}._assisted_decoding",
+        "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, "
+        "inputs_tensor, assistant_model, assistant_tokenizer, tokenizer, model_kwargs",
+    ),
+    Name(f"{_MIXIN}._prefill", "self, input_ids, generation_config, model_kwargs, is_first_iteration"),
+    Name(f"{_MIXIN}._optimize_model_for_decode", "self"),
+    Name(f"{_MIXIN}._valid_auto_compile_criteria", "self, model_kwargs, generation_config"),
+    Name(
+        f"{_MIXIN}.prepare_inputs_for_generation",
+        "self, input_ids, next_sequence_length, past_key_values|cache, attention_mask, inputs_embeds, "
+        "is_first_iteration, kwargs",
+    ),
+    Name(f"{_MIXIN}._prepare_multimodal_encoder_kwargs_for_generation", "self, model_kwargs"),
+    Name(f"{_MIXIN}._supports_mm_encoder_outputs", "self"),
+    Name(f"{_MIXIN}._prepare_special_tokens", attribute="_pad_token_tensor"),
+    Name(f"{_MIXIN}._prepare_cache_for_generation", attribute="_is_user_defined"),
+    Name("transformers.generation:CompileConfig._compile_all_devices"),
+    Name("transformers:PreTrainedModel._is_stateful"),
+    Name("transformers:PreTrainedConfig._attn_implementation"),
+    Name("transformers.cache_utils:DynamicLayer.update", "self, key_states, value_states, args, kwargs"),
+    Name("transformers.cache_utils:StaticLayer.update", "self, key_states, value_states, args, kwargs"),
+    Name("transformers.cache_utils:StaticLayer.__init__", "self, max_cache_len, kwargs"),
+    Name("torch:_dynamo.mark_static_address", "t, guard"),
+)
+TRAINER_NAMES = (
+    Name("trl:SFTTrainer._set_signature_columns_if_needed", attribute="_signature_columns"),
+    Name("trl:SFTTrainer.__init__", attribute="_metrics"),
+    Name("trl:SFTTrainer._get_train_sampler", "self, train_dataset"),
+    Name("trl:SFTTrainer._save_checkpoint", "self, model, trial"),
+    Name("trl:SFTTrainer._load_from_checkpoint", "self, resume_from_checkpoint, model"),
+    Name("trl:SFTTrainer._load_best_model", "self"),
+    Name("trl:SFTTrainer._tag_names"),
+    Name("trl:SFTTrainer._name"),
+    Name("trl:SFTTrainer.create_model_card", "self, model_name, dataset_name, tags"),
+    Name("trl.trainer.sft_trainer:DataCollatorForVisionLanguageModeling"),
+    Name("trl.data_utils:prepare_multimodal_messages", "messages, images"),
+    Name("trl.cli.accelerate_config:resolve_accelerate_config_argument", "launch_args"),
+    Name("datasets:Dataset.__init__", attribute="_fingerprint"),
+    Name("transformers:LlavaProcessor._get_num_multimodal_tokens", "self, image_sizes, kwargs"),
+)
+
+
+def check_names(names: Iterable[Name]) -> None:
+    """Raise an `ImportError` for names that are gone or have other parameters; warn of versions never tested."""
+    for package, own in groupby(sorted(names, key=lambda name: name.package), lambda name: name.package):
+        version, supported = import_module(package).__version__, f"{package}{SUPPORTED[package]}"
+        way_out = f"transformers-msd works with {supported}: `pip install '{supported}'`."
+        missing = [str(name) for name in own if not name.is_there()]
+        if missing:
+            raise ImportError(f"{package} {version} lacks {'; '.join(missing)}. {way_out}")
+        if not SpecifierSet(SUPPORTED[package]).contains(version, prereleases=True):
+            warnings.warn(
+                f"Tests never ran on {package} {version}, although it lacks nothing that is needed. {way_out}",
+                stacklevel=2,
+            )
+
+
+check_names(NAMES)
+
+# What a cache is called by `generate`, by models, and in what they return: the old name, and what it is today.
+CACHE_NAMES = ("past_key_values", "cache")
+# What a model takes pictures and videos as.
+_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+_PREPARE_INPUTS = pkgutil.resolve_name(f"{_MIXIN}.prepare_inputs_for_generation")
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(_PREPARE_INPUTS).parameters)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """Return the cache among arguments, whichever its name. Both at once raise a `ValueError`."""
+    caches = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(caches) > 1:
+        raise ValueError("`cache` is the new name of `past_key_values`, got both. Pass one of them.")
+    return caches[0] if caches else None
+
+
+def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Call the cache among arguments by the name it has today, where it comes by the old one."""
+    cache_of(arguments)
+    return {CACHE if name == CACHE_NAMES[0] else name: value for name, value in arguments.items()}
+
+
+def encode_pictures(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Run the vision tower on the pictures of a forward, as `generate` does before its prefill.
+
+    The forward then asks the text model alone for hidden states. Transformers 5.24 would hand the same choice of
+    layers to the vision tower, which would lose those that the text model reads.
+
+    Args:
+        model (`torch.nn.Module`):
+            A multimodal model, or any other.
+        inputs (`dict[str, Any]`):
+            Arguments of its forward.
+
+    Returns:
+        `dict[str, Any]`: The arguments with what the tower made of the pictures in their place.
+    """
+    if not any(name in inputs for name in _PIXELS) or not model._supports_mm_encoder_outputs():
+        return dict(inputs)
+    encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
+    rest = {name: value for name, value in inputs.items() if name not in _PIXELS}
+    return rest | {"mm_encoder_outputs": encoded["mm_encoder_outputs"]}
