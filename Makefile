@@ -43,7 +43,7 @@ test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m slow
 
 evaluate: $(VENV)/.installed
-	$(VENV)/bin/python -m training.tiny_world.evaluate
+	$(VENV)/bin/python -m training.tiny_world.measure.evaluate
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import transformers_msd.calibration  # and `generate` takes our assistants from here on
+import transformers_msd.costs.calibration  # and `generate` takes our assistants from here on
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,4 +13,4 @@ def one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What `transformers-msd tune` measured on this machine must not size the trees of tests."""
-    transformers_msd.calibration.HF_HOME = str(tmp_path_factory.mktemp("hf_home"))
+    transformers_msd.costs.calibration.HF_HOME = str(tmp_path_factory.mktemp("hf_home"))

@@ -12,9 +12,9 @@ import torch
 from training_fixtures import make_trainer
 from zoo import make_draft_model, make_inputs, make_target
 
-from training.tiny_world.target import build_model, build_processor
-from training.tiny_world.train_draft_vlm import build_draft_vlm
-from training.tiny_world.world import training_dataset
+from training.tiny_world.build.target import build_model, build_processor
+from training.tiny_world.build.train_draft_vlm import build_draft_vlm
+from training.tiny_world.world.rows import training_dataset
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.bench.assistants import PhaseTimer
 from transformers_msd.bench.measure import run_method

@@ -1,66 +1,194 @@
-"""Imports point one way, and names of Transformers that are not public stand in three files."""
+"""The house as its own imports draw it: folders in one order, no circle, and names that are not ours in few places."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import transformers_msd
+from transformers_msd.compat import TRAINER_NAMES
+
 
 PACKAGE = Path(__file__).parents[1] / "transformers_msd"
-LAYERS = [
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Folders, and files at the root: each imports only what stands before it, or what stands in it.
+ORDER = [
     {"compat"},
-    {"configuration_msd", "costs", "provenance", "stats"},
-    {"calibration", "tree"},
-    {"modeling_msd", "verify", "cache", "committed", "outputs"},
-    {"fixed_cache"},
-    {"runtime"},
-    {"convert", "target", "emission"},
-    {"sampling"},
+    {"costs", "traits"},
+    {"trees"},
+    {"models", "caches"},
+    {"call"},
+    {"target"},
     {"drafters"},
-    {"support", "gate"},
     {"decoding"},
     {"hook"},
-    {"__init__", "tuning"},
+    {"__init__"},
+    {"tuning"},
     {"trainer"},
     {"bench"},
     {"cli"},
 ]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-FILES = sorted(PACKAGE.rglob("*.py"))
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+# Packages of the extras, and what of ours needs them.
+EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "rich", "trl")
+NEED_EXTRAS = ("trainer", "bench", "cli")
+# Where names of Transformers that are not public may be used; compat.py knows all of them.
+PRIVATE = ("compat", "hook", "target", "caches")
+
+PUBLIC = {
+    "CallInputs": "drafters.base",
+    "Caption": "drafters.ensemble.views",
+    "Committed": "target.committed",
+    "EnsembleDrafter": "drafters.ensemble.drafter",
+    "MSDConfig": "models.msd.configuration_msd",
+    "MSDDraftModel": "models.msd.modeling_msd",
+    "Multimodal": "drafters.ensemble.views",
+    "Pooled": "drafters.ensemble.views",
+    "Prompts": "drafters.ensemble.views",
+    "SpeculativeDecoderOnlyOutput": "call.outputs",
+    "SpeculativeStats": "call.stats",
+    "StaticRuntime": "drafters.runtime",
+    "Target": "target.target",
+    "TextOnly": "drafters.ensemble.views",
+    "TokenTree": "trees.tree",
+    "TreeAssistant": "drafters.base",
+    "TreeCandidateGenerator": "drafters.base",
+    "TreeConfig": "trees.tree",
+    "VLMDrafter": "drafters.vlm",
+    "ViewPrompt": "drafters.ensemble.views",
+    "convert_msd_checkpoint": "models.msd.convert_msd",
+    "disable": "hook",
+    "enable": "hook",
+}
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """Name of a file's module inside the package, "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Modules of this package that a file imports at its top level, its type annotations aside."""
+def room_of(module: str) -> str:
+    return module.split(".")[0] or "__init__"
+
+
+MODULES = {module_of(path): ast.parse(path.read_text()) for path in FILES}
+
+
+def imports_of(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """All modules that a file imports anywhere, within functions and for annotations, too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+
+
+def own_imports(module: str) -> set[str]:
+    """Modules of this package that a module imports."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "transformers_msd":
-            found.add((node.module.split(".") + ["__init__"])[1])
-    return found
+    for name, _ in imports_of(MODULES[module]):
+        if name.split(".")[0] == "transformers_msd":
+            name = name.partition(".")[2]
+            while name not in MODULES:  # a name inside a module
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found - {module}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_downward(path: Path) -> None:
-    own = module_of(path)
-    for module in imported_modules(path) - {own}:
-        assert LEVEL[module] < LEVEL[own], f"{own} imports {module}"
-    if own not in ("trainer", "bench", "cli"):
-        assert not any(name in path.read_text() for name in ("import trl", "from trl", "from datasets"))
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    for other in own_imports(module):
+        ours, theirs = room_of(module), room_of(other)
+        assert ours == theirs or LEVEL[theirs] < LEVEL[ours], f"{module or 'the package'} imports {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_hook_replaces_names_of_transformers(path: Path) -> None:
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    rest = {module: own_imports(module) for module in MODULES}
+    # A package is loaded before what is in it, but for the names that it takes from there.
+    while free := [module for module, others in rest.items() if not others & rest.keys()]:
+        for module in free:
+            del rest[module]
+    assert not rest
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_extras_are_imported_late_or_at_all_by_what_needs_them(module: str) -> None:
+    tree = MODULES[module]
+    top = {id(node) for node in tree.body}
+    for name, node in imports_of(tree):
+        package, *rest = name.split(".")
+        assert package not in EXTRAS or room_of(module) in NEED_EXTRAS, f"{module} imports {name}"
+        if id(node) not in top:
+            is_extra = package in EXTRAS or (package == "transformers_msd" and rest[0] in NEED_EXTRAS)
+            assert is_extra, f"{module} imports {name} within a function"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_of_others_stand_where_the_canary_knows_of_them(module: str) -> None:
+    if room_of(module) in PRIVATE:
+        return
+    foreign = {
+        node.attr
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[a-z]", node.attr)
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assigned = {
+        node.attr
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    defined = {
+        node.name
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    # What the trainers override or read; others are looked at by the canary on the import of the package.
+    known = (
+        {name.attribute or name.path.split(".")[-1] for name in TRAINER_NAMES} if module[:7] == "trainer" else set()
+    )
+    assert not foreign - assigned - defined - known
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_hook_replaces_names_of_transformers(module: str) -> None:
     uses = [
         node
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(MODULES[module])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"
     ]
-    assert not uses or path.name == "hook.py"
+    assert not uses or module == "hook"
+
+
+def test_draft_models_know_no_drafter() -> None:
+    for module in MODULES:
+        if room_of(module) == "models":
+            assert {room_of(other) for other in own_imports(module)} <= {"compat", "models", "traits", "trees"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_importable_from_the_package(name: str) -> None:
+    value = getattr(transformers_msd, name)
+    assert value.__module__ == f"transformers_msd.{PUBLIC[name]}"
+
+
+def test_the_package_promises_no_other_names() -> None:
+    assert sorted(transformers_msd.__all__) == sorted(PUBLIC)
+
+
+def test_the_root_holds_six_files_at_most() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 6
 
 
 def test_files_are_short_enough_to_read() -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in FILES}
-    assert {name: length for name, length in lengths.items() if length > 350} == {}
+    lengths = {module_of(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {module: length for module, length in lengths.items() if length > 300} == {}

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.generation import CompileConfig
 from zoo import make_target
 
-from training.tiny_world.target import build_model, build_processor
+from training.tiny_world.build.target import build_model, build_processor
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.bench.models import named_config, num_bytes_per_step
 from transformers_msd.bench.report import to_markdown

@@ -10,17 +10,18 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import CompileConfig
 from zoo import make_draft_model, make_inputs, make_target
 
-from training.tiny_world.world import evaluation_prompts
-from training.tiny_world.write_dataset import held_out_dataset
+from training.tiny_world.world.rows import evaluation_prompts
+from training.tiny_world.world.write_dataset import held_out_dataset
 from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.bench.assistants import PhaseTimer, Simulated
 from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, Runs, row_ends, run_method, run_methods
-from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods, with_tree
+from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
 from transformers_msd.bench.run import count_divergences
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import CACHE
+from transformers_msd.drafters.msd import MSDDrafter
 
 
 def test_a_baseline_that_fails_is_left_out_and_a_draft_that_fails_is_not():
@@ -49,9 +50,9 @@ def test_rounds_of_stock_assistance_are_counted_by_what_comes_at_once():
     assert sum(run.lengths[0]) == run.num_decoded < 29
 
 
-def make_msd(target: PreTrainedModel, tree: TreeConfig) -> MSDDraftModel:
+def make_msd(target: PreTrainedModel, tree: TreeConfig) -> MSDDrafter:
     torch.manual_seed(1)
-    return with_tree(MSDDraftModel(MSDConfig.from_target(target.config)).eval(), tree)
+    return MSDDrafter(MSDDraftModel(MSDConfig.from_target(target.config)).eval(), tree)
 
 
 COMPILED = {"compile_config": CompileConfig(backend="eager", mode="default")}
@@ -77,7 +78,7 @@ def test_phases_are_timed_once_a_round_and_change_no_token(is_compiled):
     if is_compiled:
         # What is timed is what else would run.
         assert method.num_captures == 1
-        assert isinstance(method.runtime.assistant, MSDDraftModel)
+        assert method.runtime.assistant is drafter.assistant
 
 
 def test_runs_that_compile_are_not_timed():
@@ -210,7 +211,7 @@ def test_trees_of_one_draft_share_its_weights_and_leave_it_as_it_was():
     assistants = [method.call["assistant_model"] for method in methods if method.drafts_trees]
     assert [method.name for method in methods if method.drafts_trees] == ["a 8/3/2", "a 4/2/1/0.1"]
     assert [assistant.tree_config for assistant in assistants] == [TreeConfig(8, 3, 2), TreeConfig(4, 2, 1, 0.1)]
-    assert all(assistant.fc.weight is draft.fc.weight for assistant in assistants)
+    assert all(assistant.draft is draft for assistant in assistants)
     assert draft.tree_config == TreeConfig()
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig
 
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.convert import convert_msd_checkpoint
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 
 
 ROOT = Path(__file__).parents[1]

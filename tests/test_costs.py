@@ -20,10 +20,11 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
-from transformers_msd.calibration import costs_path, load_sizing, save_costs
 from transformers_msd.cli import main
-from transformers_msd.costs import Costs, Sizing, batch_growth, round_cost
-from transformers_msd.target import Target
+from transformers_msd.costs.calibration import costs_path, load_sizing, save_costs
+from transformers_msd.costs.rounds import Costs, batch_growth, round_cost
+from transformers_msd.costs.sizing import Sizing
+from transformers_msd.target.target import Target
 from transformers_msd.tuning import measure_costs
 
 
@@ -34,7 +35,7 @@ def costs(level: float, node: float = 0.1, batch_size: int = 1) -> Costs:
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers_msd.calibration.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("transformers_msd.costs.calibration.HF_HOME", str(tmp_path))
     return tmp_path
 
 

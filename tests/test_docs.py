@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.tiny_world.target import encode_prompts, load_target
-from training.tiny_world.world import evaluation_prompts
+from training.tiny_world.build.target import encode_prompts, load_target
+from training.tiny_world.world.rows import evaluation_prompts
 
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -20,9 +20,9 @@ from transformers_msd import (
 )
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.draft_model import DraftModel
-from transformers_msd.drafters.ensemble import EnsembleCandidateGenerator, simplex
+from transformers_msd.drafters.ensemble.drafter import EnsembleCandidateGenerator, simplex
+from transformers_msd.drafters.ensemble.views import left_pad
 from transformers_msd.drafters.prompts import prompt_of
-from transformers_msd.drafters.views import left_pad
 
 
 TREE = TreeConfig(num_nodes=9, depth=4, top_k=2)

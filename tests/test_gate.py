@@ -10,7 +10,7 @@ from zoo import ARCHITECTURES, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
-from transformers_msd.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS, WINDOW, Gate
+from transformers_msd.drafters.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS, WINDOW, Gate
 
 
 def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ def test_draft_knows_what_came_to_stand_while_it_rested(architecture, monkeypatc
     drafter = VLMDrafter(copy.deepcopy(target), tree_config=chain)
     # The first rounds count as bad whatever they were, the later ones as good.
     monkeypatch.setattr("transformers_msd.drafters.model.ModelCandidateGenerator.assumed_round_cost", 100.0)
-    monkeypatch.setattr("transformers_msd.gate.LONGER", 1)
+    monkeypatch.setattr("transformers_msd.drafters.gate.LONGER", 1)
     output = generate(target, make_inputs(architecture, (1,)), max_new_tokens=80, assistant_model=drafter)
     lengths = output.speculative_stats.acceptance_lengths[:-1, 0].tolist()
     first, rest, probe = [5] * FIRST_ROUNDS, [1] * FIRST_REST, [5] * PROBE_ROUNDS

@@ -24,8 +24,8 @@ from transformers.generation.streamers import BaseStreamer
 from zoo import TEXT, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, SpeculativeStats, TreeConfig
+from transformers_msd.call.stats import Rounds
 from transformers_msd.compat import CACHE
-from transformers_msd.stats import Rounds
 
 
 def make_draft(target: Any) -> MSDDraftModel:

@@ -23,7 +23,8 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
-from transformers_msd.emission import LEAVING_SHARE
+from transformers_msd.call.emission import LEAVING_SHARE
+from transformers_msd.drafters.wrapped import Wrapped
 
 
 NUM_TOKENS = 26
@@ -41,16 +42,15 @@ class Notes(BaseStreamer):
         self.puts.append([])
 
 
-class Spy:
+class Spy(Wrapped):
     """Passes an assistant's work through; keeps for each row of the call the trees drafted for it."""
 
     def __init__(self, assistant: Any, batch_size: int) -> None:
-        self.assistant = assistant
-        self.tree_config = assistant.tree_config
+        super().__init__(assistant)
         self.trees: list[list[TokenTree]] = [[] for _ in range(batch_size)]
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
-        candidates = self.assistant.candidate_generator(target, inputs)
+        candidates = super().candidate_generator(target, inputs)
         draft, keep_sequences = candidates.draft, candidates.keep_sequences
         rows = list(range(len(self.trees)))
 

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from transformers_msd.compat import CACHE
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.modeling_msd import MSDDraftModel, visual_token_mask
-from transformers_msd.tree import TreeConfig
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.traits.tokens import visual_token_mask
+from transformers_msd.trees.tree import TreeConfig
 
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "reference" / "golden"

@@ -11,10 +11,20 @@ from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList
 from zoo import ARCHITECTURES, IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
-from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, Target, TokenTree, TreeConfig
+from transformers_msd import (
+    CallInputs,
+    Committed,
+    MSDConfig,
+    MSDDraftModel,
+    Target,
+    TokenTree,
+    TreeCandidateGenerator,
+    TreeConfig,
+)
+from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE
-from transformers_msd.drafters.msd import MSDCandidateGenerator
-from transformers_msd.sampling import Sampler
+from transformers_msd.drafters.msd import MSDCandidateGenerator, MSDDrafter
+from transformers_msd.drafters.wrapped import Wrapped
 
 
 class GoldenTarget:
@@ -48,7 +58,7 @@ def golden_candidates(name: str) -> tuple[MSDCandidateGenerator, dict, dict[str,
     draft.tree_config = TreeConfig(meta["total_tokens"], meta["depth"] + 1, meta["top_k"])
     target = GoldenTarget(embed_tokens, tensors["lm_head.weight"])
     inputs = CallInputs({}, Sampler(LogitsProcessorList(), emission=None, noise=None))
-    return MSDCandidateGenerator(draft, target, inputs), meta, tensors, embed_tokens
+    return MSDCandidateGenerator(MSDDrafter(draft), target, inputs), meta, tensors, embed_tokens
 
 
 @pytest.mark.parametrize("name", ["a", "c"])
@@ -70,16 +80,17 @@ def test_image_trees_of_two_rounds_equal_the_published_ones() -> None:
     assert_tree_is(candidates.draft(commit(ids, rows, 592)), tensors, "round2")
 
 
-class Spy:
+class Spy(Wrapped):
     """Passes an assistant's work through and keeps what it was given and what it drafted."""
 
     def __init__(self, draft: MSDDraftModel) -> None:
+        super().__init__(draft)
         self.model = draft
         self.committed: list[Committed] = []
         self.trees: list[TokenTree] = []
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> MSDCandidateGenerator:
-        candidates = self.model.candidate_generator(target, inputs)
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        candidates = super().candidate_generator(target, inputs)
         draft = candidates.draft
 
         def spied(committed: Committed) -> TokenTree:

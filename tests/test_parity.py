@@ -9,9 +9,9 @@ pytest.importorskip("trl")
 import zoo
 from torch.nn.functional import pad
 
-from training.tiny_world.target import encode_prompts, load_target
-from training.tiny_world.train_draft import DRAFT_CHECKPOINT
-from training.tiny_world.world import evaluation_prompts
+from training.tiny_world.build.target import encode_prompts, load_target
+from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.trainer import check_parity
 from transformers_msd.trainer.data import target_rows

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, pipeline
 
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
+from transformers_msd.drafters.msd import MSDDrafter
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -89,8 +90,8 @@ def test_pipeline_takes_a_draft_through_generate_kwargs(
         made.append(candidate_generator(self, *args))
         return made[-1]
 
-    candidate_generator = MSDDraftModel.candidate_generator
-    monkeypatch.setattr(MSDDraftModel, "candidate_generator", counted)
+    candidate_generator = MSDDrafter.candidate_generator
+    monkeypatch.setattr(MSDDrafter, "candidate_generator", counted)
     pipe = pipeline("image-text-to-text", model=target, processor=processor)
     call = {"text": "USER: <image>\nWhat is this? ASSISTANT:", "images": photos[:1], "return_full_text": False}
     settings = {"max_new_tokens": 12, "do_sample": False}

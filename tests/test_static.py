@@ -204,7 +204,7 @@ def test_what_an_earlier_call_left_behind_is_not_read() -> None:
     runtime = StaticRuntime(make_msd(target))
     call = {"cache_implementation": "static", "disable_compile": True, "assistant_model": runtime}
     generate(target, make_inputs("llava"), **call)
-    for buffers in runtime._buffers.values():
+    for buffers in runtime.captured.buffers.values():
         for buffer in buffers.values():
             buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
     inputs = make_inputs("llava", seed=3)

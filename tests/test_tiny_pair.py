@@ -11,11 +11,11 @@ from transformers import LlavaForConditionalGeneration
 
 
 pytest.importorskip("datasets")
-from training.tiny_world.evaluate import Blinkered, blinker, compare
-from training.tiny_world.target import encode_prompts, load_target
-from training.tiny_world.train_draft import DRAFT_CHECKPOINT
-from training.tiny_world.train_draft_vlm import DRAFT_VLM_CHECKPOINT
-from training.tiny_world.world import evaluation_prompts
+from training.tiny_world.build.target import encode_prompts, load_target
+from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.build.train_draft_vlm import DRAFT_VLM_CHECKPOINT
+from training.tiny_world.measure.evaluate import Blinkered, blinker, compare
+from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import EnsembleDrafter, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
 

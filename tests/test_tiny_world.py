@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.tiny_world.evaluate_target import accuracy, swap_pictures
-from training.tiny_world.induction import plant_induction
-from training.tiny_world.target import (
+from training.tiny_world.build.accuracy import accuracy, swap_pictures
+from training.tiny_world.build.induction import plant_induction
+from training.tiny_world.build.target import (
     CHECKPOINT,
     answer_prompts,
     build_model,
@@ -14,9 +14,9 @@ from training.tiny_world.target import (
     encode_prompts,
     load_target,
 )
-from training.tiny_world.train_target import deepen, encode_row
-from training.tiny_world.vision_warm_up import pixel_values
-from training.tiny_world.world import (
+from training.tiny_world.build.train_target import deepen, encode_row
+from training.tiny_world.build.vision_warm_up import pixel_values
+from training.tiny_world.world.rows import (
     GROUPS,
     attribute_questions,
     evaluation_prompts,

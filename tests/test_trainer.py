@@ -15,11 +15,11 @@ from datasets import Dataset
 from training_fixtures import make_trainer
 from transformers import AutoConfig, AutoModel, TrainerCallback
 
-from training.tiny_world.target import build_model, build_processor
-from training.tiny_world.world import training_dataset
+from training.tiny_world.build.target import build_model, build_processor
+from training.tiny_world.world.rows import training_dataset
 from transformers_msd.compat import CACHE
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer import AcceptanceLengthCallback, MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, visual_probability
 from transformers_msd.trainer.data import pair_rows, target_rows, unroll_attention_mask

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from training_fixtures import make_trainer
 from transformers import LlamaForCausalLM
 
-from training.tiny_world.target import CHAT_TEMPLATE, build_model, build_processor
-from training.tiny_world.world import FEATURES, training_dataset
+from training.tiny_world.build.target import CHAT_TEMPLATE, build_model, build_processor
+from training.tiny_world.world.rows import FEATURES, training_dataset
 from transformers_msd.trainer import ExactMatch
 from transformers_msd.trainer.callbacks import prompt_of
 from transformers_msd.trainer.data import add_bos

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from transformers_msd import TokenTree, TreeConfig
-from transformers_msd.tree import grow_tree, tree_attention_mask
+from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.masks import tree_attention_mask
 
 
 def make_tree(token_ids: list[list[int]], parents: list[list[int]], depth: int) -> TokenTree:

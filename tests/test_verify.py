@@ -3,7 +3,8 @@
 import torch
 from test_tree import make_tree
 
-from transformers_msd.verify import NoiseTape, verify
+from transformers_msd.trees.noise import NoiseTape
+from transformers_msd.trees.verify import verify
 
 
 def test_verify_descends_while_the_choice_is_a_child() -> None:

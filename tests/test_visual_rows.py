@@ -15,12 +15,12 @@ from training_fixtures import make_trainer
 from transformers.generation import StoppingCriteria
 from zoo import IMAGE_ID, VIDEO_ID, make_inputs, make_target
 
-from training.tiny_world.target import build_model, build_processor, encode_prompts, load_target
-from training.tiny_world.train_draft import DRAFT_CHECKPOINT
-from training.tiny_world.world import evaluation_prompts, training_dataset
+from training.tiny_world.build.target import build_model, build_processor, encode_prompts, load_target
+from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.world.rows import evaluation_prompts, training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig
 from transformers_msd.compat import CACHE
-from transformers_msd.modeling_msd import pool_visual_rows
+from transformers_msd.models.msd.modeling_msd import pool_visual_rows
 
 
 POOL_SIZES = pytest.mark.parametrize("visual_pool_size", [0, 1, 4])
@@ -125,7 +125,6 @@ def test_training_sees_the_rows_that_decoding_sees(world, tmp_path, visual_pool_
     predicted = []
     draft.register_forward_hook(lambda module, args, output: predicted.append(output.last_hidden_state))
     inputs, spy = encode_prompts(processor, evaluation_prompts(1)), Spy(draft)  # no, one and two pictures
-    spy.tree_config = draft.tree_config
     sequences = target.generate(**inputs, assistant_model=spy, min_new_tokens=8, max_new_tokens=8)
     mask = pad(inputs["attention_mask"], (0, 8), value=1)
     conversation = {**inputs, "input_ids": sequences, "attention_mask": mask, "labels": sequences}

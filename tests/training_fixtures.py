@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from training.tiny_world.target import build_model, build_processor
-from training.tiny_world.train_draft_vlm import build_draft_vlm
-from training.tiny_world.world import training_dataset
+from training.tiny_world.build.target import build_model, build_processor
+from training.tiny_world.build.train_draft_vlm import build_draft_vlm
+from training.tiny_world.world.rows import training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig, VLMDraftTrainer
 from transformers_msd.trainer.base import DraftTrainer

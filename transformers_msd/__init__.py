@@ -3,20 +3,20 @@
 from transformers import AutoConfig, AutoModel
 
 from transformers_msd import compat  # noqa: F401  # first: it says what the installed Transformers lacks
-from transformers_msd.committed import Committed
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.convert import convert_msd_checkpoint
+from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.call.stats import SpeculativeStats
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
-from transformers_msd.drafters.ensemble import EnsembleDrafter
-from transformers_msd.drafters.views import Caption, Multimodal, Pooled, Prompts, TextOnly, ViewPrompt
+from transformers_msd.drafters.ensemble.drafter import EnsembleDrafter
+from transformers_msd.drafters.ensemble.views import Caption, Multimodal, Pooled, Prompts, TextOnly, ViewPrompt
+from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
-from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
-from transformers_msd.runtime import StaticRuntime
-from transformers_msd.stats import SpeculativeStats
-from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree, TreeConfig
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
 __version__ = "0.1.0.dev0"

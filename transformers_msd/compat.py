@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from torch import nn
-from transformers import Cache
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 # The versions that the tests ran on; pyproject.toml says the same.
@@ -180,3 +180,24 @@ def encode_pictures(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
     rest = {name: value for name, value in inputs.items() if name not in _PIXELS}
     return rest | {"mm_encoder_outputs": encoded["mm_encoder_outputs"]}
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """Name the implementation of attention that the text part of a model uses."""
+    return config.get_text_config()._attn_implementation
+
+
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Tell whether a model has a recurrent state, which can't take tokens back."""
+    return model._is_stateful
+
+
+def pad_token_id_of(generation_config: GenerationConfig) -> int:
+    """Return the token that `generate`, which prepared these settings, puts behind ended rows."""
+    pad_token = generation_config._pad_token_tensor
+    return 0 if pad_token is None else int(pad_token)
+
+
+def can_compile(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:
+    """Tell whether plain `generate` compiles a model's forward with this cache and these settings."""
+    return model._valid_auto_compile_criteria({CACHE: cache}, generation_config)

@@ -7,17 +7,18 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_msd.cache import carry, check_cache, take_carried
+from transformers_msd.caches.captures import Captures
+from transformers_msd.caches.carried import carry, take_carried
+from transformers_msd.caches.check import check_cache
+from transformers_msd.call.emission import Emission
+from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
+from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE
-from transformers_msd.drafters.base import CallInputs, TreeAssistant
-from transformers_msd.emission import Emission
-from transformers_msd.gate import Gate
-from transformers_msd.outputs import SpeculativeDecoderOnlyOutput
-from transformers_msd.runtime import Captures
-from transformers_msd.sampling import Sampler
-from transformers_msd.target import Target
-from transformers_msd.tree import TreeConfig
-from transformers_msd.verify import NoiseTape, verify
+from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
+from transformers_msd.drafters.gate import Gate
+from transformers_msd.target.target import Target
+from transformers_msd.trees.noise import NoiseTape
+from transformers_msd.trees.verify import verify
 
 
 def tree_decoding(
@@ -71,11 +72,11 @@ def tree_decoding(
     if generation_config.do_sample:
         noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
     sampler = Sampler(logits_processor, emission, noise)
-    tree_config = getattr(assistant, "tree_config", None)
+    tree_config = tree_config_of(assistant)
     candidates = Gate(
         assistant.candidate_generator(target, CallInputs(arguments, sampler, carried, captures)),
         emission,
-        is_active=not isinstance(tree_config, TreeConfig) or tree_config.gate,
+        is_active=tree_config is None or tree_config.gate,
     )
     try:
         while True:

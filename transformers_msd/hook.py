@@ -15,9 +15,10 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from transformers_msd.compat import CACHE, current_names
 from transformers_msd.decoding import tree_decoding
-from transformers_msd.drafters.base import ChecksTarget, TreeAssistant
-from transformers_msd.runtime import open_captures
-from transformers_msd.support import check_call
+from transformers_msd.drafters import assistant_for
+from transformers_msd.drafters.base import ChecksTarget
+from transformers_msd.drafters.check import check_call
+from transformers_msd.drafters.runtime import open_captures
 
 
 _generate = GenerationMixin.generate
@@ -33,7 +34,7 @@ _arguments: ContextVar[dict[str, Any] | None] = ContextVar("transformers_msd_arg
 @functools.wraps(_generate)
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     arguments = dict(zip(_PARAMETERS, (self, *args), strict=False)) | kwargs
-    if not isinstance(arguments.get("assistant_model"), TreeAssistant):
+    if assistant_for(arguments.get("assistant_model")) is None:
         return _generate(self, *args, **kwargs)
     del arguments["self"]
     token = _arguments.set(current_names(arguments))
@@ -50,8 +51,8 @@ def validate_generation_mode(
     generation_config: GenerationConfig,
     generation_mode_kwargs: dict[str, Any],
 ) -> None:
-    assistant = generation_mode_kwargs.get("assistant_model")
-    if not isinstance(assistant, TreeAssistant):
+    assistant = assistant_for(generation_mode_kwargs.get("assistant_model"))
+    if assistant is None:
         return _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
     arguments = _arguments.get() or {}
     check_call(self, generation_mode, generation_config, arguments, generation_mode_kwargs)
@@ -72,8 +73,8 @@ def assisted_decoding(
     generation_config: GenerationConfig,
     **kwargs: Any,
 ) -> Any:
-    assistant = kwargs.get("assistant_model")
-    if not isinstance(assistant, TreeAssistant):
+    assistant = assistant_for(kwargs.get("assistant_model"))
+    if assistant is None:
         return _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
     # What belongs to assistants with a tokenizer of their own and to encoders; `check_call` has seen `synced_gpus`.
     dropped = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tensor", "synced_gpus")

@@ -1,5 +1,6 @@
 """Measuring what rounds cost, by running them."""
 
+import copy
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformers_msd.committed import Committed
-from transformers_msd.costs import Costs
+from transformers_msd.costs.rounds import Costs
+from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree, TreeConfig
+from transformers_msd.drafters.wrapped import Ungated
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.tree import TokenTree
 
 
 # Batch sizes, and the trees that are measured with each; single prompts choose their trees by these.
@@ -28,31 +31,39 @@ class _EnoughRounds(Exception):
     """Ends a call in which `NUM_ROUNDS` rounds have begun, however many tokens they emitted."""
 
 
-class _Timed(TreeCandidateGenerator):
-    """
-    Drafts in one call with an assistant, or not at all, and notes when each round begins.
+class _Nothing:
+    """Drafts nothing: every round is a plain step."""
 
-    It is an assistant and its own candidate generator, and ends its call by [`_EnoughRounds`].
-    """
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        return _NothingGenerator()
 
-    tree_config = TreeConfig(gate=False)
 
-    def __init__(self, assistant: Any | None) -> None:
-        self.assistant = assistant
+class _NothingGenerator(TreeCandidateGenerator):
+    def draft(self, committed: Committed) -> TokenTree:
+        return TokenTree.root(committed.root_token_ids)
+
+
+class _Timed(Ungated):
+    """Notes when each round of a call begins, and ends the call by [`_EnoughRounds`]."""
+
+    def __init__(self, assistant: Any) -> None:
+        super().__init__(assistant)
         self.times: list[float] = []
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_Timed":
-        if self.assistant is not None:
-            self.candidates = self.assistant.candidate_generator(target, inputs)
-            self.candidates.sizing = None  # what was measured before must not change what is measured
-        return self
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        candidates = super().candidate_generator(target, inputs)
+        candidates.sizing = None  # what was measured before must not change what is measured
+        draft = candidates.draft
 
-    def draft(self, committed: Committed) -> TokenTree:
-        committed.lengths.tolist()  # waits for the device
-        self.times.append(time.perf_counter())
-        if len(self.times) == NUM_ROUNDS:
-            raise _EnoughRounds
-        return TokenTree.root(committed.root_token_ids) if self.assistant is None else self.candidates.draft(committed)
+        def timed(committed: Committed) -> TokenTree:
+            committed.lengths.tolist()  # waits for the device
+            self.times.append(time.perf_counter())
+            if len(self.times) == NUM_ROUNDS:
+                raise _EnoughRounds
+            return draft(committed)
+
+        candidates.draft = timed
+        return candidates
 
 
 def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256, batch_size: int = 1) -> Costs:
@@ -63,7 +74,7 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
         target ([`~transformers.PreTrainedModel`]):
             The target.
         assistant ([`MSDDraftModel`] or [`VLMDrafter`]):
-            What drafts for it. Its settings are as before in the end.
+            What drafts for it.
         prompt_length (`int`, *optional*, defaults to 256):
             Tokens of each prompt.
         batch_size (`int`, *optional*, defaults to 1):
@@ -75,34 +86,32 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(target.config.get_text_config().vocab_size, 1000)
     ids = torch.randint(3, vocab_size, (batch_size, prompt_length), generator=generator).to(target.device)
-    assistant.check_target(target, {"input_ids": ids})
-    config = assistant.tree_config
+    drafter = copy.copy(assistant_for(assistant))  # the caller's keeps its tree
+    drafter.check_target(target, {"input_ids": ids})
+    config = drafter.tree_config
 
     # A shape without levels is a plain step.
     sizes = SIZES[batch_size]
     middle = len(sizes) // 2
     shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[middle], DEEP)]
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
-    try:
-        # In turn, so that what else the machine does slows all of them; the first pass warms up.
-        num_passes = NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1)
-        for number in range(num_passes + 1):
-            for num_nodes, depth in shapes:
-                if depth:
-                    # Wide enough to fill the tree.
-                    top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
-                    assistant.tree_config = replace(config, num_nodes=num_nodes, depth=depth, top_k=top_k, gate=False)
-                timed = _Timed(assistant if depth else None)
-                length = 1 + NUM_ROUNDS * (depth + 1)  # never reached: the call ends before
-                with suppress(_EnoughRounds):
-                    target.generate(
-                        ids, max_new_tokens=length, do_sample=False, eos_token_id=NEVER_SAID, assistant_model=timed
-                    )
-                if number:
-                    # The first round pays for what is made once.
-                    seconds[num_nodes, depth] += [end - start for start, end in pairwise(timed.times[1:])]
-    finally:
-        assistant.tree_config = config
+    # In turn, so that what else the machine does slows all of them; the first pass warms up.
+    num_passes = NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1)
+    for number in range(num_passes + 1):
+        for num_nodes, depth in shapes:
+            if depth:
+                # Wide enough to fill the tree.
+                top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
+                drafter.tree_config = replace(config, num_nodes=num_nodes, depth=depth, top_k=top_k)
+            timed = _Timed(drafter if depth else _Nothing())
+            length = 1 + NUM_ROUNDS * (depth + 1)  # never reached: the call ends before
+            with suppress(_EnoughRounds):
+                target.generate(
+                    ids, max_new_tokens=length, do_sample=False, eos_token_id=NEVER_SAID, assistant_model=timed
+                )
+            if number:
+                # The first round pays for what is made once.
+                seconds[num_nodes, depth] += [end - start for start, end in pairwise(timed.times[1:])]
     step, *rounds, deep = (median(values) for values in seconds.values())
     level = max((deep - rounds[middle]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.

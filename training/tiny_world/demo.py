@@ -8,9 +8,9 @@ import torch
 from transformers import BatchFeature, LlavaForConditionalGeneration, TextStreamer
 from transformers.utils import logging
 
-from training.tiny_world.target import encode_prompts, load_target
-from training.tiny_world.train_draft import DRAFT_CHECKPOINT
-from training.tiny_world.world import evaluation_prompts
+from training.tiny_world.build.target import encode_prompts, load_target
+from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import MSDDraftModel, SpeculativeDecoderOnlyOutput
 
 

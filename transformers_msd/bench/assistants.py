@@ -3,16 +3,17 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
 
-from transformers_msd.committed import Committed
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.runtime import StaticRuntime
-from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree
+from transformers_msd.drafters.runtime import StaticRuntime
+from transformers_msd.drafters.wrapped import Ungated, Wrapped
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.tree import TokenTree
 
 
 PHASES = ("draft", "verify", "commit")
@@ -24,7 +25,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-class PhaseTimer:
+class PhaseTimer(Wrapped):
     """
     Drafts with another assistant, and notes when each phase of a round begins and how long it takes.
 
@@ -37,8 +38,7 @@ class PhaseTimer:
 
     def __init__(self, assistant: Any) -> None:
         self._runtime = assistant if isinstance(assistant, StaticRuntime) else None
-        self.assistant = assistant if self._runtime is None else self._runtime.assistant
-        self.tree_config = assistant.tree_config
+        super().__init__(assistant if self._runtime is None else self._runtime.assistant)
         # Of the last call: phase, start, seconds.
         self.notes: list[tuple[str, float, float]] = []
 
@@ -56,7 +56,7 @@ class PhaseTimer:
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         self.notes = []
-        candidates = self.assistant.candidate_generator(target, inputs)
+        candidates = super().candidate_generator(target, inputs)
         device = target.model.device
         # Both live for one call.
         candidates.draft = self._timed("draft", candidates.draft, device)
@@ -82,7 +82,7 @@ class PhaseTimer:
         }
 
 
-class Simulated:
+class Simulated(Ungated):
     """
     Lets another assistant draft, so that all of its time is paid, and puts a chain in the place of its tree, of the
     same size and depth, that goes on as the call is known to go on.
@@ -95,52 +95,68 @@ class Simulated:
     """
 
     def __init__(self, assistant: Any, probability: float) -> None:
-        self.assistant = assistant
+        super().__init__(assistant)
         self.probability = probability
-        self.tree_config = replace(assistant.tree_config, gate=False)
         # Tokens that the next call is taken to generate, of shape `(batch_size, num_steps)`. In half precision a
         # near-tie may fall the other way in a tree: what the call itself said then is the better guess for the next.
         self.continuation = torch.zeros(0, 0, dtype=torch.long)
         # Of the errors in the next call.
         self.seed = 0
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> "SimulatedCandidateGenerator":
-        candidates = self.assistant.candidate_generator(target, inputs)
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        candidates = super().candidate_generator(target, inputs)
         candidates.sizing = None
-        return SimulatedCandidateGenerator(self, candidates, target)
-
-
-class SimulatedCandidateGenerator(TreeCandidateGenerator):
-    def __init__(self, assistant: Simulated, candidates: TreeCandidateGenerator, target: Target) -> None:
-        self.candidates = candidates
-        self.vocab_size = target.model.config.get_text_config().vocab_size
-        device = target.model.device
-        self.continuation = assistant.continuation.to(device)
+        vocab_size = target.model.config.get_text_config().vocab_size
         # All on the device beforehand: a round waits for nothing that it would not wait for otherwise.
-        batch_size, num_steps = self.continuation.shape
-        generator = torch.Generator().manual_seed(assistant.seed)
-        luck = torch.rand(num_steps, batch_size, assistant.tree_config.depth, generator=generator)
-        self.is_right = (luck < assistant.probability).to(device)
-        self.num_rounds = 0
-        self.num_emitted: torch.Tensor | None = None
+        continuation = self.continuation.to(target.model.device)
+        batch_size, num_steps = continuation.shape
+        generator = torch.Generator().manual_seed(self.seed)
+        luck = torch.rand(num_steps, batch_size, self.tree_config.depth, generator=generator)
+        # Of each round.
+        is_right = iter(cycle((luck < self.probability).to(target.model.device)))
+        num_emitted: torch.Tensor | None = None
+        draft = candidates.draft
 
-    def draft(self, committed: Committed) -> TokenTree:
-        tree = self.candidates.draft(committed)
-        depth = min(tree.depth, tree.num_nodes - 1)
-        # The first rows are the prompt's, behind which one token was emitted.
-        self.num_emitted = (
-            torch.ones_like(committed.lengths) if self.num_emitted is None else self.num_emitted + committed.lengths
-        )
-        places = self.num_emitted[:, None] + torch.arange(depth, device=committed.lengths.device)
-        last = self.continuation.shape[1] - 1
-        truth = self.continuation.gather(1, places.clamp(max=last))
-        is_right = self.is_right[self.num_rounds % len(self.is_right), :, :depth] & (places <= last)
-        chain = torch.where(is_right, truth, (truth + 1) % self.vocab_size)
-        self.num_rounds += 1
-        nodes = torch.arange(tree.num_nodes, device=places.device).expand_as(tree.token_ids)
-        return TokenTree(
-            token_ids=torch.cat([tree.token_ids[:, :1], chain, tree.token_ids[:, depth + 1 :]], dim=1),
-            parents=torch.where(nodes <= depth, nodes - 1, -1),
-            scores=tree.scores,
-            depth=depth,
-        )
+        def simulated(committed: Committed) -> TokenTree:
+            nonlocal num_emitted
+            tree = draft(committed)
+            # The first rows are the prompt's, behind which one token was emitted.
+            num_emitted = (
+                torch.ones_like(committed.lengths) if num_emitted is None else num_emitted + committed.lengths
+            )
+            return _with_chain(tree, continuation, num_emitted, next(is_right), vocab_size)
+
+        candidates.draft = simulated
+        return candidates
+
+
+def _with_chain(
+    tree: TokenTree, continuation: torch.Tensor, num_emitted: torch.Tensor, is_right: torch.Tensor, vocab_size: int
+) -> TokenTree:
+    """
+    Put a chain in the place of a tree.
+
+    Args:
+        tree (`TokenTree`):
+            The drafted trees.
+        continuation (`torch.Tensor` of shape `(batch_size, num_steps)`):
+            Tokens that the call is taken to generate.
+        num_emitted (`torch.Tensor` of shape `(batch_size,)`):
+            How many of them are generated.
+        is_right (`torch.Tensor` of shape `(batch_size, depth)`):
+            Whether each node of the chain is right.
+        vocab_size (`int`):
+            Tokens of the target.
+    """
+    depth = min(tree.depth, tree.num_nodes - 1)
+    places = num_emitted[:, None] + torch.arange(depth, device=num_emitted.device)
+    last = continuation.shape[1] - 1
+    truth = continuation.gather(1, places.clamp(max=last))
+    chain = torch.where(is_right[:, :depth] & (places <= last), truth, (truth + 1) % vocab_size)
+    nodes = torch.arange(tree.num_nodes, device=places.device).expand_as(tree.token_ids)
+    return TokenTree(
+        token_ids=torch.cat([tree.token_ids[:, :1], chain, tree.token_ids[:, depth + 1 :]], dim=1),
+        parents=torch.where(nodes <= depth, nodes - 1, -1),
+        scores=tree.scores,
+        depth=depth,
+    )

@@ -1,6 +1,5 @@
 """What is compared: ways to call `generate`."""
 
-import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from transformers.generation import CompileConfig
 
 from transformers_msd.bench.assistants import Simulated
 from transformers_msd.bench.settings import BenchArguments
-from transformers_msd.configuration_msd import visual_token_ids
-from transformers_msd.drafters.ensemble import EnsembleDrafter
+from transformers_msd.drafters.ensemble.drafter import EnsembleDrafter
+from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.runtime import StaticRuntime
-from transformers_msd.tree import TreeConfig
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.traits.tokens import visual_token_ids
+from transformers_msd.trees.tree import TreeConfig
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) ->
     kinds: list[tuple[Any, str]] = []
     for tree in arguments.tree_configs or [None]:
         if isinstance(draft, MSDDraftModel):
-            kinds.append((with_tree(draft, tree or draft.tree_config), name))
+            kinds.append((MSDDrafter(draft, tree), name))
             continue
         kinds.append((VLMDrafter(draft, tree_config=tree), name))
         for views in arguments.views:
@@ -170,14 +170,6 @@ def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) ->
 
 def _minimum(tree: TreeConfig) -> str:
     return f"/{tree.min_probability:g}" if tree.min_probability else ""
-
-
-def with_tree(draft: MSDDraftModel, tree: TreeConfig) -> MSDDraftModel:
-    """Return the draft with another tree; the weights are shared, the draft given stays as it is."""
-    twin = copy.copy(draft)
-    twin.config = copy.deepcopy(draft.config)
-    twin.tree_config = tree
-    return twin
 
 
 def draft_names(paths: list[str]) -> list[str]:

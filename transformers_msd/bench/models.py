@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.loading import auto_class, is_multimodal
 
 

@@ -16,7 +16,8 @@ from transformers_msd.bench.models import load_model, named_config, num_bytes_pe
 from transformers_msd.bench.prompts import batched, load_prompts, random_prompts
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
-from transformers_msd.provenance import commit, hardware
+from transformers_msd.compat import attention_of
+from transformers_msd.costs.provenance import commit, hardware
 from transformers_msd.trainer.loading import encode_prompts, load_processor
 
 
@@ -47,7 +48,7 @@ def run_benchmark(
         "drafts": {name: draft.num_parameters() for name, draft in drafts.items()},
         "num_parameters": target.num_parameters(),
         "dtype": str(target.dtype).removeprefix("torch."),
-        "attention": target.config.get_text_config()._attn_implementation,
+        "attention": attention_of(target.config),
         "hardware": hardware(target.device),
         "num_bytes_per_step": num_bytes_per_step(target),
         "floor_seconds": None,

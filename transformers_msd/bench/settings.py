@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from transformers_msd.drafters.views import VIEWS
-from transformers_msd.tree import TreeConfig
+from transformers_msd.drafters.ensemble.views import VIEWS
+from transformers_msd.trees.tree import TreeConfig
 
 
 BASELINES = ("static", "assisted", "prompt_lookup")

@@ -3,6 +3,9 @@
 import argparse
 import shlex
 import sys
+from pathlib import Path
+
+from transformers.utils import logging
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -13,11 +16,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and save."""
-    from pathlib import Path
-
     from rich.console import Console
     from rich.progress import Progress
-    from transformers.utils import logging
     from trl import TrlParser
 
     from transformers_msd.bench.report import print_report, save_report

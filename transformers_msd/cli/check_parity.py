@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from transformers import ProcessorMixin
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
@@ -20,8 +22,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print, and exit with 1 where training and decoding differ."""
-    from transformers import ProcessorMixin
-
     from transformers_msd.trainer.callbacks import prompt_of
     from transformers_msd.trainer.loading import encode_prompts
     from transformers_msd.trainer.parity import check_parity, has_equal_prompt

@@ -4,7 +4,7 @@ import argparse
 
 from transformers import AutoConfig
 
-from transformers_msd.convert import convert_msd_checkpoint
+from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -4,6 +4,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from transformers import ProcessorMixin
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
@@ -32,7 +34,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> None:
     """Generate and save."""
     from accelerate import PartialState
-    from transformers import ProcessorMixin
 
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
     from transformers_msd.trainer.recipe import DraftArguments, load_rows, load_target

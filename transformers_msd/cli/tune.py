@@ -2,6 +2,12 @@
 
 import argparse
 
+import torch
+
+from transformers_msd import MSDDraftModel, VLMDrafter
+from transformers_msd.costs.calibration import save_costs
+from transformers_msd.tuning import SIZES, measure_costs
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
@@ -21,12 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, save, and print."""
-    import torch
-
-    from transformers_msd import MSDDraftModel, VLMDrafter
     from transformers_msd.bench.models import load_model
-    from transformers_msd.calibration import save_costs
-    from transformers_msd.tuning import SIZES, measure_costs
 
     device = arguments.device
     if device.startswith("cuda if"):

@@ -8,12 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
-from transformers_msd.committed import Committed
-from transformers_msd.costs import Sizing, batch_growth, round_cost
-from transformers_msd.runtime import Captures
-from transformers_msd.sampling import Sampler
-from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree
+from transformers_msd.caches.captures import Captures
+from transformers_msd.call.sampling import Sampler
+from transformers_msd.costs.rounds import batch_growth, round_cost
+from transformers_msd.costs.sizing import Sizing
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ class TreeAssistant(Protocol):
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         """Make the candidate generator of one call."""
+
+
+def tree_config_of(assistant: TreeAssistant) -> TreeConfig | None:
+    """Return the tree that an assistant drafts, where it says so."""
+    tree_config = getattr(assistant, "tree_config", None)
+    return tree_config if isinstance(tree_config, TreeConfig) else None
 
 
 @runtime_checkable

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from transformers_msd.runtime import Captures
-from transformers_msd.target import Target
-from transformers_msd.tree import causal_mask
+from transformers_msd.caches.captures import Captures
+from transformers_msd.target.target import Target
+from transformers_msd.trees.masks import causal_mask
 
 
 class DraftModel(Target):
@@ -37,7 +37,7 @@ class DraftModel(Target):
         ) -> "DraftModel":
             draft = cls(model, model_kwargs, generation_config, captures)
             draft._model_kwargs["output_hidden_states"] = None
-            type(model)._prefill(model, input_ids, generation_config, draft._model_kwargs)
+            draft._run_prompt(model, input_ids)
             draft._settle_prompt(len(input_ids), input_ids.device)
             return draft
 

@@ -8,13 +8,14 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from transformers_msd.calibration import load_sizing
-from transformers_msd.committed import Committed
+from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.prompts import prompt_ids, prompt_of
-from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree, TreeConfig, grow_tree
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
 # Models of one tokenizer pad their vocabularies to different multiples.

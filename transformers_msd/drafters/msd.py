@@ -1,21 +1,23 @@
 """Drafting with an MSD head: a tree grown on the target's features (arXiv 2505.14260, EAGLE-2 arXiv 2406.16858)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.generation import LogitsProcessor
+from transformers import DynamicCache, PreTrainedModel
 
-from transformers_msd.cache import Room
-from transformers_msd.calibration import load_sizing
-from transformers_msd.committed import Committed
+from transformers_msd.caches.room import Room
+from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.fixed_cache import fixed_attention_mask
-from transformers_msd.modeling_msd import MSDDraftModel, pool_visual_rows
-from transformers_msd.sampling import coupled_log_probs
-from transformers_msd.target import Target
-from transformers_msd.tree import TokenTree, TreeConfig, causal_mask, grow_tree, take_rows
+from transformers_msd.drafters.msd_captured import draft_trees
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel, pool_visual_rows
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.masks import causal_mask, take_rows
+from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,52 @@ class _Carried:
     weights: int
 
 
+class MSDDrafter:
+    """
+    Drafts with an [`MSDDraftModel`], which `generate` also takes as it is.
+
+    Args:
+        draft ([`MSDDraftModel`]):
+            The draft model.
+        tree_config ([`TreeConfig`], *optional*):
+            Tree to draft, the draft's own by default.
+    """
+
+    def __init__(self, draft: MSDDraftModel, tree_config: TreeConfig | None = None) -> None:
+        self.draft = draft
+        self._tree_config = tree_config
+
+    @property
+    def tree_config(self) -> TreeConfig:
+        """Tree to draft."""
+        return self._tree_config or self.draft.tree_config
+
+    @tree_config.setter
+    def tree_config(self, tree_config: TreeConfig) -> None:
+        self._tree_config = tree_config
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> "MSDCandidateGenerator":
+        """Make the candidate generator of one call."""
+        return MSDCandidateGenerator(self, target, inputs)
+
+    def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+        """
+        Raise a `ValueError` unless the draft can read the target's features, and knows which tokens it drafts.
+
+        Args:
+            target (`PreTrainedModel`):
+                Model to draft for.
+            arguments (`dict[str, Any]`):
+                The keyword arguments of `generate`; any will do.
+        """
+        self.draft.check_target(target)
+        if self.draft.needs_tokens:
+            raise ValueError(
+                f"The {self.draft.config.draft_vocab_size} tokens of the draft must be chosen before it drafts, got "
+                "none. Train it with `MSDTrainer`, or call `choose_tokens`."
+            )
+
+
 class MSDCandidateGenerator(TreeCandidateGenerator):
     """
     Grows trees with an [`MSDDraftModel`].
@@ -36,16 +84,17 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     of the tree, which it drops again.
 
     Args:
-        draft ([`MSDDraftModel`]):
-            The draft model.
+        drafter ([`MSDDrafter`]):
+            The draft model, and the tree.
         target ([`Target`]):
             The target of the call, which lends its embeddings and head.
         inputs ([`CallInputs`]):
             Inputs of the call.
     """
 
-    def __init__(self, draft: MSDDraftModel, target: Target, inputs: CallInputs) -> None:
-        self._draft = draft
+    def __init__(self, drafter: MSDDrafter, target: Target, inputs: CallInputs) -> None:
+        self._draft = draft = drafter.draft
+        self._tree_config = drafter.tree_config
         # Looked up once: each look at these properties walks the parameters.
         self._device, self._dtype = draft.device, draft.dtype
         self._target = target
@@ -90,13 +139,13 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             return self._rank(hidden, depth)
 
         log_probs = self._rank(hidden, depth)[:, 0]
-        tree = grow_tree(self._draft.tree_config, committed.root_token_ids, log_probs, expand, sizing)
+        tree = grow_tree(self._tree_config, committed.root_token_ids, log_probs, expand, sizing)
         self._room.settle(None, self._room.lengths, self._room.host_lengths)
         return tree
 
     def _draft_captured(self, committed: Committed, is_prompt: bool) -> TokenTree:
         """Draft by compiled code, on inputs of one shape."""
-        config = self._draft.tree_config
+        config = self._tree_config
         num_rows = config.depth + 1
         if is_prompt or committed.token_ids.shape[1] > num_rows:
             # Visual rows, or more than a round commits: a prompt, or what came to stand while the gate was closed.
@@ -120,7 +169,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         # Their settings are constants of the compiled code.
         sampling = tuple((type(warper), *vars(warper).values()) for warper in warpers)
         token_ids, parents, scores = self._captures.run(
-            _draft_trees,
+            draft_trees,
             (self._draft, config, len(committed.lengths), self._room.width, noise is None, sampling),
             self._draft,
             self._target,
@@ -219,93 +268,3 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
     def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
         return self._sampler.rank(self._draft.logits(hidden, self._target.logits), depth)
-
-
-def _draft_trees(
-    draft: MSDDraftModel,
-    target: Target,
-    config: TreeConfig,
-    cache: DynamicCache,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    inputs_embeds: torch.Tensor,
-    features: torch.Tensor,
-    position_ids: torch.Tensor,
-    counts: torch.Tensor,
-    root_token_ids: torch.Tensor,
-    noise: torch.Tensor | None,
-    warpers: tuple[LogitsProcessor, ...],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Add committed rows to the cache of a [`FixedRoom`] and grow trees behind them: what a round of drafting is.
-
-    Args:
-        draft ([`MSDDraftModel`]):
-            The draft model.
-        target ([`Target`]):
-            Lends its embeddings and head.
-        config ([`TreeConfig`]):
-            The trees.
-        cache (`DynamicCache`):
-            Cache of the room.
-        starts (`torch.Tensor` of shape `(batch_size,)`):
-            Of the room: where the next rows are written.
-        lengths (`torch.Tensor` of shape `(batch_size,)`):
-            Rows of each sequence that are settled.
-        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Of the committed rows, fillers behind them, as in [`Committed`].
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            The same.
-        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            The same.
-        counts (`torch.Tensor` of shape `(batch_size,)`):
-            How many there are.
-        root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
-            Tokens emitted last.
-        noise (`torch.Tensor` of shape `(batch_size, depth + 1, vocab_size)`, *optional*):
-            Noise of the round, by which tokens are picked.
-        warpers (`tuple[LogitsProcessor, ...]`):
-            Row-wise processors of the call.
-
-    Returns:
-        Tokens, parents and scores of a [`TokenTree`], each of shape `(batch_size, num_nodes)`.
-    """
-    width = cache.layers[0].keys.shape[2]
-
-    def forward(
-        inputs_embeds: torch.Tensor,
-        features: torch.Tensor,
-        position_ids: torch.Tensor,
-        lengths: torch.Tensor,
-        visible: torch.Tensor,
-    ) -> torch.Tensor:
-        starts.copy_(lengths + (visible.shape[2] - visible.shape[1]))
-        return draft(
-            inputs_embeds=inputs_embeds.to(features.dtype),
-            features=features,
-            attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=True,
-        ).last_hidden_state
-
-    def rank(hidden: torch.Tensor, depth: int) -> torch.Tensor:
-        logits = draft.logits(hidden, target.logits)
-        return coupled_log_probs(logits, None if noise is None else noise[:, depth], warpers)
-
-    batch_size, num_rows = position_ids.shape
-    causal = causal_mask(batch_size, num_rows, position_ids.device)
-    last_rows = (counts - 1).clamp(min=0)[:, None]
-    hidden = take_rows(forward(inputs_embeds, features, position_ids, lengths, causal), last_rows)
-    roots = position_ids.gather(1, last_rows)
-    depth = 0
-
-    def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        nonlocal hidden, depth
-        depth += 1
-        places = (roots + depth).expand_as(token_ids)
-        hidden = forward(target.embed(token_ids), take_rows(hidden, slots), places, lengths + counts, visible)
-        return rank(hidden, depth)
-
-    tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)
-    return tree.token_ids, tree.parents, tree.scores

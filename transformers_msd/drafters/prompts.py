@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_msd.compat import CACHE_NAMES
-from transformers_msd.configuration_msd import visual_token_ids
+from transformers_msd.traits.tokens import visual_token_ids
 
 
 # Inputs of a forward that belong to the target's own run.

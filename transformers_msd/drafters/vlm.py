@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from transformers_msd.drafters.model import ModelDrafter
-from transformers_msd.tree import TreeConfig
+from transformers_msd.trees.tree import TreeConfig
 
 
 class VLMDrafter(ModelDrafter):

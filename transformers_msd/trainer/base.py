@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTTrainer
 
+from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.provenance import hardware
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
@@ -246,7 +246,7 @@ class DraftTrainer(SFTTrainer):
         name = args.hub_model_id or model_name or Path(args.output_dir).name
         draft_class = type(self.accelerator.unwrap_model(self.model)).__name__
         values = {key: text.format(name=name, draft_class=draft_class) for key, text in self._card.items()} | {
-            "base_model": config._name_or_path or config.model_type,
+            "base_model": config.name_or_path or config.model_type,
             "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
             "target_class": (config.architectures or [type(self.target).__name__])[0],
             "tags": sorted({*self._tag_names, *tags}),

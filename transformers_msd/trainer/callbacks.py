@@ -1,7 +1,7 @@
 """How fast the draft will be, seen while it is trained."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import ModelOutput
 from trl.data_utils import prepare_multimodal_messages
 
-from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.target import Target
+from transformers_msd.drafters.wrapped import Ungated
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
 
@@ -29,23 +28,6 @@ def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         messages = messages[:-1]
     images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
     return prepare_multimodal_messages(messages, images=images) if "images" in row or "image" in row else messages
-
-
-class Ungated:
-    """
-    A draft that is tried in every round, whether it pays or not: its acceptance length is its own.
-
-    Args:
-        draft ([`MSDDraftModel`] or [`VLMDrafter`]):
-            The draft.
-    """
-
-    def __init__(self, draft: MSDDraftModel | VLMDrafter) -> None:
-        self.draft = draft
-        self.tree_config = replace(draft.tree_config, gate=False)
-
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
-        return self.draft.candidate_generator(target, inputs)
 
 
 class AcceptanceLengthCallback(TrainerCallback):

@@ -11,9 +11,10 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_msd.compat import encode_pictures
-from transformers_msd.configuration_msd import MSDConfig
-from transformers_msd.modeling_msd import pool_visual_rows, visual_token_mask
-from transformers_msd.target import TOKEN_TYPES
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.modeling_msd import pool_visual_rows
+from transformers_msd.target.target import TOKEN_TYPES
+from transformers_msd.traits.tokens import visual_token_mask
 
 
 @dataclass(frozen=True)

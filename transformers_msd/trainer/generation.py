@@ -84,7 +84,7 @@ def generate_data(
     parts = output.with_name(f"{output.name}.parts")
     if output.exists():
         raise ValueError(f"{output} exists already. Remove it, or choose another folder.")
-    stamp = f"{settings} {rows._fingerprint} {target.config._name_or_path}"
+    stamp = f"{settings} {rows._fingerprint} {target.config.name_or_path}"
     if state.is_main_process:
         parts.mkdir(parents=True, exist_ok=True)
         known = parts / "settings.txt"

@@ -17,7 +17,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from transformers_msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.configuration_msd import MSDConfig
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:

@@ -8,13 +8,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from transformers_msd.committed import Committed
-from transformers_msd.configuration_msd import visual_token_ids
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
-from transformers_msd.modeling_msd import MSDDraftModel
-from transformers_msd.target import TOKEN_TYPES, Target
+from transformers_msd.drafters.wrapped import Ungated
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import TOKEN_TYPES, Target
 from transformers_msd.trainer.data import RowCollator, target_rows
-from transformers_msd.tree import TokenTree, TreeConfig
+from transformers_msd.traits.tokens import visual_token_ids
+from transformers_msd.trees.tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,23 @@ class Parity:
         return self.equal_masks and self.equal_positions and difference <= tolerance
 
 
-class _Recorder(TreeCandidateGenerator):
-    """Drafts in one call with a draft, and keeps what it is fed: an assistant and its own candidate generator."""
-
-    tree_config = TreeConfig(gate=False)
+class _Recorder(Ungated):
+    """Keeps what a draft is fed in one call."""
 
     def __init__(self, assistant: MSDDraftModel) -> None:
-        self.assistant = assistant
+        super().__init__(assistant)
         self.fed: list[Committed] = []
 
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> "_Recorder":
-        self.candidates = self.assistant.candidate_generator(target, inputs)
-        return self
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        candidates = super().candidate_generator(target, inputs)
+        draft = candidates.draft
 
-    def draft(self, committed: Committed) -> TokenTree:
-        self.fed.append(committed)
-        return self.candidates.draft(committed)
+        def recorded(committed: Committed) -> TokenTree:
+            self.fed.append(committed)
+            return draft(committed)
+
+        candidates.draft = recorded
+        return candidates
 
 
 def has_equal_prompt(
@@ -115,15 +117,17 @@ def check_parity(
             Length of the answers, longer than a few rounds.
     """
     recorder = _Recorder(draft)
-    sequences = target.generate(
+    output = target.generate(
         **inputs,
         assistant_model=recorder,
+        return_dict_in_generate=True,  # rows that have ended stay
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens,
         do_sample=False,
         # A target of random weights would answer with pictures, of which there are no pixels.
         suppress_tokens=visual_token_ids(target.config) or None,
     )
+    sequences = output.sequences
     fed = recorder.fed[0].join(*recorder.fed[1:])
     num_new = sequences.shape[1] - inputs["input_ids"].shape[1]
     training_inputs = {

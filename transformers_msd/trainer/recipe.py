@@ -10,9 +10,9 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from transformers_msd.configuration_msd import MSDConfig
 from transformers_msd.drafters.model import MOST_PADDING
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.dataset import split_rows, undecoded
 from transformers_msd.trainer.loading import auto_class, is_multimodal, load_processor
 

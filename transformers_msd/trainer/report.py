@@ -10,7 +10,7 @@ import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
 
-from transformers_msd.provenance import commit
+from transformers_msd.costs.provenance import commit
 
 
 _LOSSES = ("loss", "eval_loss")

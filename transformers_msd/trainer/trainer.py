@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from transformers_msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask

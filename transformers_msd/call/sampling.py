@@ -1,0 +1,189 @@
+"""What the target picks after every node, and how a draft ranks candidates for it."""
+
+import torch
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from transformers_msd.call.emission import Emission
+from transformers_msd.trees.noise import NoiseTape
+from transformers_msd.trees.tree import TokenTree
+
+
+# Told by exact type: a subclass may look at the ids. These see one row of scores and nothing else.
+DRAFT_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+ROW_WISE_PROCESSORS = (
+    *DRAFT_WARPERS,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    SuppressTokensLogitsProcessor,
+    TopHLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+class Sampler:
+    """
+    Picks the target's token after every node as plain `generate` would, greedily or with the call's noise.
+
+    Args:
+        processors (`LogitsProcessorList`):
+            The processors of the call.
+        emission (`Emission`):
+            Tokens of the call so far.
+        noise (`NoiseTape`, *optional*):
+            Noise of the call; greedy without it.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, emission: Emission, noise: NoiseTape | None) -> None:
+        self._processors = processors
+        self._row_wise = all(type(processor) in ROW_WISE_PROCESSORS for processor in processors)
+        # Those of the processors that a draft can follow.
+        self.draft_warpers = tuple(processor for processor in processors if type(processor) in DRAFT_WARPERS)
+        self._emission = emission
+        self._noise = noise
+
+    def choose(self, tree: TokenTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Pick the target's token after the nodes of a tree.
+
+        Args:
+            tree (`TokenTree`):
+                The drafted trees.
+            logits (`torch.Tensor` of shape `(batch_size, num_nodes, vocab_size)`):
+                The target's logits, float32.
+
+        Returns:
+            The tokens, of shape `(batch_size, num_nodes)`, and the processed scores, of the shape of `logits`. Where a
+            processor reads ids, both hold for the nodes that the target reaches; the other tokens are -1.
+        """
+        if not self._row_wise:
+            return self._choose_step_by_step(tree, logits)
+        scores = logits
+        if self._processors:
+            scores = self._processors(tree.token_ids.flatten()[:, None], logits.flatten(0, 1)).view_as(logits)
+        noise = None
+        if self._noise is not None:
+            noise = self.noise_of_round(tree.depth)
+            if tree.num_nodes > 1:
+                rows = torch.arange(len(logits), device=noise.device)
+                noise = noise[rows[:, None], tree.depths]  # (batch, num_nodes, vocab)
+        choices = _pick(scores, noise)
+        pad_rows = self._emission.pad_rows
+        pad_rows = [pad_rows[row] for row in self._emission.rows]
+        if any(pad_rows):
+            pad_rows = torch.tensor(pad_rows, device=choices.device)[:, None]
+            choices = choices.masked_fill(pad_rows, self._emission.pad_token_id)
+        return choices, scores
+
+    def _choose_step_by_step(self, tree: TokenTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Walk down the trees and call the processors as plain decoding does: step by step, all rows at once."""
+        emission = self._emission
+        choices = torch.full_like(tree.token_ids, -1)
+        scores = logits.clone()
+        # Rows that have left stand at the first node, and nothing is asked of it.
+        places = [emission.rows.index(row) if row in emission.rows else 0 for row in range(len(emission.tokens))]
+        children = [
+            {edge: node for node, edge in enumerate(zip(*edges, strict=True))}
+            for edges in zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
+        ]
+        nodes = [0] * len(places)
+        tokens = [list(row) for row in emission.tokens]
+        active = [row for row in emission.rows if emission.needs_more(row, tokens[row])]
+        while active:
+            step = min(len(tokens[row]) for row in active)
+            # Rows at other steps hold a prefix of the same length, and what comes of it is ignored.
+            step_logits = torch.stack([logits[place, node] for place, node in zip(places, nodes, strict=True)])
+            step_scores = self._processors(emission.prefix(tokens, step), step_logits)
+            picked = _pick(step_scores, None if self._noise is None else self._noise.at(step)).tolist()
+            for row in [row for row in active if len(tokens[row]) == step]:
+                token_id = emission.pad_token_id if emission.pad_rows[row] else picked[row]
+                choices[places[row], nodes[row]] = token_id
+                scores[places[row], nodes[row]] = step_scores[row]
+                tokens[row].append(token_id)
+                child = children[places[row]].get((nodes[row], token_id))
+                if child is None or not emission.needs_more(row, tokens[row]):
+                    active.remove(row)
+                else:
+                    nodes[row] = child
+        return choices, scores
+
+    def rank(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
+        """
+        Turn draft logits into the log-probabilities by which candidates are ranked.
+
+        Sampling, the noise of the position is already known: adding it to the draft's log-probabilities, as it will be
+        to the target's, tries the tokens that the target is likely to *pick* instead of those it is likely to favour
+        (drafter-invariant Gumbel coupling, arXiv 2408.07978, here over a tree). It never changes the output.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, nodes, vocab_size)`):
+                The draft's logits after nodes of one depth.
+            depth (`int`):
+                Depth of these nodes, 0 for the root.
+        """
+        noise = None if self._noise is None else self._noise_after(depth)
+        return coupled_log_probs(logits, noise, self.draft_warpers)
+
+    def noise_of_round(self, depth: int) -> torch.Tensor | None:
+        """
+        Noise by which the tokens of a round are picked.
+
+        Args:
+            depth (`int`):
+                Most drafted tokens on one path.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, depth + 1, vocab_size)`, or `None` where nothing is sampled.
+        """
+        if self._noise is None:
+            return None
+        return torch.stack([self._noise_after(level) for level in range(depth + 1)], dim=1)
+
+    def _noise_after(self, depth: int) -> torch.Tensor:
+        """Noise by which the token after nodes of a depth is picked, of shape `(batch_size, vocab_size)`."""
+        lengths = self._emission.lengths
+        return self._noise.rows_at({row: lengths[row] + depth for row in self._emission.rows})
+
+
+def coupled_log_probs(
+    logits: torch.Tensor, noise: torch.Tensor | None, warpers: tuple[LogitsProcessor, ...]
+) -> torch.Tensor:
+    """
+    Turn draft logits into the log-probabilities by which candidates are ranked ([`Sampler.rank`]).
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, nodes, vocab_size)`):
+            The draft's logits after nodes of one depth.
+        noise (`torch.Tensor` of shape `(batch_size, vocab_size)`, *optional*):
+            Noise by which the token after them is picked; greedy without it.
+        warpers (`tuple[LogitsProcessor, ...]`):
+            Row-wise processors of the call.
+    """
+    scores = logits.float()
+    if noise is None:
+        return scores.log_softmax(-1)
+    for warper in warpers:
+        scores = warper(None, scores.flatten(0, 1)).view_as(scores)
+    return (scores.log_softmax(-1) - noise.to(scores.device)[:, None].log()).log_softmax(-1)
+
+
+def _pick(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Pick tokens from processed scores `(..., vocab_size)`: the best, or by the noise as `torch.multinomial` does."""
+    if noise is None:
+        return scores.argmax(-1)
+    return (scores.softmax(-1) / noise).argmax(-1)

@@ -1,0 +1,72 @@
+"""The trees that pay most by what rounds cost."""
+
+from collections.abc import Sequence
+
+from transformers_msd.costs.rounds import Costs
+
+
+class Sizing:
+    """
+    Chooses depth and size of the trees of one call, so that the most tokens are expected for each second.
+
+    The tokens expected of a tree are 1 and the sum of the probabilities that the draft gives to its paths, scaled by
+    how these turned out so far.
+
+    Args:
+        measured (`Sequence[Costs]`):
+            What rounds cost: with one prompt, and with larger batches.
+    """
+
+    # Tokens by which the scale is held at 1 in the beginning.
+    PRIOR = 8.0
+
+    def __init__(self, measured: Sequence[Costs]) -> None:
+        self.measured = measured
+        self.costs = measured[0]
+        self._expected = self._accepted = self.PRIOR
+        # Of the last tree: tokens expected, and its depth.
+        self._last, self._depth = 0.0, 0
+
+    def observe(self, num_accepted: int) -> None:
+        """Learn how many tokens were accepted since the last tree; more than it was deep were not drafted."""
+        if num_accepted <= self._depth:
+            self._expected += self._last
+            self._accepted += num_accepted
+        self._last, self._depth = 0.0, 0
+
+    def choose(self, probabilities: list[float], depth: int, most: int) -> tuple[int, float]:
+        """
+        Choose how many nodes to keep.
+
+        Args:
+            probabilities (`list[float]`):
+                Probabilities of the paths to all candidates, descending.
+            depth (`int`):
+                Levels grown.
+            most (`int`):
+                Most nodes to keep, the root not among them.
+
+        Returns:
+            Their number, and the tokens expected for each second.
+        """
+        scale = self._accepted / self._expected
+        best, best_rate, total = 1, 0.0, 0.0
+        for number, probability in enumerate(probabilities[:most], 1):
+            total += probability
+            rate = (1 + scale * total) / self.costs.round(number + 1, depth)
+            if rate > best_rate:
+                best, best_rate = number, rate
+        return best, best_rate
+
+    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int) -> bool:
+        """Tell whether a further level could pay: the nodes to expand pass on what they have at the most."""
+        number, rate = self.choose(probabilities, depth, most)
+        scale = self._accepted / self._expected
+        total = 1 + scale * (sum(probabilities[:number]) + sum(frontier))
+        return total / self.costs.round(min(number + len(frontier), most) + 1, depth + 1) > rate
+
+    def settle(self, probabilities: list[float], depth: int, most: int) -> int:
+        """Choose how many nodes to keep of a grown tree, and remember what is expected of it."""
+        number, _ = self.choose(probabilities, depth, most)
+        self._last, self._depth = sum(probabilities[:number]), depth
+        return number

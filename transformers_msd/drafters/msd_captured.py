@@ -1,0 +1,103 @@
+"""A round of drafting with an MSD head, on tensors whose shapes follow from the settings alone."""
+
+import torch
+from transformers import DynamicCache
+from transformers.generation import LogitsProcessor
+
+from transformers_msd.caches.fixed import fixed_attention_mask
+from transformers_msd.call.sampling import coupled_log_probs
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.target.target import Target
+from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.masks import causal_mask, take_rows
+from transformers_msd.trees.tree import TreeConfig
+
+
+def draft_trees(
+    draft: MSDDraftModel,
+    target: Target,
+    config: TreeConfig,
+    cache: DynamicCache,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    features: torch.Tensor,
+    position_ids: torch.Tensor,
+    counts: torch.Tensor,
+    root_token_ids: torch.Tensor,
+    noise: torch.Tensor | None,
+    warpers: tuple[LogitsProcessor, ...],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Add committed rows to the cache of a [`FixedRoom`] and grow trees behind them: what a round of drafting is.
+
+    Args:
+        draft ([`MSDDraftModel`]):
+            The draft model.
+        target ([`Target`]):
+            Lends its embeddings and head.
+        config ([`TreeConfig`]):
+            The trees.
+        cache (`DynamicCache`):
+            Cache of the room.
+        starts (`torch.Tensor` of shape `(batch_size,)`):
+            Of the room: where the next rows are written.
+        lengths (`torch.Tensor` of shape `(batch_size,)`):
+            Rows of each sequence that are settled.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Of the committed rows, fillers behind them, as in [`Committed`].
+        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            The same.
+        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            The same.
+        counts (`torch.Tensor` of shape `(batch_size,)`):
+            How many there are.
+        root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
+            Tokens emitted last.
+        noise (`torch.Tensor` of shape `(batch_size, depth + 1, vocab_size)`, *optional*):
+            Noise of the round, by which tokens are picked.
+        warpers (`tuple[LogitsProcessor, ...]`):
+            Row-wise processors of the call.
+
+    Returns:
+        Tokens, parents and scores of a [`TokenTree`], each of shape `(batch_size, num_nodes)`.
+    """
+    width = cache.layers[0].keys.shape[2]
+
+    def forward(
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        starts.copy_(lengths + (visible.shape[2] - visible.shape[1]))
+        return draft(
+            inputs_embeds=inputs_embeds.to(features.dtype),
+            features=features,
+            attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def rank(hidden: torch.Tensor, depth: int) -> torch.Tensor:
+        logits = draft.logits(hidden, target.logits)
+        return coupled_log_probs(logits, None if noise is None else noise[:, depth], warpers)
+
+    batch_size, num_rows = position_ids.shape
+    causal = causal_mask(batch_size, num_rows, position_ids.device)
+    last_rows = (counts - 1).clamp(min=0)[:, None]
+    hidden = take_rows(forward(inputs_embeds, features, position_ids, lengths, causal), last_rows)
+    roots = position_ids.gather(1, last_rows)
+    depth = 0
+
+    def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        nonlocal hidden, depth
+        depth += 1
+        places = (roots + depth).expand_as(token_ids)
+        hidden = forward(target.embed(token_ids), take_rows(hidden, slots), places, lengths + counts, visible)
+        return rank(hidden, depth)
+
+    tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)
+    return tree.token_ids, tree.parents, tree.scores

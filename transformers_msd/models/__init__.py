@@ -1,0 +1,1 @@
+"""Draft models, a folder for each family, as in `transformers.models`; none of them knows a drafter."""

@@ -1,0 +1,1 @@
+"""The draft model of MSD (arXiv 2505.14260)."""

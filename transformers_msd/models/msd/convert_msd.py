@@ -1,0 +1,108 @@
+"""Turns published MSD checkpoints into ours."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig
+
+from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+
+
+# The draft shares the target's embeddings, and rotary frequencies follow from the config.
+_DROPPED = re.compile(r"embed_tokens\.weight|(.*\.)?rotary_emb\.inv_freq")
+_TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "hidden_act",
+    "max_position_embeddings",
+)
+
+
+def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> MSDDraftModel:
+    """
+    Load a checkpoint in the published layout, for example `lucylyn/MSD-LLaVA1.5-7B`, as a draft for a target.
+
+    The published drafts were trained with copies of the target's embeddings, of another vocabulary size than the
+    target has in Transformers; these copies are dropped. Every other weight must have its place.
+
+    Args:
+        path_or_repo_id (`str` or `Path`):
+            Folder, or repository on the Hub, with `config.json` and `model.safetensors` or `pytorch_model.bin`.
+        target_config (`PreTrainedConfig`):
+            Config of the target.
+    """
+    folder = Path(path_or_repo_id)
+    if not folder.is_dir():
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+        folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
+    published = json.loads((folder / "config.json").read_text())
+    weights = {key: value for key, value in _load_weights(folder).items() if not _DROPPED.fullmatch(key)}
+
+    draft = MSDDraftModel(_draft_config(published, weights, target_config))
+    weights = {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
+    _check_weights(folder, weights, draft.state_dict())
+    draft = draft.to(weights["fc.weight"].dtype)
+    draft.load_state_dict(weights)
+    return draft.eval()
+
+
+def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_config: PreTrainedConfig) -> MSDConfig:
+    fields = {name: published[name] for name in _TEXT_FIELDS if name in published}
+    if "rope_theta" in published:
+        rope_parameters = target_config.get_text_config().rope_parameters
+        fields["rope_parameters"] = {**rope_parameters, "rope_theta": published["rope_theta"]}
+    return MSDConfig.from_target(
+        target_config,
+        **{"num_hidden_layers": 1, **fields},
+        # The published code reads this name and takes a missing one as true.
+        fc_bias=published.get("bias", True),
+        input_layernorm="layers.0.input_layernorm.weight" in weights,
+    )
+
+
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
+        files, index = [folder / name], folder / f"{name}.index.json"
+        if index.exists():
+            files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+        if files[0].exists():
+            return {key: value for file in files for key, value in load(file).items()}
+    raise ValueError(
+        f"Expected `model.safetensors` or `pytorch_model.bin` in {folder}, got "
+        f"{sorted(file.name for file in folder.iterdir())}. Point to the folder of a published MSD checkpoint."
+    )
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"The weights in {folder} do not make an MSD draft for this target: missing {missing}, unexpected "
+            f"{unexpected}. Check that the target is of the model family the draft was trained for."
+        )
+    wrong = {
+        key: f"expected {tuple(expected[key].shape)}, got {tuple(value.shape)}"
+        for key, value in weights.items()
+        if value.shape != expected[key].shape
+    }
+    if wrong:
+        raise ValueError(
+            f"The weights in {folder} do not have the sizes its `config.json` and the target say: {wrong}. Check "
+            "that the target is the one the draft was trained for."
+        )
+
+
+__all__ = ["convert_msd_checkpoint"]

@@ -1,0 +1,97 @@
+"""What came to stand in a round, as the target hands it to a draft."""
+
+from dataclasses import dataclass, fields, replace
+from itertools import compress
+
+import torch
+
+from transformers_msd.trees.masks import take_rows
+
+
+@dataclass(frozen=True)
+class Committed:
+    """
+    Tokens that now stand, in the form in which a draft reads them: row `r` pairs token `r + 1` with what the target
+    knew at token `r`. Rows are packed to the left, padding of the prompt left out; the last row of each sequence holds
+    the token emitted last.
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Tokens `r + 1`; -1 where a prompt was given as embeddings alone.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Input embeddings of tokens `r + 1`, visual features merged in.
+        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Last hidden states of the target at tokens `r`, after its final norm, which predicted tokens `r + 1`.
+        position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Places of tokens `r` among the real tokens of their sequence.
+        visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
+            Whether tokens `r + 1` are visual.
+        lengths (`torch.Tensor` of shape `(batch_size,)`):
+            Rows of each sequence; what lies behind them is filler.
+        host_lengths (`list[int]`):
+            The same where the device need not be asked.
+    """
+
+    token_ids: torch.Tensor
+    inputs_embeds: torch.Tensor
+    features: torch.Tensor
+    position_ids: torch.Tensor
+    visual_mask: torch.Tensor
+    lengths: torch.Tensor
+    host_lengths: list[int]
+
+    @property
+    def last_rows(self) -> torch.Tensor:
+        """Index of the last row of each sequence, of shape `(batch_size,)`."""
+        return (self.lengths - 1).clamp(min=0)
+
+    def pack(self, real: torch.Tensor) -> "Committed":
+        """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
+        lengths = real.sum(-1)
+        host_lengths = lengths.tolist()
+        rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
+        return replace(self._take(rows), lengths=lengths, host_lengths=host_lengths)
+
+    def last(self) -> "Committed":
+        """Keep the last row of each sequence alone."""
+        host_lengths = [min(length, 1) for length in self.host_lengths]
+        rows = self._take(self.last_rows[:, None])
+        return replace(rows, lengths=self.lengths.clamp(max=1), host_lengths=host_lengths)
+
+    def _take(self, rows: torch.Tensor) -> "Committed":
+        return replace(
+            self,
+            token_ids=self.token_ids.gather(1, rows),
+            inputs_embeds=take_rows(self.inputs_embeds, rows),
+            features=take_rows(self.features, rows),
+            position_ids=self.position_ids.gather(1, rows),
+            visual_mask=self.visual_mask.gather(1, rows),
+        )
+
+    def join(self, *later: "Committed") -> "Committed":
+        """Put later rows behind these."""
+        parts = (self, *later)
+        real = [
+            torch.arange(part.token_ids.shape[1], device=part.lengths.device) < part.lengths[:, None] for part in parts
+        ]
+        rows = {
+            field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1)
+            for field in fields(self)
+            if field.name not in ("lengths", "host_lengths")
+        }
+        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1))
+
+    def keep_sequences(self, kept: list[bool]) -> "Committed":
+        """Keep some of the sequences; `kept` tells of each whether it stays."""
+        host_lengths = list(compress(self.host_lengths, kept))
+        rows = {
+            field.name: getattr(self, field.name)[kept, : max(*host_lengths, 1)]
+            for field in fields(self)
+            if field.name not in ("lengths", "host_lengths")
+        }
+        return Committed(**rows, lengths=self.lengths[kept], host_lengths=host_lengths)
+
+    @property
+    def root_token_ids(self) -> torch.Tensor:
+        """Tokens emitted last, of shape `(batch_size,)`."""
+        return self.token_ids.gather(1, self.last_rows[:, None])[:, 0]

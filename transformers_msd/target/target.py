@@ -1,0 +1,272 @@
+"""The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from transformers_msd.caches.captures import Captures
+from transformers_msd.caches.room import Room
+from transformers_msd.compat import CACHE, CACHE_NAMES
+from transformers_msd.target.committed import Committed
+from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
+from transformers_msd.trees.masks import take_rows
+from transformers_msd.trees.tree import TokenTree
+from transformers_msd.trees.verify import Acceptance
+
+
+# Rows of the prompt that a forward over new tokens must not see again.
+PROMPT_ONLY = (*CACHE_NAMES, "attention_mask", "inputs_embeds", "position_ids", "use_cache")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+class Target:
+    """
+    A model as one call decodes with it: owner of the call's cache and positions, never of anything on the model.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model that generates.
+        model_kwargs (`dict[str, Any]`):
+            Keyword arguments that `generate` prepared for its forward passes.
+        generation_config (`GenerationConfig`):
+            The settings of the call.
+        captures ([`Captures`], *optional*):
+            Compiles the forwards after the prompt, on tensors of fixed shapes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        model_kwargs: dict[str, Any],
+        generation_config: GenerationConfig,
+        captures: Captures | None = None,
+    ) -> None:
+        self.model = model
+        self.cache = model_kwargs[CACHE]
+        self._dtype = model.dtype  # looked up once: it walks the parameters
+        self._generation_config = generation_config
+        self._model_kwargs = model_kwargs | {
+            "output_hidden_states": _with_ends(generation_config.output_hidden_states)
+        }
+        self._captures = captures
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings of tokens."""
+        return self.model.get_input_embeddings()(token_ids)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of features, of shape `(..., vocab_size)`."""
+        return self.model.get_output_embeddings()(features.to(self.device, self._dtype))
+
+    def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
+        """
+        Run the prompt.
+
+        Returns:
+            Trees of a root alone, the last tokens of the prompt, and the outputs after them.
+        """
+        recorder = _Recorder(self.model)
+        outputs = self._run_prompt(recorder, input_ids)
+        self._settle_prompt(len(outputs.logits), outputs.hidden_states[-1].device)
+        inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
+        features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
+        self.device = features.device
+        self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
+        # The token at the root is not looked at: what follows the prompt was computed with it.
+        return TokenTree.root(input_ids.new_zeros(len(features))), outputs
+
+    def _run_prompt(self, model: Any, input_ids: torch.Tensor) -> ModelOutput:
+        """Let Transformers run the prompt by a model, or by what stands in for it."""
+        return type(self.model)._prefill(model, input_ids, self._generation_config, self._model_kwargs)
+
+    def _settle_prompt(self, batch_size: int, device: torch.device) -> None:
+        """Take what the cache holds after the prefill as the settled rows."""
+        self._prompt_length = num_columns = int(self.cache.get_seq_length())
+        mask = self._model_kwargs.get("attention_mask")
+        self._is_unpadded = mask is None
+        if mask is None:
+            mask = torch.ones(batch_size, num_columns, dtype=torch.long)
+        self._prompt_mask = mask.to(device).bool()
+        self._num_real = self._prompt_mask.sum(-1)
+        self.room = self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
+
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> Room:
+        if self._captures is None:
+            return Room(self.cache, lengths, host_lengths, self._prompt_mask)
+        return self._captures.open_room(self.model, self.cache, lengths, host_lengths, self._prompt_mask)
+
+    def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
+        """Pack the real rows of the prompt to the left, each still paired with its own token."""
+        batch_size, num_rows, _ = features.shape
+        if input_ids.shape[1] >= num_rows:
+            token_ids = input_ids[:, -num_rows:]
+            visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
+        else:
+            token_ids = input_ids.new_full((batch_size, num_rows), -1)
+            visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
+        real = self._prompt_mask[:, -num_rows:]
+        position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
+        return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
+
+    def fit(self, tree: TokenTree) -> TokenTree:
+        """Fill trees up to a size that forwards are compiled for, where any are."""
+        return tree if self._captures is None else tree.widen(self._captures.num_nodes(tree))
+
+    def forward_tree(self, tree: TokenTree) -> ModelOutput:
+        """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""
+        if tree.num_nodes == 1 and self._is_packed and self._captures is None:
+            return self.forward_rows(tree.token_ids, tree.depths, None)
+        return self.forward_rows(tree.token_ids, tree.depths, tree.ancestor_mask)
+
+    def forward_rows(self, token_ids: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor | None) -> ModelOutput:
+        """
+        Run tokens that are no settled part of the sequences, behind the cache.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+                The tokens.
+            depths (`torch.Tensor` of shape `(batch_size, num_rows)` or `(num_rows,)`):
+                How far each lies behind the first token that has no settled row.
+            visible (`torch.Tensor` of shape `(batch_size, num_rows, num_unsettled)`):
+                Which of the unsettled rows, these last ones included, each row sees; `None` where it is all of them
+                and no column of the cache is padding.
+        """
+        num_rows = token_ids.shape[1]
+        attention_mask = None if visible is None else self.room.mask(visible, self._dtype)
+        kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
+        for name in TOKEN_TYPES:
+            if kwargs.get(name) is not None:
+                # All that is generated is text, and so is the end of a prompt.
+                kwargs[name] = kwargs[name][:, -1:].expand(-1, num_rows)
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = num_rows
+        generated = ((self.room.lengths - self._prompt_length)[:, None] + depths + 1).expand_as(token_ids)
+        position_ids = self._model_kwargs["position_ids"]
+        model_inputs = self.model.prepare_inputs_for_generation(
+            token_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
+            use_cache=True,
+            is_first_iteration=False,
+            **{CACHE: self.cache},
+            **kwargs,
+        )
+        if self._captures is None:
+            return self.model(**model_inputs, return_dict=True)
+        return self._captures.forward(self.model, model_inputs)
+
+    def commit(
+        self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]
+    ) -> Committed:
+        """
+        Keep the rows of accepted nodes and drop all others.
+
+        Args:
+            tree (`TokenTree`):
+                Trees of the round.
+            acceptance (`Acceptance`):
+                Their accepted paths.
+            outputs (`ModelOutput`):
+                Outputs of the round's forward.
+            tokens (`list[list[int]]`):
+                Generated tokens of each row that stand after the round: fewer than accepted where a row ended, and
+                fewer than before where it had run ahead of its end.
+        """
+        # Counted on the host, where the tokens are: the device is told once, and not asked.
+        host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
+        new = [max(now - before, 0) for now, before in zip(host_lengths, self.room.host_lengths, strict=True)]
+        device = self.room.lengths.device
+        roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
+        if self._prompt is not None:
+            # Not kept: the embeddings and features of a long prompt are large.
+            prompt, self._prompt = self._prompt, None
+            return self._pair(prompt, roots)
+        path = acceptance.path[:, : max(*new, 1)]
+        inputs_embeds, features = outputs.hidden_states[0], outputs.hidden_states[-1]
+        if tree.num_nodes > 1:
+            inputs_embeds, features = take_rows(inputs_embeds, path), take_rows(features, path)
+        rows = Committed(
+            token_ids=tree.token_ids.gather(1, path),
+            inputs_embeds=inputs_embeds,
+            features=features,
+            position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
+            visual_mask=torch.zeros_like(path, dtype=torch.bool),
+            lengths=counts,
+            host_lengths=new,
+        )
+        # Roots already lie where they belong, if all sequences are of one length.
+        is_in_place = path.shape[1] == 1 and self.room.is_in_place
+        self.room.settle(None if is_in_place else acceptance.path, lengths, host_lengths)
+        return self._pair(rows, roots)
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Drop sequences; `kept` tells of each whether it stays."""
+        self.room.keep_sequences(kept)
+        self._num_real = self._num_real[kept]
+        for name, value in self._model_kwargs.items():
+            # As Transformers has them: positions may have axes before the batch, or none of the batch.
+            dim = -2 if name == "position_ids" else 0
+            if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
+                self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
+
+    def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
+        """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
+        next_embeds = self.embed(roots)[:, None].to(rows.inputs_embeds)
+        if rows.token_ids.shape[1] == 1:
+            is_visual = torch.zeros_like(rows.visual_mask)
+            return replace(rows, token_ids=roots[:, None], inputs_embeds=next_embeds, visual_mask=is_visual)
+        is_last = torch.arange(rows.token_ids.shape[1], device=roots.device) == rows.last_rows[:, None]
+        return replace(
+            rows,
+            token_ids=torch.where(is_last, roots[:, None], rows.token_ids.roll(-1, 1)),
+            inputs_embeds=torch.where(is_last[..., None], next_embeds, rows.inputs_embeds.roll(-1, 1)),
+            visual_mask=~is_last & rows.visual_mask.roll(-1, 1),
+        )
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether all columns of the cache are real, told on the host."""
+        return self._is_unpadded and self.room.is_even
+
+    @property
+    def num_real_rows(self) -> torch.Tensor:
+        """Real tokens of each sequence in the cache, padding of the prompt left out, of shape `(batch_size,)`."""
+        return self._num_real + self.room.lengths - self._prompt_length
+
+
+class _Recorder:
+    """Stands in for a model where Transformers calls it, and keeps the outputs of every call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.outputs: list[ModelOutput] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        self.outputs.append(self._model(*args, **kwargs))
+        return self.outputs[-1]
+
+
+def _with_ends(output_hidden_states: bool | int | list[int] | None) -> bool | list[int]:
+    """Add the input embeddings and the last hidden state to what the user asked for."""
+    if output_hidden_states is True:
+        return True
+    if isinstance(output_hidden_states, int) and not isinstance(output_hidden_states, bool):
+        output_hidden_states = [output_hidden_states]
+    return sorted({0, -1, *(output_hidden_states or [])})
+
+
+def _is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Parameter) -> torch.Tensor:
+    """Tell which rows of `inputs_embeds` `(batch_size, num_rows, hidden_size)` are rows of an embedding table."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.element_size()]
+    # Rows are compared by a sum over their bits, exact whatever the order of summation.
+    weights = torch.arange(1, 2 * table.shape[1], 2, device=table.device) * 0x1E3779B97F4A7C15
+    hashes = [(rows.contiguous().view(integer).long() * weights).sum(-1) for rows in table.detach().split(1024)]
+    rows = (inputs_embeds.to(table).contiguous().view(integer).long() * weights).sum(-1)
+    return torch.isin(rows, torch.cat(hashes))

@@ -1,0 +1,1 @@
+"""What a model is, read from its config and class: nothing here runs a model."""

@@ -1,0 +1,32 @@
+"""Tokens that mean something to a model: special ones, and those that stand for pictures."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+
+def special_token_ids(config: PreTrainedConfig) -> dict[str, Any]:
+    """Find the eos, bos and pad ids of a model, which its config holds at the top or in the text part."""
+    levels = [level.to_dict() for level in (config, config.get_text_config())]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: next((level[name] for level in levels if level.get(name) is not None), None) for name in names}
+
+
+def visual_token_ids(config: PreTrainedConfig) -> list[int]:
+    """List the ids that stand for image and video features in a model's prompts."""
+    # Text configs have neither name, image-only ones lack the second; the names map to each config's own spelling.
+    return [getattr(config, name) for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
+
+
+def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> torch.Tensor:
+    """
+    Mark the tokens that stand for image and video features.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            Prompt of the target, every image expanded to its number of features by the processor.
+        visual_token_ids (`list[int]`):
+            Ids of the placeholders, as in `MSDConfig.visual_token_ids`.
+    """
+    return torch.isin(input_ids, torch.tensor(visual_token_ids, dtype=input_ids.dtype, device=input_ids.device))

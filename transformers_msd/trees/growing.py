@@ -1,0 +1,132 @@
+"""How a token tree grows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from transformers_msd.costs.sizing import Sizing
+from transformers_msd.trees.masks import take_rows
+from transformers_msd.trees.tree import TokenTree, TreeConfig
+
+
+def grow_tree(
+    config: TreeConfig,
+    root_token_ids: torch.Tensor,
+    log_probs: torch.Tensor,
+    expand: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    sizing: Sizing | None = None,
+    fixed: bool = False,
+) -> TokenTree:
+    """
+    Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858).
+
+    Args:
+        config (`TreeConfig`):
+            Size and shape of the tree.
+        root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
+            Tokens of the roots.
+        log_probs (`torch.Tensor` of shape `(batch_size, vocab_size)`):
+            The draft's log-probabilities after the root.
+        expand (`Callable`):
+            Runs the draft on a frontier. Gets its tokens, of shape `(batch_size, frontier)`, the place of each node's
+            parent in the frontier before, of the same shape, and which of the rows drafted so far, these included,
+            each node sees, of shape `(batch_size, frontier, rows)`; returns log-probabilities of shape
+            `(batch_size, frontier, vocab_size)`.
+        sizing ([`Sizing`], *optional*):
+            Chooses depth and size within the settings, for a batch of one.
+        fixed (`bool`, *optional*, defaults to `False`):
+            Whether the device is asked nothing and all shapes follow from the settings: every level is grown, and what
+            is too unlikely to be verified becomes fillers behind the other nodes.
+    """
+    top_k = min(config.top_k, log_probs.shape[-1])
+    scores, token_ids = log_probs.topk(top_k)  # (batch, top_k)
+    # Candidates are numbered in the order they were tried; 0 is the root, so the first level starts at 1.
+    parents = torch.zeros_like(token_ids)
+    level = torch.arange(1, top_k + 1, device=token_ids.device).expand_as(token_ids)
+    all_scores, all_token_ids, all_parents = [scores], [token_ids], [parents]
+    frontier_scores, frontier_ids, frontier = scores, token_ids, level
+    slots = parents
+    identity = torch.eye(top_k, dtype=torch.bool, device=token_ids.device).expand(len(token_ids), -1, -1)
+    visible = identity[:, :, :0]
+    num_candidates = top_k
+    depth = 1
+    while depth < config.depth:
+        if config.min_probability and not fixed:
+            # The best come first: of all rows the one that is surest tells how many are open.
+            width = int((frontier_scores >= math.log(config.min_probability)).sum(-1).max())
+            if width == 0:
+                break
+            frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
+            frontier, slots = frontier[:, :width], slots[:, :width]
+        if sizing is not None:
+            path, open_path = (scores.exp()[0].tolist() for scores in (_ranked(all_scores), frontier_scores))
+            if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1):
+                break
+        width = frontier.shape[1]
+        visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
+        visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
+        scores, token_ids = expand(frontier_ids, slots, visible).topk(top_k)  # (batch, frontier, top_k)
+        scores = (scores + frontier_scores[..., None]).flatten(1)
+        token_ids = token_ids.flatten(1)
+        all_scores.append(scores)
+        all_token_ids.append(token_ids)
+        all_parents.append(frontier.repeat_interleave(top_k, dim=1))
+        best = scores.sort(descending=True, stable=True).indices[:, :top_k]
+        frontier_scores, frontier_ids = scores.gather(1, best), token_ids.gather(1, best)
+        frontier = best + num_candidates + 1
+        slots = best // top_k
+        num_candidates += scores.shape[1]
+        depth += 1
+    if sizing is not None:
+        path = _ranked(all_scores).exp()[0].tolist()
+        config = replace(config, num_nodes=sizing.settle(path, depth, config.num_nodes - 1) + 1)
+    return _keep_best(
+        config,
+        root_token_ids,
+        torch.cat(all_scores, 1),
+        torch.cat(all_token_ids, 1),
+        torch.cat(all_parents, 1),
+        depth,
+        fixed,
+    )
+
+
+def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(scores, dim=1).sort(descending=True).values
+
+
+def _keep_best(
+    config: TreeConfig,
+    root_token_ids: torch.Tensor,
+    scores: torch.Tensor,
+    token_ids: torch.Tensor,
+    parents: torch.Tensor,
+    depth: int,
+    fixed: bool,
+) -> TokenTree:
+    """Build the tree of the most likely candidates, in the order in which they were tried."""
+    num_kept = min(config.num_nodes - 1, scores.shape[1])
+    unsure = torch.zeros_like(scores, dtype=torch.bool)
+    if config.min_probability:
+        unsure = scores < math.log(config.min_probability)
+        unsure.scatter_(1, scores.argmax(-1, keepdim=True), False)  # a tree holds one drafted token at least
+        if not fixed:
+            num_kept = min(num_kept, int((~unsure).sum(-1).max()))
+    # Stable: on a tie the parent, which comes first, must win over its child.
+    kept = scores.sort(descending=True, stable=True).indices[:, :num_kept].sort().values
+    if config.min_probability:
+        kept = kept.gather(1, unsure.gather(1, kept).int().sort(stable=True).indices)
+    batch_size, num_kept = kept.shape
+    nodes = torch.arange(num_kept + 1, device=kept.device).expand(batch_size, -1)
+    node_of_candidate = kept.new_zeros(batch_size, scores.shape[1] + 1).scatter(1, kept + 1, nodes[:, 1:])
+    root_token_ids = root_token_ids[:, None]
+    # A row that is less sure than another has fillers, which no node leads to.
+    kept_parents = node_of_candidate.gather(1, parents.gather(1, kept)).masked_fill(unsure.gather(1, kept), -1)
+    return TokenTree(
+        token_ids=torch.cat([root_token_ids, token_ids.gather(1, kept)], dim=1),
+        parents=torch.cat([torch.full_like(root_token_ids, -1), kept_parents], 1),
+        scores=torch.cat([scores.new_zeros(batch_size, 1), scores.gather(1, kept)], dim=1),
+        depth=min(depth, num_kept),
+    )

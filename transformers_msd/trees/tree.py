@@ -1,0 +1,124 @@
+"""Token trees as plain tensors, and their settings."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """
+    Size and shape of the token tree drafted in each round (EAGLE-2, arXiv 2406.16858, section 4).
+
+    Args:
+        num_nodes (`int`, *optional*, defaults to 59):
+            Most nodes of the tree, the root included. A tree that can't fill them is smaller.
+        depth (`int`, *optional*, defaults to 6):
+            Most drafted tokens on one path. The draft runs `depth` times a round.
+        top_k (`int`, *optional*, defaults to 10):
+            Children tried for each expanded node, and nodes expanded at each depth. `1` drafts a chain.
+
+        min_probability (`float`, *optional*, defaults to 0.0):
+            Probability that the draft must give the path to a node for the node to be expanded and verified, so that
+            the tree is as large as the draft is sure of itself (Spec-LLaVA, arXiv 2509.11961, on probabilities in
+            place of its raw logits). 0 always fills the tree.
+        gate (`bool`, *optional*, defaults to `True`):
+            Whether to decode plainly for a while where few drafted tokens are accepted of late.
+
+    The defaults are MSD's (arXiv 2505.14260): its `total_token=59, depth=5, top_k=10`.
+    """
+
+    num_nodes: int = 59
+    depth: int = 6
+    top_k: int = 10
+    min_probability: float = 0.0
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_nodes", 2), ("depth", 1), ("top_k", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"`TreeConfig.{name}` must be an integer of at least {least}, got {value!r}. "
+                    "The smallest tree, `TreeConfig(num_nodes=2, depth=1, top_k=1)`, drafts one token per round."
+                )
+        if not 0 <= self.min_probability < 1:
+            raise ValueError(
+                f"`TreeConfig.min_probability` must be at least 0 and less than 1, got {self.min_probability!r}. Try "
+                "0.02; 0 always fills the tree."
+            )
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """
+    One token tree per row of a batch. Node 0, the root, is the last token emitted; parents come before children, and
+    the children of a node hold different tokens.
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(batch_size, num_nodes)`):
+            Token of each node.
+        parents (`torch.Tensor` of shape `(batch_size, num_nodes)`):
+            Index of each node's parent; -1 for the root, and for fillers of a row that has fewer nodes.
+        scores (`torch.Tensor` of shape `(batch_size, num_nodes)`):
+            Log-probability that the draft gives the path from the root to each node.
+        depth (`int`):
+            Most drafted tokens on one path.
+    """
+
+    token_ids: torch.Tensor
+    parents: torch.Tensor
+    scores: torch.Tensor
+    depth: int
+
+    @property
+    def num_nodes(self) -> int:
+        return self.token_ids.shape[1]
+
+    @cached_property
+    def ancestor_mask(self) -> torch.Tensor:
+        """`(batch_size, num_nodes, num_nodes)`, true where the second node is the first or one of its ancestors."""
+        nodes = torch.arange(self.num_nodes, device=self.parents.device)
+        reach = ((self.parents[:, :, None] == nodes) | (nodes[:, None] == nodes)).float()
+        # Each squaring doubles how far up a node reaches.
+        for _ in range(self.depth.bit_length()):
+            reach = (reach @ reach).clamp(max=1)
+        return reach.bool()
+
+    @cached_property
+    def depths(self) -> torch.Tensor:
+        """`(batch_size, num_nodes)`, drafted tokens from the root to each node, this one included."""
+        if self.depth == 0:
+            return torch.zeros_like(self.parents)
+        return self.ancestor_mask.sum(-1) - 1
+
+    @classmethod
+    def root(cls, token_ids: torch.Tensor) -> "TokenTree":
+        """Make trees of a root alone from their tokens, of shape `(batch_size,)`."""
+        token_ids = token_ids[:, None]
+        return cls(token_ids, torch.full_like(token_ids, -1), torch.zeros_like(token_ids, dtype=torch.float32), 0)
+
+    def widen(self, num_nodes: int) -> "TokenTree":
+        """Fill the trees up to so many nodes."""
+        more = num_nodes - self.num_nodes
+        if not more:
+            return self
+        return TokenTree(
+            pad(self.token_ids, (0, more)),
+            pad(self.parents, (0, more), value=-1),
+            pad(self.scores, (0, more)),
+            self.depth,
+        )
+
+    def with_chains(self, rows: torch.Tensor, token_id: int) -> "TokenTree":
+        """Replace the trees of some rows, a mask of shape `(batch_size,)`, by a chain that repeats one token."""
+        nodes = torch.arange(self.num_nodes, device=rows.device)
+        chain = torch.where(nodes <= self.depth, nodes - 1, -1)
+        return TokenTree(
+            token_ids=torch.where(rows[:, None] & (nodes > 0), token_id, self.token_ids),
+            parents=torch.where(rows[:, None], chain, self.parents),
+            scores=torch.where(rows[:, None], 0.0, self.scores),
+            depth=self.depth,
+        )
