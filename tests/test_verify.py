@@ -35,6 +35,7 @@ def test_noise_draws_what_multinomial_draws() -> None:
 
     torch.manual_seed(1)
     tape = NoiseTape(3, 50, torch.device("cpu"))
+    tape.open()
     # Asked for out of order and ahead, as a tree asks.
     tape.at(7)
     for step in (4, 0, 2, 1, 3):
@@ -43,5 +44,5 @@ def test_noise_draws_what_multinomial_draws() -> None:
     assert torch.equal(rows, torch.stack([tape.at(2)[0], tape.at(0)[1], tape.at(4)[2]]))
     tape.free(3)
     assert torch.equal((probabilities[4] / tape.at(4)).argmax(-1), plain[4])
-    tape.rewind(5)
+    tape.leave(5)
     assert torch.equal(torch.get_rng_state(), after)

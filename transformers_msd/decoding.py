@@ -1,5 +1,6 @@
 """The decoding loop: draft a tree, verify it in one forward of the target, keep what the target would have said."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -65,20 +66,25 @@ def tree_decoding(
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
     emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
 
-    # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
-    tree, outputs = target.prefill(input_ids)
-    target.room.check(emission.max_steps)
     noise = None
-    if generation_config.do_sample:
-        noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
-    sampler = Sampler(logits_processor, emission, noise)
-    tree_config = tree_config_of(assistant)
-    candidates = Gate(
-        assistant.candidate_generator(target, CallInputs(arguments, sampler, carried, captures)),
-        emission,
-        is_active=tree_config is None or tree_config.gate,
-    )
-    try:
+    with ExitStack() as leaving:
+        # Whatever ends the call: the caller's cache and the generator are as plain's after the complete steps.
+        if returns_state:
+            leaving.callback(lambda: target.leave(emission.num_steps))
+        # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
+        tree, outputs = target.prefill(input_ids)
+        target.room.check(emission.max_steps)
+        if generation_config.do_sample:
+            noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
+            leaving.callback(lambda: noise.leave(emission.num_steps))
+            noise.open()
+        sampler = Sampler(logits_processor, emission, noise)
+        tree_config = tree_config_of(assistant)
+        candidates = Gate(
+            assistant.candidate_generator(target, CallInputs(arguments, sampler, carried, captures)),
+            emission,
+            is_active=tree_config is None or tree_config.gate,
+        )
         while True:
             logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
             choices, scores = sampler.choose(tree, logits)
@@ -96,13 +102,8 @@ def tree_decoding(
                 noise.free(min(emission.lengths))
             tree = target.fit(emission.pad(candidates.draft(committed)))
             outputs = target.forward_tree(tree)
-    finally:
-        if returns_state:
-            target.room.leave()
 
     stats = emission.finish()
-    if noise is not None:
-        noise.rewind(emission.num_steps)
     if returns_state:
         carry(cache, candidates.carry(committed, target))
     if not generation_config.return_dict_in_generate:

@@ -19,6 +19,7 @@ from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import ChecksTarget
 from transformers_msd.drafters.check import check_call
 from transformers_msd.drafters.runtime import open_captures
+from transformers_msd.target.capturing import capturing
 
 
 _generate = GenerationMixin.generate
@@ -39,7 +40,8 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     del arguments["self"]
     token = _arguments.set(current_names(arguments))
     try:
-        return _generate(self, *args, **current_names(kwargs))
+        with capturing(self):
+            return _generate(self, *args, **current_names(kwargs))
     finally:
         _arguments.reset(token)
 

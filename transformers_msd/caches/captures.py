@@ -64,7 +64,7 @@ class Captures:
         self._settings_key = repr(self._settings)
         self._num_rooms: dict[nn.Module, int] = {}
 
-    def open_room(
+    def room(
         self,
         model: nn.Module,
         cache: Cache,
@@ -72,7 +72,7 @@ class Captures:
         host_lengths: list[int],
         is_real: torch.Tensor | None = None,
     ) -> FixedRoom:
-        """Open a [`Room`] for a model on tensors that are kept for it, others for each room of this call."""
+        """Make a [`Room`] for a model on tensors that are kept for it, others for each room of this call."""
         number = self._num_rooms.get(model, 0)
         self._num_rooms[model] = number + 1
         buffers = self._captured.buffers.setdefault((model, number), {})

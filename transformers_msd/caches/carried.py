@@ -1,17 +1,54 @@
 """What a drafter leaves in the cache that a call returns, for the call that goes on from it."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
+
+
+class Owner:
+    """
+    Tells to whom a state belongs, and keeps nothing alive: models where they are, and what reads with them.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`):
+            Models that the state was made with.
+        views (`tuple[Any, ...]`, *optional*):
+            What else must be equal.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel], views: tuple[Any, ...] = ()) -> None:
+        self._models = [(ref(model), model.device, model.dtype) for model in models]
+        self._views = views
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Owner):
+            return NotImplemented
+        # Two references to models that are gone are two.
+        is_gone = any(model() is None for model, _, _ in self._models)
+        return not is_gone and self._models == other._models and self._views == other._views
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+        return self
 
 
 @dataclass
 class _Carried:
-    keys: torch.Tensor
-    length: int
-    state: Any
+    """A state, and what the cache looked like that it belongs to. A copy has its own tensors, a file has no state."""
+
+    keys: torch.Tensor | None = None
+    length: int = 0
+    state: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Carried":
+        return _Carried(copy.deepcopy(self.keys, memo), self.length, copy.deepcopy(self.state, memo))
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Carried, ()
 
 
 def carry(cache: Cache, state: Any) -> None:

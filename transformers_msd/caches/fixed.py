@@ -43,7 +43,7 @@ class FixedRoom(Room):
     def reserve(self, num_rows: int) -> None:
         """Have room for so many rows behind the settled ones."""
         if self.num_columns + num_rows > self.width:
-            self._open(num_rows)
+            self.open(num_rows)
 
     def mask(self, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         num_rows, num_unsettled = visible.shape[1:]
@@ -51,7 +51,7 @@ class FixedRoom(Room):
         self.starts.copy_(self.lengths + (num_unsettled - num_rows))
         return fixed_attention_mask(self.lengths, visible, self.width, dtype, self._is_open)
 
-    def _open(self, num_rows: int = 0) -> None:
+    def open(self, num_rows: int = 0) -> None:
         # Columns, used or not.
         self.width = FIXED_COLUMNS
         while self.width < self.num_columns + max(num_rows, 1):

@@ -22,7 +22,7 @@ class Room:
 
     Args:
         cache (`Cache`):
-            The cache after the prompt. Its layers are replaced until [`Room.leave`].
+            The cache after the prompt. Its layers are replaced from [`Room.open`] to [`Room.leave`].
         lengths (`torch.Tensor` of shape `(batch_size,)`):
             Columns of each sequence that are settled, padding of the prompt included.
         host_lengths (`list[int]`):
@@ -40,11 +40,8 @@ class Room:
         # Columns before the unsettled rows.
         self.num_columns = max(host_lengths)
         self.is_real = is_real
-        # Of static layers; the layers themselves are not kept, with the rows that they hold.
-        self._max_lengths = {
-            index: layer.max_cache_len for index, layer in enumerate(cache.layers) if type(layer) is StaticLayer
-        }
-        self._open()
+        # They take the new rows in the end: who made them may rely on their tensors.
+        self._static_layers = {index: layer for index, layer in enumerate(cache.layers) if type(layer) is StaticLayer}
 
     @property
     def is_even(self) -> bool:
@@ -59,7 +56,7 @@ class Room:
     def check(self, num_steps: int | None) -> None:
         """Raise a `ValueError` if the caller's static cache has no columns for so many new tokens."""
         needed = self.num_columns + (num_steps or 1) - 1
-        most = min(self._max_lengths.values(), default=needed)
+        most = min((layer.max_cache_len for layer in self._static_layers.values()), default=needed)
         if needed > most:
             raise ValueError(
                 f"The static cache needs {needed} columns for the prompt and the new tokens, got {most}. Make it with "
@@ -128,18 +125,27 @@ class Room:
         for block in self._blocks:
             block.keep_sequences(kept)
 
-    def leave(self) -> None:
-        """Make the cache again what Transformers made it."""
+    def leave(self, num_columns: int | None = None) -> None:
+        """
+        Make the cache again what Transformers made it, wherever the call has come to.
+
+        Args:
+            num_columns (`int`, *optional*):
+                Columns to keep at most, of those that are settled in every sequence; by default all that are settled
+                in any.
+        """
+        num_columns = self.num_columns if num_columns is None else min(num_columns, *self.host_lengths)
         for index, layer in enumerate(self.cache.layers):
             if type(layer) in (DynamicLayer, StaticLayer):
                 continue  # it was not replaced
-            max_length = self._max_lengths.get(index)
-            restored = DynamicLayer() if max_length is None else StaticLayer(max_length)
-            restored.update(*(rows[:, :, : self.num_columns] for rows in (layer.keys, layer.values)))
+            restored = self._static_layers.get(index) or DynamicLayer()
+            num_held = int(restored.get_seq_length())
+            restored.update(*(rows[:, :, num_held:num_columns] for rows in (layer.keys, layer.values)))
             self.cache.layers[index] = restored
 
-    def _open(self) -> None:
-        """Replace the layers."""
+    def open(self) -> None:
+        """Replace the layers. Whatever ends this, [`Room.leave`] puts them back."""
+        self._blocks: list[_Block] = []
         layers = self.cache.layers
 
         def shape(index: int) -> list[tuple[Any, ...]]:
@@ -148,7 +154,6 @@ class Room:
                 return []  # it shares the rows of another layer
             return [(rows.device, rows.dtype, rows.shape) for rows in (layer.keys, layer.values)]
 
-        self._blocks: list[_Block] = []
         for key, group in groupby(range(len(layers)), shape):
             indices = list(group) if key else []
             for start in range(0, len(indices), LAYERS_PER_BLOCK):

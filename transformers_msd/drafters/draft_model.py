@@ -80,10 +80,15 @@ class DraftModel(Target):
         self.room.extend(counts, host_counts)
         return logits
 
-    def resume(self, lengths: torch.Tensor, captures: Captures | None) -> None:
+    def pause(self) -> None:
+        """End a call: what remains are tensors and settings, from which another can go on."""
+        self.room.leave()
+        self.model = self.room = self._captures = None
+
+    def resume(self, model: PreTrainedModel, lengths: torch.Tensor, captures: Captures | None) -> None:
         """Go on in another call from so many settled columns `(batch_size,)` of each sequence."""
-        self._captures = captures
-        self.room = self._open_room(lengths, lengths.tolist())
+        self.model, self._captures = model, captures
+        self._open_room(lengths, lengths.tolist())
 
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Replace tokens that the draft's vocabulary lacks."""

@@ -8,10 +8,12 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from transformers_msd.caches.carried import Owner
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.prompts import prompt_ids, prompt_of
+from transformers_msd.target.capturing import capturing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.growing import grow_tree
@@ -80,7 +82,7 @@ class _Carried:
     offsets: list[torch.Tensor]
     lengths: list[torch.Tensor]
     pending: Committed
-    key: Any
+    owner: Owner
 
 
 class ModelCandidateGenerator(TreeCandidateGenerator):
@@ -102,7 +104,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
 
     def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
         self._drafter = drafter
-        self._key = (tuple(drafter.models), tuple(views))
+        self._owner = Owner(drafter.models, tuple(views))
         if inputs.captures is None:  # what was measured is not the cost of compiled rounds
             self.sizing = load_sizing(drafter.models, target.model)
         self._target = target
@@ -115,10 +117,10 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         self._pending: Committed | None = None
         self._levels: list[tuple[torch.Tensor, torch.Tensor]] = []
         carried = inputs.carried
-        if isinstance(carried, _Carried) and carried.key == self._key:
+        if isinstance(carried, _Carried) and carried.owner == self._owner:
             self._drafts, self._offsets, self._pending = carried.drafts, carried.offsets, carried.pending
-            for draft, lengths in zip(self._drafts, carried.lengths, strict=True):
-                draft.resume(lengths, inputs.captures)
+            for draft, model, lengths in zip(self._drafts, drafter.models, carried.lengths, strict=True):
+                draft.resume(model, lengths, inputs.captures)
 
     def start(self, batch_size: int) -> list[DraftModel]:
         """Run the prompts; the rows of a model are those of its first view, then those of its second, and so on."""
@@ -133,7 +135,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
                 raise ValueError(
                     f"`draft_inputs` must hold as many prompts as the call, got {num_prompts} for {batch_size} rows."
                 )
-            drafts.append(DraftModel.start(model, self.read(model, inputs), copies, self._inputs.captures))
+            with capturing(model):
+                drafts.append(DraftModel.start(model, self.read(model, inputs), copies, self._inputs.captures))
         return drafts
 
     def read(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -193,8 +196,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             # A row that ran ahead of the end of the call may have drafted on more than the target kept.
             kept = (target.num_real_rows - committed.lengths + 1).to(offset.device)
             lengths.append(torch.minimum(draft.lengths, kept.repeat(len(offset) // len(kept)) + offset))
-            draft.room.leave()
-        return _Carried(self._drafts, self._offsets, lengths, committed, self._key)
+            draft.pause()
+        return _Carried(self._drafts, self._offsets, lengths, committed, self._owner)
 
     def _advance(self, committed: Committed) -> torch.Tensor:
         """Settle what has come to stand since the call before; return the mixed logits after it."""

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from transformers_msd.caches.carried import Owner
 from transformers_msd.caches.room import Room
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
@@ -26,7 +27,7 @@ class _Carried:
     lengths: torch.Tensor
     starts: torch.Tensor
     pending: Committed
-    weights: int
+    owner: Owner
 
 
 class MSDDrafter:
@@ -106,11 +107,12 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._cache = DynamicCache(config=draft.config.get_text_config())
         self._room: Room | None = None
         self._pending: Committed | None = None
+        self._owner = Owner([draft])
         carried = inputs.carried
-        if isinstance(carried, _Carried) and carried.weights == self._draft.fc.weight.data_ptr():
+        if isinstance(carried, _Carried) and carried.owner == self._owner:
             self._cache, self._pending, self._starts = carried.cache, carried.pending, carried.starts
             if self._cache.get_seq_length():
-                self._room = self._open_room(carried.lengths, carried.lengths.tolist())
+                self._open_room(carried.lengths, carried.lengths.tolist())
 
     def draft(self, committed: Committed) -> TokenTree:
         sizing = self.sizing_for(committed)
@@ -210,13 +212,15 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._room.leave()
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
         lengths = torch.minimum(lengths, target.num_real_rows - self._starts - committed.lengths)
-        return _Carried(self._cache, lengths, self._starts, committed, self._draft.fc.weight.data_ptr())
+        return _Carried(self._cache, lengths, self._starts, committed, self._owner)
 
-    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> Room:
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         lengths = lengths.to(self._device)
         if self._captures is None:
-            return Room(self._cache, lengths, host_lengths)
-        return self._captures.open_room(self._draft, self._cache, lengths, host_lengths)
+            self._room = Room(self._cache, lengths, host_lengths)
+        else:
+            self._room = self._captures.room(self._draft, self._cache, lengths, host_lengths)
+        self._room.open()
 
     def _pool(self, committed: Committed) -> Committed:
         """Pool the visual rows of a prompt as in training."""
@@ -251,7 +255,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             position_ids=committed.position_ids,
         )
         if self._room is None:
-            self._room = self._open_room(committed.lengths, committed.host_lengths)
+            self._open_room(committed.lengths, committed.host_lengths)
         else:
             self._room.extend(committed.lengths.to(self._device), committed.host_lengths)
         return hidden

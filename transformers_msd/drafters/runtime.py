@@ -50,6 +50,12 @@ class StaticRuntime(Wrapped):
         self.captured = Captured()
         self._thread: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"assistant": self.assistant}  # a copy, or a file, has compiled nothing yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["assistant"])
+
     def take(self, device: torch.device) -> bool:
         """Take the runtime for a call, if it is free."""
         if not self._lock.acquire(blocking=False):

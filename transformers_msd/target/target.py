@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
+from transformers_msd.target.capturing import adopt_hooks
 from transformers_msd.target.committed import Committed
 from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
 from transformers_msd.trees.masks import take_rows
@@ -53,6 +54,7 @@ class Target:
             "output_hidden_states": _with_ends(generation_config.output_hidden_states)
         }
         self._captures = captures
+        self.room: Room | None = None
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of tokens."""
@@ -71,6 +73,7 @@ class Target:
         """
         recorder = _Recorder(self.model)
         outputs = self._run_prompt(recorder, input_ids)
+        adopt_hooks(self.model)
         self._settle_prompt(len(outputs.logits), outputs.hidden_states[-1].device)
         inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
         features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
@@ -92,12 +95,19 @@ class Target:
             mask = torch.ones(batch_size, num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
         self._num_real = self._prompt_mask.sum(-1)
-        self.room = self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
+        self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
 
-    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> Room:
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         if self._captures is None:
-            return Room(self.cache, lengths, host_lengths, self._prompt_mask)
-        return self._captures.open_room(self.model, self.cache, lengths, host_lengths, self._prompt_mask)
+            self.room = Room(self.cache, lengths, host_lengths, self._prompt_mask)
+        else:
+            self.room = self._captures.room(self.model, self.cache, lengths, host_lengths, self._prompt_mask)
+        self.room.open()
+
+    def leave(self, num_steps: int) -> None:
+        """Give the cache back as plain decoding has it after so many tokens, as far as it has come."""
+        if self.room is not None:
+            self.room.leave(self._prompt_length + max(num_steps - 1, 0))
 
     def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""

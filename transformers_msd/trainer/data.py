@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from transformers_msd.compat import encode_pictures
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import pool_visual_rows
+from transformers_msd.target.capturing import capturing
 from transformers_msd.target.target import TOKEN_TYPES
 from transformers_msd.traits.tokens import visual_token_mask
 
@@ -158,9 +159,9 @@ def target_rows(
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    outputs = target(
-        **encode_pictures(target, inputs), output_hidden_states=[0, -1], use_cache=False, logits_to_keep=1
-    )
+    settings = {"output_hidden_states": [0, -1], "use_cache": False, "logits_to_keep": 1}
+    with capturing(target):
+        outputs = target(**encode_pictures(target, inputs), **settings)
     ends = outputs.hidden_states[0], outputs.hidden_states[-1]
     inputs_embeds, features = (states.to(dtype or states.dtype) for states in ends)
     return pair_rows(inputs["input_ids"], labels, inputs["attention_mask"], inputs_embeds, features, visual_token_ids)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from transformers_msd.compat import encode_pictures
 from transformers_msd.drafters.vlm import VLMDrafter
+from transformers_msd.target.capturing import capturing
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 
@@ -77,7 +78,7 @@ class VLMDraftTrainer(DraftTrainer):
         supervised = inputs["labels"][:, 1:] != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         settings = {"use_cache": False, "logits_to_keep": 1}
-        with torch.no_grad():
+        with torch.no_grad(), capturing(self.target):
             outputs = self.target(**encode_pictures(self.target, inputs), output_hidden_states=[-1], **settings)
         features = outputs.hidden_states[-1][:, :-1][supervised]
         # All layers: their states are kept for the gradients in any case.

@@ -1,8 +1,14 @@
 """The random numbers of a sampled call, which make its samples those of plain sampling."""
 
+import threading
 from collections import deque
+from hashlib import sha256
 
 import torch
+
+
+# No two calls begin at the same number.
+_lock = threading.Lock()
 
 
 class NoiseTape:
@@ -27,14 +33,32 @@ class NoiseTape:
         self._device = device
         self._first = 0
         self._draws: deque[torch.Tensor] = deque()
+        self._generator = torch.Generator(device)
         # State of the generator before each position, from `_first` on.
-        self._states: deque[torch.Tensor] = deque([self._get_state()])
+        self._states: deque[torch.Tensor] = deque()
+        self._left_at: torch.Tensor | None = None
+
+    def open(self) -> None:
+        """
+        Take the default generator's numbers from here on.
+
+        Meanwhile the default generator stands elsewhere, so that whoever draws from it, another call in another thread
+        say, draws other numbers.
+        """
+        with _lock:
+            state = self._get_state()
+            self._states.append(state)
+            seed = int.from_bytes(sha256(state.numpy().tobytes()).digest()[:7])
+            self._left_at = self._generator.manual_seed(seed).get_state()
+            self._set_state(self._left_at)
+            self._generator.set_state(state)
 
     def at(self, step: int) -> torch.Tensor:
         """Noise of one position, counted from the first generated token, of shape `(batch_size, vocab_size)`."""
         while step >= self._first + len(self._draws):
-            self._draws.append(torch.empty(self._shape, device=self._device).exponential_(1))
-            self._states.append(self._get_state())
+            draw = torch.empty(self._shape, device=self._device)
+            self._draws.append(draw.exponential_(1, generator=self._generator))
+            self._states.append(self._generator.get_state())
         return self._draws[step - self._first]
 
     def rows_at(self, steps: dict[int, int]) -> torch.Tensor:
@@ -50,11 +74,15 @@ class NoiseTape:
             self._states.popleft()
             self._first += 1
 
-    def rewind(self, step: int) -> None:
-        """Leave the generator where plain sampling stands after `step` tokens."""
+    def leave(self, step: int) -> None:
+        """Put the default generator where plain sampling stands after `step` tokens, unless others have used it."""
+        if self._left_at is None:
+            return
         if step > self._first:
             self.at(step - 1)
-        self._set_state(self._states[step - self._first])
+        with _lock:
+            if torch.equal(self._get_state(), self._left_at):
+                self._set_state(self._states[step - self._first])
 
     def _get_state(self) -> torch.Tensor:
         if self._device.type == "cpu":

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from training.tiny_world.build.target import PATCH_SIZE
 from training.tiny_world.world.pictures import (
     BACKGROUNDS,
     CELL_SIZE,
@@ -20,7 +21,6 @@ from training.tiny_world.world.pictures import (
     draw_scene,
     random_scene,
 )
-from training.tiny_world.build.target import PATCH_SIZE
 
 
 logger = logging.getLogger(__name__)
