@@ -187,12 +187,12 @@ def test_a_runtime_in_use_drafts_eagerly() -> None:
     target = make_target("llava")
     inputs = make_inputs("llava")
     runtime = StaticRuntime(make_msd(target))
-    assert runtime.take(target.device)
+    assert runtime.lock.acquire(blocking=False)
     for cache in (None, "static"):
         drafted = generate(target, inputs, assistant_model=runtime, cache_implementation=cache)
         assert torch.equal(drafted.sequences, generate(target, inputs).sequences)
     assert runtime.num_captures == 0
-    runtime.give_back()
+    runtime.lock.release()
     generate(target, inputs, assistant_model=runtime, compile_config=compiled_by("eager"))
     assert runtime.num_captures > 0
     runtime.free()
@@ -269,7 +269,7 @@ def test_an_error_leaves_the_callers_cache_as_it_was_made() -> None:
     with pytest.raises(RuntimeError, match="enough"):
         generate(target, make_inputs("llava"), **{CACHE: cache}, assistant_model=runtime, stopping_criteria=[fail])
     assert {type(layer) for layer in cache.layers} == {StaticLayer}
-    assert runtime.take(target.device)
+    assert not runtime.lock.locked()
 
 
 def test_compilation_follows_the_call() -> None:

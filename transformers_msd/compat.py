@@ -3,6 +3,7 @@ What differs between the supported versions of Transformers, and a canary that l
 that they may change in any release.
 """
 
+import copy
 import inspect
 import pkgutil
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation import CompileConfig, GenerationMixin
 
 
 # The versions that the tests ran on; pyproject.toml says the same.
@@ -198,6 +200,18 @@ def pad_token_id_of(generation_config: GenerationConfig) -> int:
     return 0 if pad_token is None else int(pad_token)
 
 
-def can_compile(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:
+def compiles_by_itself(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:
     """Tell whether plain `generate` compiles a model's forward with this cache and these settings."""
-    return model._valid_auto_compile_criteria({CACHE: cache}, generation_config)
+    return GenerationMixin._valid_auto_compile_criteria(model, {CACHE: cache}, generation_config)
+
+
+def can_be_compiled(model: PreTrainedModel, generation_config: GenerationConfig) -> bool:
+    """Tell whether plain `generate` would compile a model's forward, were its cache static, whatever its device."""
+    generation_config = copy.copy(generation_config)
+    generation_config.compile_config = copy.copy(generation_config.compile_config or CompileConfig())
+    generation_config.compile_config._compile_all_devices = True
+    return compiles_by_itself(model, _AnyStaticCache(), generation_config)
+
+
+class _AnyStaticCache:
+    is_compileable = True

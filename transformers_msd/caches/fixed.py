@@ -46,6 +46,7 @@ class FixedRoom(Room):
             self.open(num_rows)
 
     def mask(self, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        visible = visible.to(self.lengths.device)
         num_rows, num_unsettled = visible.shape[1:]
         self.reserve(num_unsettled)
         self.starts.copy_(self.lengths + (num_unsettled - num_rows))
@@ -86,7 +87,7 @@ class FixedRoom(Room):
         return self._buffers[key]
 
     def _move(self, rows: torch.Tensor, places: torch.Tensor) -> None:
-        sources = self.lengths[:, None] + rows
+        sources = self.lengths[:, None] + rows.to(self.lengths.device)
         self._run(_move_columns, (id(self._buffers), self.width, rows.shape), self._tensors, sources, places)
 
     @property

@@ -76,6 +76,7 @@ class Room:
         Returns:
             `torch.Tensor` of shape `(batch_size, 1, num_rows, num_columns + num_unsettled)`: Additive mask.
         """
+        visible = visible.to(self.lengths.device)
         columns = torch.arange(self.num_columns, device=self.lengths.device) < self.lengths[:, None]
         if self.is_real is not None:
             num_real = self.is_real.shape[1]
@@ -112,6 +113,7 @@ class Room:
             rows (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
                 Which of the unsettled rows, fillers behind them; the first ones by default.
         """
+        counts = counts.to(self.lengths.device)
         if rows is None and not self.is_in_place:
             rows = torch.arange(max(host_counts), device=counts.device).expand(len(counts), -1)
         host_lengths = [before + new for before, new in zip(self.host_lengths, host_counts, strict=True)]

@@ -81,7 +81,7 @@ class StepOutputs:
         )
         for row, count in enumerate(counts):
             nodes = path[row, :count]
-            along_path = [None if output is None else output[row, nodes] for output in kept]
+            along_path = [None if output is None else output[row, nodes.to(output.device)] for output in kept]
             self._rows[row].extend(
                 tuple(None if output is None else output[index] for output in along_path) for index in range(count)
             )

@@ -75,20 +75,21 @@ class Sampler:
             return self._choose_step_by_step(tree, logits)
         scores = logits
         if self._processors:
-            scores = self._processors(tree.token_ids.flatten()[:, None], logits.flatten(0, 1)).view_as(logits)
+            token_ids = tree.token_ids.to(logits.device)
+            scores = self._processors(token_ids.flatten()[:, None], logits.flatten(0, 1)).view_as(logits)
         noise = None
         if self._noise is not None:
             noise = self.noise_of_round(tree.depth)
             if tree.num_nodes > 1:
                 rows = torch.arange(len(logits), device=noise.device)
-                noise = noise[rows[:, None], tree.depths]  # (batch, num_nodes, vocab)
+                noise = noise[rows[:, None], tree.depths.to(noise.device)]  # (batch, num_nodes, vocab)
         choices = _pick(scores, noise)
         pad_rows = self._emission.pad_rows
         pad_rows = [pad_rows[row] for row in self._emission.rows]
         if any(pad_rows):
             pad_rows = torch.tensor(pad_rows, device=choices.device)[:, None]
             choices = choices.masked_fill(pad_rows, self._emission.pad_token_id)
-        return choices, scores
+        return choices.to(tree.token_ids.device), scores
 
     def _choose_step_by_step(self, tree: TokenTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Walk down the trees and call the processors as plain decoding does: step by step, all rows at once."""

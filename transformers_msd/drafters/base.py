@@ -115,6 +115,11 @@ def tree_config_of(assistant: TreeAssistant) -> TreeConfig | None:
     return tree_config if isinstance(tree_config, TreeConfig) else None
 
 
+def models_of(assistant: TreeAssistant) -> tuple[PreTrainedModel, ...]:
+    """Return the models that an assistant drafts with, where it says so."""
+    return tuple(getattr(assistant, "models", ()))
+
+
 @runtime_checkable
 class ChecksTarget(Protocol):
     """An assistant that can tell, before anything runs, whether it fits a target."""

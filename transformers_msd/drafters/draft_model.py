@@ -91,5 +91,5 @@ class DraftModel(Target):
         self._open_room(lengths, lengths.tolist())
 
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Replace tokens that the draft's vocabulary lacks."""
-        return token_ids.clamp(max=self.model.config.get_text_config().vocab_size - 1)
+        """Bring tokens to where the draft is, those that its vocabulary lacks replaced."""
+        return token_ids.to(self.lengths.device).clamp(max=self.model.config.get_text_config().vocab_size - 1)

@@ -172,7 +172,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
                 outputs = draft.forward_rows(
                     draft.readable(token_ids).repeat(copies, 1), torch.tensor(depth), visible.repeat(copies, 1, 1)
                 )
-                parts.append(self._by_view(outputs.logits, copies))
+                parts.append(self._by_view(outputs.logits, copies).to(token_ids.device))
             depth += 1
             return self._sampler.rank(self.mix(torch.cat(parts)), depth)
 
@@ -228,11 +228,12 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             found = rows.repeat(copies, 1) if any(host_matched) else None
             draft.room.extend(matched.repeat(copies), host_matched * copies, found)
             logits = draft.extend(draft.readable(new_ids).repeat(copies, 1), left.repeat(copies), host_left * copies)
-            parts.append(self._by_view(logits, copies))
+            parts.append(self._by_view(logits, copies).to(device))
         if is_first:
-            num_real = self._target.num_real_rows.to(device)
+            num_real = self._target.num_real_rows
             self._offsets = [
-                draft.lengths - num_real.repeat(len(draft.lengths) // len(num_real)) - 1 for draft in self._drafts
+                draft.lengths - num_real.to(draft.lengths.device).repeat(len(draft.lengths) // len(num_real)) - 1
+                for draft in self._drafts
             ]
         logits = torch.cat(parts)
         self.observe(committed, logits, matched, rows)

@@ -54,6 +54,11 @@ class MSDDrafter:
     def tree_config(self, tree_config: TreeConfig) -> None:
         self._tree_config = tree_config
 
+    @property
+    def models(self) -> tuple[MSDDraftModel]:
+        """The draft model."""
+        return (self.draft,)
+
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "MSDCandidateGenerator":
         """Make the candidate generator of one call."""
         return MSDCandidateGenerator(self, target, inputs)
@@ -261,14 +266,17 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         return hidden
 
     def _forward(self, **inputs: torch.Tensor | None) -> torch.Tensor:
-        """Run the draft in its own dtype and on its own device."""
+        """Run the draft in its own dtype and on its own device, and hand over what it says on the target's."""
         inputs = {
             name: value.to(self._device, self._dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
             if value is not None
         }
-        return self._draft(**inputs, cache=self._cache, use_cache=True).last_hidden_state
+        hidden = self._draft(**inputs, cache=self._cache, use_cache=True).last_hidden_state
+        return hidden.to(self._target.device)
 
     def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
-        return self._sampler.rank(self._draft.logits(hidden, self._target.logits), depth)
+        if self._draft.head is not None:
+            hidden = hidden.to(self._device)
+        return self._sampler.rank(self._draft.logits(hidden, self._target.logits).to(self._target.device), depth)

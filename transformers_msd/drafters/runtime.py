@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from transformers_msd.caches.captures import Captured, Captures
-from transformers_msd.compat import can_compile
+from transformers_msd.compat import can_be_compiled, compiles_by_itself
 from transformers_msd.drafters.base import TreeAssistant, tree_config_of
 from transformers_msd.drafters.wrapped import Wrapped
 
@@ -26,49 +25,45 @@ class StaticRuntime(Wrapped):
     ```
 
     The first calls compile, once for every size of trees, batch and cache (512 columns, 1024, and so on). How is told
-    by `compile_config`, as for plain `generate` with a static cache; on a GPU its default makes CUDA graphs. A call
-    that comes while another uses the runtime runs eagerly, and so does one of another thread on a GPU, where graphs
-    belong to the thread that made them.
+    by `compile_config`, as for plain `generate` with a static cache; on a GPU its default makes CUDA graphs. It
+    compiles on a CPU, too, but not with `disable_compile`, nor where plain `generate` would not compile one of the
+    models, as with some quantised weights and with offloaded ones. A call that comes while another uses the runtime
+    runs eagerly.
 
     Args:
-        assistant ([`TreeAssistant`]):
+        assistant ([`TreeAssistant`] or [`MSDDraftModel`]):
             What drafts.
     """
 
     def __init__(self, assistant: Any) -> None:
         super().__init__(assistant)
-        self._lock = threading.Lock()
-        self.free()
+        self.lock = threading.Lock()
+        self.captured = Captured()
 
     @property
     def num_captures(self) -> int:
         """Functions compiled so far, one for each shape of their inputs and each way to sample."""
         return len(self.captured.functions)
 
-    def free(self) -> None:
-        """Give back the memory of compiled code and its tensors; the next call compiles again."""
-        self.captured = Captured()
-        self._thread: int | None = None
+    def free(self) -> int:
+        """
+        Give back what is kept from call to call; the next call compiles again.
+
+        Given back are the keys and values of fixed shapes, and the compiled functions with the CUDA graphs made of
+        them. PyTorch keeps the memory for its own use until `torch.cuda.empty_cache()`, and what it has noted about
+        compiled code until `torch.compiler.reset()`.
+
+        Returns:
+            `int`: Bytes of the keys and values. The memory of CUDA graphs, which PyTorch doesn't tell, comes on top.
+        """
+        captured, self.captured = self.captured, Captured()
+        return sum(tensor.nbytes for buffers in captured.buffers.values() for tensor in buffers.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"assistant": self.assistant}  # a copy, or a file, has compiled nothing yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["assistant"])
-
-    def take(self, device: torch.device) -> bool:
-        """Take the runtime for a call, if it is free."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        if device.type != "cpu" and self._thread not in (None, threading.get_ident()):
-            self._lock.release()
-            return False
-        self._thread = threading.get_ident()
-        return True
-
-    def give_back(self) -> None:
-        """End the call that took the runtime."""
-        self._lock.release()
 
 
 @contextmanager
@@ -93,16 +88,18 @@ def open_captures(
     """
     compile_config = generation_config.compile_config or CompileConfig()
     if isinstance(assistant, StaticRuntime):
-        if not assistant.take(model.device):
+        if not assistant.lock.acquire(blocking=False):
             yield None
             return
         try:
-            compile_config = None if generation_config.disable_compile else compile_config
-            yield Captures(assistant.captured, compile_config, assistant.tree_config, is_kept=True)
+            compiles = all(can_be_compiled(each, generation_config) for each in (model, *assistant.models))
+            yield Captures(
+                assistant.captured, compile_config if compiles else None, assistant.tree_config, is_kept=True
+            )
         finally:
-            assistant.give_back()
+            assistant.lock.release()
     elif isinstance(cache, StaticCache):
-        compiles = can_compile(model, cache, generation_config)
+        compiles = compiles_by_itself(model, cache, generation_config)
         yield Captures(Captured(), compile_config if compiles else None, tree_config_of(assistant))
     else:
         yield None

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from transformers_msd.drafters.assistants import assistant_for
-from transformers_msd.drafters.base import CallInputs, ChecksTarget, TreeCandidateGenerator, tree_config_of
+from transformers_msd.drafters.base import CallInputs, ChecksTarget, TreeCandidateGenerator, models_of, tree_config_of
 from transformers_msd.target.target import Target
 from transformers_msd.trees.tree import TreeConfig
 
@@ -37,6 +37,11 @@ class Wrapped:
     def tree_config(self) -> TreeConfig | None:
         """Tree of what drafts, where it has any."""
         return tree_config_of(self.assistant)
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """Models of what drafts, where it has any."""
+        return models_of(self.assistant)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         """Make the candidate generator of one call, which the call alone holds."""

@@ -57,12 +57,12 @@ class Target:
         self.room: Room | None = None
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings of tokens."""
-        return self.model.get_input_embeddings()(token_ids)
+        """Input embeddings of tokens, on the device of the target's features."""
+        return self.model.get_input_embeddings()(token_ids).to(self.device)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits of features, of shape `(..., vocab_size)`."""
-        return self.model.get_output_embeddings()(features.to(self.device, self._dtype))
+        """Logits of features, of shape `(..., vocab_size)`, on the device of the target's features."""
+        return self.model.get_output_embeddings()(features.to(self.device, self._dtype)).to(self.device)
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
         """
@@ -74,13 +74,15 @@ class Target:
         recorder = _Recorder(self.model)
         outputs = self._run_prompt(recorder, input_ids)
         adopt_hooks(self.model)
-        self._settle_prompt(len(outputs.logits), outputs.hidden_states[-1].device)
-        inputs_embeds = torch.cat([output.hidden_states[0] for output in recorder.outputs], dim=1)
-        features = torch.cat([output.hidden_states[-1] for output in recorder.outputs], dim=1)
-        self.device = features.device
-        self._prompt = self._prompt_rows(input_ids.to(features.device), inputs_embeds, features)
+        self.device = outputs.hidden_states[-1].device
+        self._settle_prompt(len(outputs.logits), self.device)
+        inputs_embeds, features = (
+            torch.cat([output.hidden_states[layer].to(self.device) for output in recorder.outputs], dim=1)
+            for layer in (0, -1)
+        )
+        self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
-        return TokenTree.root(input_ids.new_zeros(len(features))), outputs
+        return TokenTree.root(torch.zeros(len(features), dtype=torch.long, device=self.device)), outputs
 
     def _run_prompt(self, model: Any, input_ids: torch.Tensor) -> ModelOutput:
         """Let Transformers run the prompt by a model, or by what stands in for it."""
@@ -117,13 +119,15 @@ class Target:
             visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
         else:
             token_ids = input_ids.new_full((batch_size, num_rows), -1)
-            visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
+            is_token = _is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
+            visual_mask = ~is_token.to(self.device)
         real = self._prompt_mask[:, -num_rows:]
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
     def fit(self, tree: TokenTree) -> TokenTree:
-        """Fill trees up to a size that forwards are compiled for, where any are."""
+        """Bring trees to where the target is, filled up to a size that forwards are compiled for, where any are."""
+        tree = tree.to(self.device)
         return tree if self._captures is None else tree.widen(self._captures.num_nodes(tree))
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
@@ -151,15 +155,15 @@ class Target:
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
                 # All that is generated is text, and so is the end of a prompt.
-                kwargs[name] = kwargs[name][:, -1:].expand(-1, num_rows)
+                kwargs[name] = kwargs[name][:, -1:].to(token_ids.device).expand(-1, num_rows)
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = num_rows
         generated = ((self.room.lengths - self._prompt_length)[:, None] + depths + 1).expand_as(token_ids)
-        position_ids = self._model_kwargs["position_ids"]
+        position_ids = self._model_kwargs["position_ids"][..., -1:].to(token_ids.device)
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids[..., -1:] + generated.to(position_ids.device),
+            position_ids=position_ids + generated.to(token_ids.device),
             use_cache=True,
             is_first_iteration=False,
             **{CACHE: self.cache},
@@ -196,7 +200,7 @@ class Target:
             prompt, self._prompt = self._prompt, None
             return self._pair(prompt, roots)
         path = acceptance.path[:, : max(*new, 1)]
-        inputs_embeds, features = outputs.hidden_states[0], outputs.hidden_states[-1]
+        inputs_embeds, features = (outputs.hidden_states[layer].to(device) for layer in (0, -1))
         if tree.num_nodes > 1:
             inputs_embeds, features = take_rows(inputs_embeds, path), take_rows(features, path)
         rows = Committed(

@@ -100,6 +100,12 @@ class TokenTree:
         token_ids = token_ids[:, None]
         return cls(token_ids, torch.full_like(token_ids, -1), torch.zeros_like(token_ids, dtype=torch.float32), 0)
 
+    def to(self, device: torch.device) -> "TokenTree":
+        """Move the trees to a device."""
+        if self.token_ids.device == device:
+            return self
+        return TokenTree(self.token_ids.to(device), self.parents.to(device), self.scores.to(device), self.depth)
+
     def widen(self, num_nodes: int) -> "TokenTree":
         """Fill the trees up to so many nodes."""
         more = num_nodes - self.num_nodes

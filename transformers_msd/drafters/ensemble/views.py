@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from transformers_msd.traits.tokens import visual_token_ids
+
 
 @dataclass(frozen=True)
 class ViewPrompt:
@@ -46,7 +48,8 @@ class Prompts:
         mask = self.inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         self.ids = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
-        self.image_token_id: int | None = getattr(model.config, "image_token_id", None)
+        # Where there are no pictures, tokens that would stand for them are read as any other.
+        self.image_token_id = next(iter(visual_token_ids(model.config)), None) if self.num_pictures else None
 
     def embed(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Return the embeddings of tokens, of shape `(num_tokens, hidden_size)`."""

@@ -1,0 +1,121 @@
+"""
+A program: drafts on a second device type, `fgpu`, that has CUDA's rules for tensors of several devices, and prints
+what differs from plain `generate` there or raises. Its argument is the folder of the module that makes the device.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from transformers import PreTrainedModel
+from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
+
+from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd.compat import CACHE
+
+
+TREE = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
+CALLS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "num_return_sequences": 2, "temperature": 0.9, "top_k": 20},
+    "by the ids": {"do_sample": True, "repetition_penalty": 1.3},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+def make_msd(target: PreTrainedModel, device: str, **overrides: Any) -> MSDDraftModel:
+    torch.manual_seed(1)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, **overrides)).eval()
+    draft.tree_config = TREE
+    if draft.head is not None:
+        draft.choose_tokens(torch.rand(VOCAB_SIZE), make_target("llava").get_output_embeddings())
+    return draft.to(device)
+
+
+def split(target: PreTrainedModel) -> PreTrainedModel:
+    """Spread a LLaVA over both devices, as `device_map="auto"` does."""
+    text = "model.language_model"
+    places = {"model.vision_tower": 0, "model.multi_modal_projector": 0, f"{text}.embed_tokens": 0}
+    places |= {f"{text}.rotary_emb": 0, f"{text}.layers.0": 0, f"{text}.layers.1": 1, f"{text}.norm": 1, "lm_head": 1}
+    device_map = {name: f"fgpu:{place}" for name, place in places.items()}
+    return dispatch_model(copy.deepcopy(target), device_map=device_map, force_hooks=True)
+
+
+def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
+    """Name, target, assistant, and where the inputs are."""
+    whole, small = make_target("llava"), make_draft_model("llava")
+    here = copy.deepcopy(whole).to("fgpu:0")
+    for device in ("fgpu:0", "fgpu:1", "cpu"):
+        other = copy.deepcopy(small).to(device)
+        yield f"MSD on {device}", here, make_msd(whole, device), "fgpu:0"
+        yield f"a draft VLM on {device}", here, VLMDrafter(other, tree_config=TREE), "fgpu:0"
+        yield f"an ensemble on {device}", here, EnsembleDrafter(other, tree_config=TREE), "fgpu:0"
+        yield f"a runtime on {device}", here, StaticRuntime(make_msd(whole, device)), "fgpu:0"
+    yield "MSD with a head of its own", here, make_msd(whole, "fgpu:1", draft_vocab_size=40), "fgpu:0"
+    yield "MSD that pools", here, make_msd(whole, "fgpu:1", visual_pool_size=2), "fgpu:0"
+    apart = [copy.deepcopy(small).to(device) for device in ("fgpu:1", "fgpu:0")]
+    yield (
+        "an ensemble on two devices",
+        here,
+        EnsembleDrafter(apart, ("multimodal",), "kld", tree_config=TREE),
+        "fgpu:0",
+    )
+    yield "tokens on the CPU", here, make_msd(whole, "fgpu:0"), "cpu"
+    yield "tokens on the CPU, draft VLM", here, VLMDrafter(copy.deepcopy(small).to("fgpu:0"), tree_config=TREE), "cpu"
+    spread = split(whole)
+    for device in (str(spread.device), "fgpu:1"):
+        yield f"a spread target, MSD on {device}", spread, make_msd(whole, device), "fgpu:0"
+        drafter = VLMDrafter(copy.deepcopy(small).to(device), tree_config=TREE)
+        yield f"a spread target, draft VLM on {device}", spread, drafter, "fgpu:0"
+
+
+def fault(
+    target: PreTrainedModel, assistant: Any, inputs: dict[str, torch.Tensor], call: dict[str, Any]
+) -> str | None:
+    """Say how drafting differs from plain decoding, over two turns."""
+    settings = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True} | call
+    settings["disable_compile"] = True
+    settings["suppress_tokens"] = [IMAGE_ID, VIDEO_ID]  # there is no picture for what a random target says
+    turns: list[list[Any]] = []
+    for assistant_model in (None, assistant):
+        torch.manual_seed(0)
+        torch.fgpu.manual_seed_all(0)
+        first = target.generate(**inputs, **settings, assistant_model=assistant_model)
+        turns.append([first])
+        if call.get("cache_implementation") is None and call.get("num_return_sequences") is None:
+            ids = torch.cat([first.sequences, first.sequences[:, -3:]], dim=1)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, -15:])], dim=1)
+            turn = {"input_ids": ids, "attention_mask": mask, CACHE: first[CACHE]}
+            turns[-1].append(target.generate(**turn, **settings, assistant_model=assistant_model))
+    for plain, drafted in zip(*turns, strict=True):
+        if drafted.sequences.device != plain.sequences.device or not torch.equal(drafted.sequences, plain.sequences):
+            return "other tokens"
+        for ours, theirs in zip(drafted.scores, plain.scores, strict=True):
+            if ours.device != theirs.device or not torch.allclose(ours, theirs, atol=1e-4):
+                return "other scores"
+    return None
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import fgpu  # noqa: F401
+
+    torch.set_num_threads(1)
+    faults, num_cases = {}, 0
+    for (name, target, assistant, device), option in product(cases(), CALLS):
+        inputs = make_inputs("llava", (1, 0, 2))
+        # Transformers moves tokens to where the model is, but no pictures.
+        inputs = {key: value.to("fgpu:0" if key == "pixel_values" else device) for key, value in inputs.items()}
+        try:
+            found = fault(target, assistant, inputs, CALLS[option])
+        except RuntimeError as error:
+            found = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        num_cases += 1
+        if found:
+            faults[f"{name}, {option}"] = found
+    print(json.dumps({"num_cases": num_cases, "faults": faults}))

@@ -1,0 +1,26 @@
+"""Drafts and targets on other devices, on one or apart: the same tokens as on a CPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+TESTS = Path(__file__).parent
+SECOND_DEVICE = TESTS.parents[1] / "shared/tools/second_device"
+
+
+@pytest.mark.skipif(not SECOND_DEVICE.exists(), reason="needs ../shared")
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs a compiler")
+def test_tokens_on_other_devices_equal_plain_generate() -> None:
+    command = [sys.executable, "-W", "ignore", str(TESTS / "other_devices.py"), str(SECOND_DEVICE)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_cases"] > 80
+    assert result["faults"] == {}
