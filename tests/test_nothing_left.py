@@ -410,12 +410,15 @@ def test_a_draft_without_tokens_is_refused_before_anything_runs() -> None:
 def test_a_generator_that_others_used_meanwhile_is_left_where_they_left_it() -> None:
     target, inputs = make_target("llava"), make_inputs("llava")
     drawn: list[float] = []
+    states: list[torch.Tensor] = []
 
     def draw(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         drawn.append(float(torch.rand(())))
+        states.append(torch.get_rng_state())
         return never(input_ids, scores)
 
     generate(target, inputs, assistant_model=make_msd(target), do_sample=True, stopping_criteria=[draw])
+    assert torch.equal(torch.get_rng_state(), states[-1])
     drawn += torch.rand(NUM_TOKENS).tolist()
     assert len(set(drawn)) == 2 * NUM_TOKENS  # no number comes twice
 
