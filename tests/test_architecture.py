@@ -192,3 +192,22 @@ def test_the_root_holds_six_files_at_most() -> None:
 def test_files_are_short_enough_to_read() -> None:
     lengths = {module_of(path): len(path.read_text().splitlines()) for path in FILES}
     assert {module: length for module, length in lengths.items() if length > 300} == {}
+
+
+def draw_house() -> str:
+    """Draw the rooms in their order, with what each imports and what it says of itself."""
+    lines = []
+    for rooms in ORDER:
+        for room in sorted(rooms):
+            modules = [module for module in MODULES if room_of(module) == room]
+            others = {room_of(other) for module in modules for other in own_imports(module)} - {room}
+            below = ", ".join(sorted(others, key=lambda other: (LEVEL[other], other)))
+            about = ast.get_docstring(MODULES["" if room == "__init__" else room]).split("\n")[0]
+            name = f"{room}.py" if (PACKAGE / f"{room}.py").exists() else f"{room}/"
+            lines.append(f"{name:<12} {about}\n{'':<12} <- {below or 'nothing'}")
+    return "\n".join(lines)
+
+
+def test_the_documentation_draws_the_house_as_it_is() -> None:
+    page = (PACKAGE.parent / "docs/how_it_works.md").read_text()
+    assert draw_house() in page, f"docs/how_it_works.md should hold:\n{draw_house()}"

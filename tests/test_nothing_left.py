@@ -381,6 +381,65 @@ def test_the_cache_and_the_generator_are_true_whatever_ends_a_call(
             assert torch.equal(rest, plain[:, : rest.shape[1]])
 
 
+def half_filled(cache: DynamicCache) -> DynamicCache:
+    layer = cache.layers[1]
+    layer.keys, layer.values = layer.keys[:, :, :5], layer.values[:, :, :5]
+    return cache
+
+
+def of_two(cache: DynamicCache) -> DynamicCache:
+    cache.batch_repeat_interleave(2)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("cache", "ids", "message"),
+    [
+        (lambda cache: half_filled(cache), slice(None), "same length, got"),
+        (lambda cache: of_two(cache), slice(None), "must hold 1 sequences, got"),
+        (lambda cache: cache, slice(4), "must go on from the"),
+        (lambda cache: tuple(cache.layers), slice(None), "must be a `DynamicCache` or `StaticCache`, got tuple"),
+    ],
+    ids=["half filled", "of another batch", "longer than the prompt", "no cache"],
+)
+@pytest.mark.parametrize("kind", ["eager", "runtime"])
+def test_a_cache_that_does_not_fit_is_refused_and_kept(
+    kind: str, cache: Callable[[Any], Any], ids: slice, message: str
+) -> None:
+    target, inputs = make_target("llava"), make_inputs("llava")
+    first = generate(target, inputs)
+    given = cache(first[CACHE])
+    before = copy.deepcopy(given)
+    assistant = make_msd(target) if kind == "eager" else StaticRuntime(make_msd(target))
+    with pytest.raises(ValueError, match=message):
+        generate(target, {"input_ids": first.sequences[:, ids]}, **{CACHE: given}, assistant_model=assistant)
+    layers = given if isinstance(given, tuple) else given.layers
+    for layer, kept in zip(layers, before if isinstance(before, tuple) else before.layers, strict=True):
+        assert type(layer) is DynamicLayer
+        assert torch.equal(layer.keys, kept.keys)
+        assert torch.equal(layer.values, kept.values)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_same_prompt_again_on_its_own_cache_equals_plain(kind: str) -> None:
+    target, inputs = make_target("llama"), make_inputs("llama")
+    said = []
+    for assistant in (None, make_msd(target)):
+        cache = CACHES[kind](target)
+        target(**inputs, **{CACHE: cache})
+        said.append(generate(target, inputs, **{CACHE: cache}, assistant_model=assistant).sequences)
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("wrong", ["folder", MSDDraftModel, [1], 3, object()], ids=lambda value: type(value).__name__)
+def test_what_is_no_assistant_is_told(wrong: Any) -> None:
+    target, inputs = make_target("llava"), make_inputs("llava")
+    with pytest.raises(ValueError, match=r"must be a model, or an object with a method `candidate_generator`, got"):
+        generate(target, inputs, assistant_model=wrong)
+    with pytest.raises(ValueError, match=r"Expected an `MSDDraftModel` or an object with a method"):
+        StaticRuntime(wrong)
+
+
 @pytest.mark.parametrize("kind", ["eager", "runtime"])
 def test_a_refused_static_cache_keeps_its_layers_and_serves_on(kind: str) -> None:
     target, inputs = make_target("llava"), make_inputs("llava")
@@ -390,7 +449,7 @@ def test_a_refused_static_cache_keeps_its_layers_and_serves_on(kind: str) -> Non
     with pytest.raises(ValueError, match="max_cache_len"):
         generate(target, inputs, **{CACHE: cache}, assistant_model=assistant)
     assert cache.layers == layers
-    cache.reset()
+    assert cache.get_seq_length() == 0  # nothing ran
     plain = generate(target, inputs, max_new_tokens=5).sequences
     assert torch.equal(generate(target, inputs, **{CACHE: cache}, max_new_tokens=5).sequences, plain)
 

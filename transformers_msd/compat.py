@@ -1,6 +1,7 @@
 """
-What differs between the supported versions of Transformers, and a canary that looks on import at every name of theirs
-that they may change in any release.
+What differs between the supported versions of Transformers, and the canary that looks at it on import.
+
+The canary looks at every name that this package wraps, overrides or reads although any release may change it.
 """
 
 import copy
@@ -13,6 +14,7 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -94,6 +96,7 @@ NAMES = (
     ),
     Name(f"{_MIXIN}._prepare_multimodal_encoder_kwargs_for_generation", "self, model_kwargs"),
     Name(f"{_MIXIN}._supports_mm_encoder_outputs", "self"),
+    Name(f"{_MIXIN}.generate", attribute="_mask_length"),
     Name(f"{_MIXIN}._prepare_special_tokens", attribute="_pad_token_tensor"),
     Name(f"{_MIXIN}._prepare_cache_for_generation", attribute="_is_user_defined"),
     Name("transformers.generation:CompileConfig._compile_all_devices"),
@@ -198,6 +201,30 @@ def pad_token_id_of(generation_config: GenerationConfig) -> int:
     """Return the token that `generate`, which prepared these settings, puts behind ended rows."""
     pad_token = generation_config._pad_token_tensor
     return 0 if pad_token is None else int(pad_token)
+
+
+def num_prompt_columns(
+    input_ids: torch.Tensor, cache: Cache, model_kwargs: Mapping[str, Any], generation_config: GenerationConfig
+) -> int:
+    """
+    Count the columns that a cache has once `generate`, which prepared all of these, has run the prompt.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            Ids of the whole prompt, or of what is new in it.
+        cache (`Cache`):
+            The cache before that.
+        model_kwargs (`dict[str, Any]`):
+            Further arguments of the forward.
+        generation_config (`GenerationConfig`):
+            Settings of the call.
+    """
+    num_cached = int(cache.get_seq_length())
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    length = (input_ids if embeds is None else embeds).shape[1]
+    is_whole = embeds is not None or length == (generation_config._mask_length if mask is None else mask.shape[1])
+    # A prompt that is in the cache already is run once more.
+    return length if is_whole and length != num_cached else num_cached + length
 
 
 def compiles_by_itself(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:

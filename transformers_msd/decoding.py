@@ -10,11 +10,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.carried import carry, take_carried
-from transformers_msd.caches.check import check_cache
+from transformers_msd.caches.check import check_cache, check_rows
 from transformers_msd.call.emission import Emission
 from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.sampling import Sampler
-from transformers_msd.compat import CACHE
+from transformers_msd.compat import CACHE, num_prompt_columns
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
 from transformers_msd.drafters.gate import Gate
 from transformers_msd.target.target import Target
@@ -65,6 +65,8 @@ def tree_decoding(
     target = Target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
     emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
+    prompt_length = num_prompt_columns(input_ids, cache, model_kwargs, generation_config)
+    check_rows(cache, len(input_ids), prompt_length, emission.max_steps or 1)
 
     noise = None
     with ExitStack() as leaving:
@@ -73,7 +75,6 @@ def tree_decoding(
             leaving.callback(lambda: target.leave(emission.num_steps))
         # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
         tree, outputs = target.prefill(input_ids)
-        target.room.check(emission.max_steps)
         if generation_config.do_sample:
             noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
             leaving.callback(lambda: noise.leave(emission.num_steps))

@@ -1,6 +1,7 @@
 """
-How `generate` comes to draft trees: three methods of `GenerationMixin`, wrapped so that a call with one of our
-assistants takes our path and every other call Transformers' own. No other file replaces anything.
+How `generate` comes here: three methods of `GenerationMixin`, wrapped. No other file replaces anything.
+
+A call with one of our assistants takes our path, every other call Transformers' own.
 """
 
 import functools
@@ -35,7 +36,13 @@ _arguments: ContextVar[dict[str, Any] | None] = ContextVar("transformers_msd_arg
 @functools.wraps(_generate)
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     arguments = dict(zip(_PARAMETERS, (self, *args), strict=False)) | kwargs
-    if assistant_for(arguments.get("assistant_model")) is None:
+    assistant_model = arguments.get("assistant_model")
+    if assistant_for(assistant_model) is None:
+        if assistant_model is not None and not hasattr(assistant_model, "config"):
+            raise ValueError(
+                "`assistant_model` must be a model, or an object with a method `candidate_generator`, got "
+                f"{type(assistant_model).__name__}. Load a folder by `MSDDraftModel.from_pretrained`."
+            )
         return _generate(self, *args, **kwargs)
     del arguments["self"]
     token = _arguments.set(current_names(arguments))

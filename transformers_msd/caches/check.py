@@ -6,6 +6,11 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 def check_cache(cache: Cache) -> None:
     """Raise a `ValueError` unless single rows can be taken out of a cache."""
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"The cache must be a `DynamicCache` or `StaticCache`, got {type(cache).__name__}. Pass the one that the "
+            "turn before returned, or none."
+        )
     layer_types = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         layer_types.add(cache.layer_class_to_replicate)
@@ -18,4 +23,39 @@ def check_cache(cache: Cache) -> None:
             f"{' with offloading' if cache.offloading else ''}. Sliding-window, recurrent, quantised and offloaded "
             "caches can't take back rejected rows: drop `cache_implementation` and the cache, or generate "
             "without `assistant_model`."
+        )
+
+
+def check_rows(cache: Cache, batch_size: int, prompt_length: int, num_steps: int) -> None:
+    """
+    Raise a `ValueError` if a cache has no place for a call.
+
+    Args:
+        cache (`Cache`):
+            The cache before the prompt is run.
+        batch_size (`int`):
+            Sequences of the call.
+        prompt_length (`int`):
+            Columns of the whole prompt, those that the cache has already included.
+        num_steps (`int`):
+            Most new tokens.
+    """
+    needed = prompt_length + num_steps - 1
+    most = min((layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer), default=needed)
+    if needed > most:
+        raise ValueError(
+            f"The static cache needs {needed} columns for the prompt and the new tokens, got {most}. Make it with a "
+            "larger `max_cache_len`, or ask for fewer tokens."
+        )
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    batch_sizes, lengths = {len(layer.keys) for layer in layers}, {int(layer.get_seq_length()) for layer in layers}
+    way_out = "Pass the cache that the turn before returned, or none."
+    if batch_sizes - {batch_size}:
+        raise ValueError(f"The cache must hold {batch_size} sequences, got {sorted(batch_sizes)}. {way_out}")
+    if len(lengths) > 1:
+        raise ValueError(f"The layers of the cache must have the same length, got {sorted(lengths)}. {way_out}")
+    if any(length > prompt_length for length in lengths):
+        raise ValueError(
+            f"The prompt must go on from the {lengths.pop()} columns of the cache, got {prompt_length} tokens in all. "
+            "Pass the whole conversation as `input_ids`, or a cropped cache."
         )

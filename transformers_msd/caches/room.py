@@ -53,16 +53,6 @@ class Room:
         """Whether unsettled rows lie right behind the settled ones of their own sequence."""
         return self.is_even
 
-    def check(self, num_steps: int | None) -> None:
-        """Raise a `ValueError` if the caller's static cache has no columns for so many new tokens."""
-        needed = self.num_columns + (num_steps or 1) - 1
-        most = min((layer.max_cache_len for layer in self._static_layers.values()), default=needed)
-        if needed > most:
-            raise ValueError(
-                f"The static cache needs {needed} columns for the prompt and the new tokens, got {most}. Make it with "
-                "a larger `max_cache_len`, or ask for fewer tokens."
-            )
-
     def mask(self, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """
         Let the next forward add rows behind the settled ones.
