@@ -96,6 +96,17 @@ def test_both_names_at_once_raise(draft: MSDDraftModel) -> None:
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES[: 1 + CACHE_NAMES.index(CACHE)])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_name_without_a_cache_takes_none_away(draft: MSDDraftModel, name: str, is_first: bool) -> None:
+    target, inputs, cache = make_target("llava"), make_inputs("llava"), DynamicCache()
+    given = {other: None for other in CACHE_NAMES if other != name} if CACHE_NAMES[0] != CACHE else {}
+    given = {name: cache, **given} if is_first else {**given, name: cache}
+    plain = target.generate(**inputs, max_new_tokens=6)
+    assert torch.equal(target.generate(**inputs, **given, assistant_model=draft, max_new_tokens=6), plain)
+    assert cache.get_seq_length() == plain.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES[: 1 + CACHE_NAMES.index(CACHE)])
 def test_generate_takes_a_cache_by_every_name_that_transformers_knows(draft: MSDDraftModel, name: str) -> None:
     target, inputs = make_target("llava"), make_inputs("llava")
     settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import output_capturing
 from zoo import ARCHITECTURES, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
@@ -31,6 +33,7 @@ from transformers_msd.compat import CACHE
 from transformers_msd.drafters.base import models_of
 from transformers_msd.drafters.wrapped import Wrapped
 from transformers_msd.target.capturing import FLAG
+from transformers_msd.trees.noise import NoiseTape
 
 
 TREE = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
@@ -197,6 +200,102 @@ def test_a_forward_in_another_thread_keeps_the_hooks_it_relies_on(is_second: boo
     # As if the forward had run alone: its hooks are the user's, and work.
     assert len(target(**inputs, output_hidden_states=True).hidden_states) == num_hidden_states(target)
     assert hooks_of(target)
+
+
+class Blocking(OrderedDict[int, Any]):
+    """Hooks of a module that wait for a meeting before one is taken off."""
+
+    def __init__(self, hooks: dict[int, Any], meeting: Meeting) -> None:
+        super().__init__(hooks)
+        self.meeting = meeting
+
+    def pop(self, *args: Any) -> Any:
+        self.meeting.wait()
+        return super().pop(*args)
+
+
+def assert_in_order(target: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    """Transformers' own capturing works, with one hook for each name."""
+    assert len(target(**inputs, output_hidden_states=True).hidden_states) == num_hidden_states(target)
+    names = [name for name, _ in hooks_of(target)]
+    assert len(set(names)) == len(names) > 0
+    assert torch.equal(generate(target, inputs).sequences, generate(make_target("llava"), inputs).sequences)
+
+
+@pytest.mark.parametrize("place", ["vision_tower.encoder", "language_model"])
+def test_a_picture_in_another_thread_keeps_the_hooks_of_its_tower(place: str) -> None:
+    """Plain `generate` is in the vision tower when the first drafted call, which has come as far or further, ends."""
+    target, inputs = fresh_target(), make_inputs("llava")
+    draft, call, picture = make_msd(target), Meeting(), Meeting()
+
+    def wait_at(layers: nn.Module, thread: threading.Thread, meeting: Meeting) -> None:
+        layers[0].register_forward_pre_hook(
+            lambda *args: meeting.wait() if threading.current_thread() is thread else None
+        )
+
+    said: list[torch.Tensor] = []
+    caller = threading.Thread(target=lambda: generate(target, inputs, assistant_model=draft, max_new_tokens=1))
+    reader = threading.Thread(target=lambda: said.append(generate(target, inputs).sequences))
+    wait_at(target.model.get_submodule(place).layers, caller, call)
+    wait_at(target.model.vision_tower.encoder.layers, reader, picture)
+    for thread, meeting in ((caller, call), (reader, picture)):
+        thread.start()
+        assert meeting.reached.wait(30)
+    for thread, meeting in ((caller, call), (reader, picture)):
+        meeting.done.set()
+        thread.join()
+    assert torch.equal(said[0], generate(make_target("llava"), inputs).sequences)
+    assert_in_order(target, inputs)
+
+
+def test_a_call_begins_while_transformers_hooks_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, inputs = fresh_target(), make_inputs("llava")
+    draft, meeting, call = make_msd(target), Meeting(), Meeting()
+    generate(target, inputs, assistant_model=draft)  # its hooks are kept for the next call
+    install = output_capturing.install_output_capuring_hook
+
+    def slowly(*args: Any) -> None:
+        install(*args)
+        if threading.current_thread() is reader and not meeting.reached.is_set():
+            meeting.wait()
+
+    monkeypatch.setattr(output_capturing, "install_output_capuring_hook", slowly)
+    states: list[Any] = []
+    reader = threading.Thread(target=lambda: states.append(target(**inputs, output_hidden_states=True).hidden_states))
+    reader.start()
+    assert meeting.reached.wait(30)
+    caller, drafted = run_in_thread(
+        lambda: generate(target, inputs, assistant_model=draft, streamer=Waiting(call), return_dict_in_generate=False)
+    )
+    call.reached.wait(1)  # in vain: it waits for Transformers
+    meeting.done.set()
+    reader.join()
+    call.done.set()
+    caller.join()
+    assert len(states[0]) == num_hidden_states(target)
+    assert torch.equal(drafted[0], generate(make_target("llava"), inputs).sequences)
+    assert_in_order(target, inputs)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_forward_begins_while_a_call_takes_its_hooks(layer: int) -> None:
+    target, inputs = fresh_target(), make_inputs("llava")
+    draft, call, taking = make_msd(target), Meeting(), Meeting()
+    caller, _ = run_in_thread(
+        lambda: generate(target, inputs, assistant_model=draft, streamer=Waiting(call), return_dict_in_generate=False)
+    )
+    assert call.reached.wait(30)
+    module = target.model.language_model.layers[layer]
+    module._forward_hooks = Blocking(module._forward_hooks, taking)
+    call.done.set()
+    assert taking.reached.wait(30)
+    reader, states = run_in_thread(lambda: target(**inputs, output_hidden_states=True).hidden_states)
+    reader.join(1)  # it waits for the call
+    taking.done.set()
+    for thread in (caller, reader):
+        thread.join()
+    assert len(states[0]) == num_hidden_states(target)
+    assert_in_order(target, inputs)
 
 
 def test_the_last_of_several_calls_takes_the_hooks() -> None:
@@ -482,6 +581,22 @@ def test_a_generator_that_others_used_meanwhile_is_left_where_they_left_it() -> 
     assert len(set(drawn)) == 2 * NUM_TOKENS  # no number comes twice
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_no_number(dtype: torch.dtype) -> None:
+    draws = []
+    for default in (torch.float32, dtype):
+        tape = NoiseTape(1, VOCAB_SIZE, torch.device("cpu"))
+        torch.manual_seed(0)
+        torch.set_default_dtype(default)
+        try:
+            tape.open()
+            draws.append(tape.at(0))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert draws[1].dtype is torch.float32
+    assert torch.equal(*draws)
+
+
 def test_two_threads_that_sample_draw_different_numbers() -> None:
     target, inputs = make_target("llama"), make_inputs("llama")
     settings = {"do_sample": True, "temperature": 3.0, "top_k": 0, "max_new_tokens": 12}
@@ -572,7 +687,7 @@ def test_a_cache_carries_tensors_and_no_model(kind: str, copied: str) -> None:
         assert torch.equal(*lengths)
 
 
-@pytest.mark.parametrize("changed", ["another draft", "a draft that moved"])
+@pytest.mark.parametrize("changed", ["another draft", "a draft that moved", "a draft of more layers"])
 def test_a_state_belongs_to_the_models_that_made_it(changed: str) -> None:
     target, inputs = make_target("llava"), make_inputs("llava")
     draft = make_msd(target)
@@ -580,13 +695,50 @@ def test_a_state_belongs_to_the_models_that_made_it(changed: str) -> None:
     if changed == "another draft":
         draft = MSDDraftModel(MSDConfig.from_target(target.config, num_hidden_layers=2, num_key_value_heads=1)).eval()
         draft.tree_config = TREE
-    else:
+    elif changed == "a draft that moved":
         draft.double()
+    else:
+        draft.model.layers.append(copy.deepcopy(draft.model.layers[0]))
+        draft.model.layers[1].self_attn.layer_idx = 1
+        draft.config.get_text_config().num_hidden_layers = 2
     turn = {"input_ids": torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)}
     plain = generate(target, turn, **{CACHE: generate(target, inputs)[CACHE]})
     assert torch.equal(
         generate(target, turn, **{CACHE: first[CACHE]}, assistant_model=draft).sequences, plain.sequences
     )
+
+
+@pytest.mark.parametrize("change", [StaticCache.reset, lambda cache: cache.crop(-20)], ids=["reset", "cropped"])
+def test_a_cache_filled_anew_has_no_state_of_the_old_conversation(change: Callable[[StaticCache], Any]) -> None:
+    """It has as many columns as when the state was made, and is the same object."""
+    target, inputs = make_target("llama"), make_inputs("llama")
+    assistant = VLMDrafter(target, tree_config=TREE)  # a draft that is always right
+    cache = StaticCache(config=target.config.get_text_config(), max_cache_len=96)
+    first = generate(target, inputs, **{CACHE: cache}, assistant_model=assistant).sequences
+    num_columns = int(cache.get_seq_length())
+    change(cache)
+    others = first.clone()
+    others[:, int(cache.get_seq_length()) :] = 7
+    filled = generate(
+        target, {"input_ids": others[:, : num_columns - 3]}, **{CACHE: cache}, max_new_tokens=4
+    ).sequences
+    assert int(cache.get_seq_length()) == num_columns
+    turn = {"input_ids": torch.cat([filled, torch.tensor([[8, 9, 10]])], dim=1)}
+    drafted = generate(target, turn, **{CACHE: cache}, assistant_model=assistant)
+    fresh = generate(target, turn, assistant_model=assistant)
+    assert torch.equal(drafted.sequences, fresh.sequences)
+    assert drafted.speculative_stats.num_accepted == fresh.speculative_stats.num_accepted
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+@pytest.mark.parametrize("kind", ["msd", "vlm"])
+def test_a_runtime_serves_in_and_out_of_inference_mode(kind: str, cache_implementation: str | None) -> None:
+    target, inputs = make_target("llava"), make_inputs("llava")
+    runtime, plain = StaticRuntime(ASSISTANTS[kind]("llava", target)), generate(target, inputs).sequences
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            drafted = generate(target, inputs, assistant_model=runtime, cache_implementation=cache_implementation)
+        assert torch.equal(drafted.sequences, plain)
 
 
 def test_a_copied_runtime_has_compiled_nothing_and_is_free() -> None:

@@ -36,7 +36,7 @@ class Name:
         parameters (`str`, *optional*):
             Parameters of the function that it names, `one|other` where versions call a parameter differently.
         attribute (`str`, *optional*):
-            What is needed is not the function itself but an attribute of other objects that it sets.
+            What is needed is not the function itself but an attribute of other objects that it uses.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Name:
     def __str__(self) -> str:
         name = self.path.replace(":", ".")
         if self.attribute is not None:
-            return f"`{self.attribute}`, which `{name}` sets"
+            return f"`{self.attribute}`, which `{name}` uses"
         return f"`{name}`" if self.parameters is None else f"`{name}({self.parameters})`"
 
     @property
@@ -65,6 +65,8 @@ class Name:
             return code is not None and self.attribute in code.co_names + code.co_consts
         if self.parameters is None:
             return True
+        if not callable(value):
+            return False
         found = list(inspect.signature(value).parameters)
         expected = [parameter.split("|") for parameter in self.parameters.split(", ")]
         return len(found) == len(expected) and all(a in b for a, b in zip(found, expected, strict=True))
@@ -105,6 +107,12 @@ NAMES = (
     Name("transformers.cache_utils:DynamicLayer.update", "self, key_states, value_states, args, kwargs"),
     Name("transformers.cache_utils:StaticLayer.update", "self, key_states, value_states, args, kwargs"),
     Name("transformers.cache_utils:StaticLayer.__init__", "self, max_cache_len, kwargs"),
+    Name("transformers.utils:output_capturing._hook_installation_lock"),
+    Name("transformers.utils:output_capturing.install_all_output_capturing_hooks", "model, prefix"),
+    Name(
+        "transformers.utils:output_capturing.maybe_install_capturing_hooks",
+        attribute="_output_capturing_hooks_installed",
+    ),
     Name("torch:_dynamo.mark_static_address", "t, guard"),
 )
 TRAINER_NAMES = (
@@ -127,17 +135,20 @@ TRAINER_NAMES = (
 
 def check_names(names: Iterable[Name]) -> None:
     """Raise an `ImportError` for names that are gone or have other parameters; warn of versions never tested."""
+    errors = []
     for package, own in groupby(sorted(names, key=lambda name: name.package), lambda name: name.package):
         version, supported = import_module(package).__version__, f"{package}{SUPPORTED[package]}"
         way_out = f"transformers-msd works with {supported}: `pip install '{supported}'`."
         missing = [str(name) for name in own if not name.is_there()]
         if missing:
-            raise ImportError(f"{package} {version} lacks {'; '.join(missing)}. {way_out}")
-        if not SpecifierSet(SUPPORTED[package]).contains(version, prereleases=True):
+            errors.append(f"{package} {version} lacks {'; '.join(missing)}. {way_out}")
+        elif not SpecifierSet(SUPPORTED[package]).contains(version, prereleases=True):
             warnings.warn(
                 f"Tests never ran on {package} {version}, although it lacks nothing that is needed. {way_out}",
                 stacklevel=2,
             )
+    if errors:
+        raise ImportError(" ".join(errors))
 
 
 check_names(NAMES)
@@ -160,8 +171,9 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
 
 def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Call the cache among arguments by the name it has today, where it comes by the old one."""
-    cache_of(arguments)
-    return {CACHE if name == CACHE_NAMES[0] else name: value for name, value in arguments.items()}
+    cache = cache_of(arguments)
+    named = {CACHE if name == CACHE_NAMES[0] else name: value for name, value in arguments.items()}
+    return named if cache is None else named | {CACHE: cache}
 
 
 def encode_pictures(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class FixedRoom(Room):
     def _buffer(self, name: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = (name, shape, dtype, device)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # calls in any mode use it
+                self._buffers[key] = torch.empty(shape, dtype=dtype, device=device)
             torch._dynamo.mark_static_address(self._buffers[key])
         return self._buffers[key]
 

@@ -23,76 +23,49 @@ FLAG = "_output_capturing_hooks_installed"
 
 
 class _Hooks:
-    """The hooks and flags that our calls brought to one model."""
+    """The hooks and flags that our calls bring to one model."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.num_calls = 0
         self.is_wanted = False
         self._flag = _Flag(self)
-        self._module_ids: list[int] = []
-        self._flagged_before: set[int] = set()
         # Kept from call to call: code that was compiled with these hooks is found again with the same ones only.
+        self._modules: list[ReferenceType[nn.Module]] = []
         self._flagged: list[ReferenceType[nn.Module]] = []
         self._hooks: list[tuple[ReferenceType[nn.Module], int, Callable[..., Any]]] = []
 
     def enter(self, model: nn.Module) -> None:
-        """Begin a call; the first brings back what the last had."""
-        with self.lock:
+        """Begin a call; the first hooks all parts of the model that Transformers has not hooked."""
+        with output_capturing._hook_installation_lock, self.lock:
             self.num_calls += 1
             if self.num_calls > 1:
                 return
-            modules = list(model.modules())
-            module_ids = [id(module) for module in modules]
-            self._flagged_before = {id(module) for module in modules if FLAG in vars(module)}
-            kept = [module() for module in (*self._flagged, *(module for module, _, _ in self._hooks))]
-            is_hooked = any(id(module) in self._flagged_before for module in kept)
-            if module_ids != self._module_ids or None in kept or is_hooked:
-                self._flagged, self._hooks = [], []
-            self._module_ids = module_ids
             self.is_wanted = False
+            modules = list(model.modules())
+            parts = [part for part in modules if isinstance(part, PreTrainedModel) and FLAG not in vars(part)]
+            if [module() for module in self._modules] != modules or [part() for part in self._flagged] != parts:
+                self._modules, self._flagged = [ref(module) for module in modules], [ref(part) for part in parts]
+                self._hooks = [hook for part in parts for hook in _hook(part)]
             for module, key, hook in self._hooks:
                 module()._forward_hooks[key] = hook
-            for module in self._flagged:
-                vars(module())[FLAG] = self._flag
+            for part in parts:
+                vars(part)[FLAG] = self._flag
 
-    def adopt(self, model: nn.Module) -> None:
-        """Take what has come since the first call began for the calls'."""
-        with self.lock:
-            self._adopt(model)
-
-    def leave(self, model: nn.Module) -> None:
-        """End a call; the last takes off what the calls brought."""
+    def leave(self) -> None:
+        """End a call; the last takes off what the first brought."""
         with self.lock:
             self.num_calls -= 1
             if self.num_calls:
                 return
-            self._adopt(model)
             if self.is_wanted:
-                for module in self._flagged:
-                    vars(module())[FLAG] = True
-                self._flagged, self._hooks = [], []
-            for module in self._flagged:
-                vars(module()).pop(FLAG, None)
+                for part in self._flagged:
+                    vars(part())[FLAG] = True
+                self._modules, self._flagged, self._hooks = [], [], []
             for module, key, _ in self._hooks:
                 module()._forward_hooks.pop(key, None)
-
-    def _adopt(self, model: nn.Module) -> None:
-        # A flag stands for the hooks below it, down to the next model that has a flag of its own.
-        owners: dict[str, nn.Module] = {"": model}
-        for name, module in model.named_modules():
-            is_owner = isinstance(module, PreTrainedModel) or not name
-            owners[name] = owner = module if is_owner else owners[name.rpartition(".")[0]]
-            if vars(owner).get(FLAG) is True and id(owner) not in self._flagged_before:
-                self._hooks += [
-                    (ref(module), key, hook)
-                    for key, hook in module._forward_hooks.items()
-                    if getattr(hook, "__module__", None) == output_capturing.__name__
-                ]
-        for module in {id(owner): owner for owner in owners.values()}.values():
-            if vars(module).get(FLAG) is True and id(module) not in self._flagged_before:
-                vars(module)[FLAG] = self._flag
-                self._flagged.append(ref(module))
+            for part in self._flagged:
+                vars(part()).pop(FLAG, None)
 
 
 class _Flag:
@@ -111,6 +84,25 @@ class _Flag:
 
     def __reduce__(self) -> tuple[type, tuple[bool]]:
         return bool, (True,)
+
+
+def _hook(part: PreTrainedModel) -> list[tuple[ReferenceType[nn.Module], int, Callable[..., Any]]]:
+    """Hook a model, down to the models inside it, and set no flag."""
+    hooks = []
+
+    def twin_of(module: nn.Module) -> nn.Module:
+        # Shares the module's hooks, and nothing else that Transformers would change.
+        twin = object.__new__(type(module))
+        children = {name: child for name, child in module.named_children() if not isinstance(child, PreTrainedModel)}
+        twin.__dict__.update(vars(module), _modules={name: twin_of(child) for name, child in children.items()})
+        twins.append((module, twin, set(module._forward_hooks)))
+        return twin
+
+    twins: list[tuple[nn.Module, nn.Module, set[int]]] = []
+    output_capturing.install_all_output_capturing_hooks(twin_of(part))
+    for module, twin, before in twins:
+        hooks += [(ref(module), key, hook) for key, hook in twin._forward_hooks.items() if key not in before]
+    return hooks
 
 
 _lock = threading.Lock()
@@ -135,10 +127,5 @@ def capturing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        hooks.leave(model)
+        hooks.leave()
         _ours.reset(token)
-
-
-def adopt_hooks(model: nn.Module) -> None:
-    """Note, inside `capturing`, that the model has run: from here on it is told who else relies on its hooks."""
-    _hooks_of[model].adopt(model)

@@ -11,7 +11,6 @@ from transformers.utils import ModelOutput
 from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
-from transformers_msd.target.capturing import adopt_hooks
 from transformers_msd.target.committed import Committed
 from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
 from transformers_msd.trees.masks import take_rows
@@ -73,7 +72,6 @@ class Target:
         """
         recorder = _Recorder(self.model)
         outputs = self._run_prompt(recorder, input_ids)
-        adopt_hooks(self.model)
         self.device = outputs.hidden_states[-1].device
         self._settle_prompt(len(outputs.logits), self.device)
         inputs_embeds, features = (

@@ -56,7 +56,7 @@ class NoiseTape:
     def at(self, step: int) -> torch.Tensor:
         """Noise of one position, counted from the first generated token, of shape `(batch_size, vocab_size)`."""
         while step >= self._first + len(self._draws):
-            draw = torch.empty(self._shape, device=self._device)
+            draw = torch.empty(self._shape, dtype=torch.float32, device=self._device)
             self._draws.append(draw.exponential_(1, generator=self._generator))
             self._states.append(self._generator.get_state())
         return self._draws[step - self._first]
