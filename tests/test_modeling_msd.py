@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -174,6 +176,37 @@ def test_overrides_reach_the_level_they_belong_to():
 def test_wrong_overrides_raise(overrides):
     with pytest.raises(ValueError, match=next(iter(overrides))):
         MSDConfig.from_target(TARGETS["llava"](), **overrides)
+
+
+# Configs that give lists for their layers, whose text part AutoModel does not know, or whose layers can't draft alone.
+OTHERS = (
+    *("cohere2_vision", "cohere_compass", "ernie4_5_vl_moe", "falcon", "falcon_mamba", "gemma3", "gemma3n", "gemma4"),
+    *("gpt2", "gpt_neox", "granite4_vision", "lfm2_vl", "llama4", "longcat_flash", "mellum", "minimax_m3_vl_text"),
+    *("mistral", "mllama", "opt", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen3_5", "qwen3_omni_moe_thinker"),
+    *("blip-2", "chameleon", "emu3"),  # no token for pictures
+)
+
+
+@pytest.mark.parametrize("model_type", [name for name in OTHERS if name in CONFIG_MAPPING])
+def test_other_targets_have_a_draft_of_llama_layers(model_type):
+    target_config = CONFIG_MAPPING[model_type]()
+    config = MSDConfig.from_target(target_config)
+    text_config = target_config.get_text_config()
+    assert type(config.get_text_config()) is LlamaConfig
+    assert not config.input_layernorm
+    assert config.get_text_config().hidden_size == text_config.hidden_size
+    assert None not in config.visual_token_ids
+    with torch.device("meta"):
+        draft = MSDDraftModel(config)
+    assert len(draft.model.layers) == 1
+
+
+def test_the_folder_of_a_target_is_no_draft(tmp_path):
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'msd_draft', got 'llama'"):
+        MSDDraftModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs the `hidden_size` and `vocab_size`"):
+        MSDConfig.from_target(CONFIG_MAPPING["blt"]())
 
 
 def test_visual_token_mask_marks_every_placeholder():

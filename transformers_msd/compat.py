@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -98,6 +99,10 @@ NAMES = (
     ),
     Name(f"{_MIXIN}._prepare_multimodal_encoder_kwargs_for_generation", "self, model_kwargs"),
     Name(f"{_MIXIN}._supports_mm_encoder_outputs", "self"),
+    Name(
+        f"{_MIXIN}._update_model_kwargs_for_generation",
+        "self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens",
+    ),
     Name(f"{_MIXIN}.generate", attribute="_mask_length"),
     Name(f"{_MIXIN}._prepare_special_tokens", attribute="_pad_token_tensor"),
     Name(f"{_MIXIN}._prepare_cache_for_generation", attribute="_is_user_defined"),
@@ -207,6 +212,16 @@ def attention_of(config: PreTrainedConfig) -> str:
 def is_stateful(model: PreTrainedModel) -> bool:
     """Tell whether a model has a recurrent state, which can't take tokens back."""
     return model._is_stateful
+
+
+def keeps_no_cache(model: PreTrainedModel) -> bool:
+    """Tell whether a model trains in such a way that it keeps no cache."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def update_model_kwargs_of(model_class: type[GenerationMixin]) -> FunctionType:
+    """Return the method by which a class of models changes the arguments of its forward after each token."""
+    return model_class._update_model_kwargs_for_generation
 
 
 def pad_token_id_of(generation_config: GenerationConfig) -> int:

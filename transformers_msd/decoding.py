@@ -18,6 +18,7 @@ from transformers_msd.compat import CACHE, num_prompt_columns
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
 from transformers_msd.drafters.gate import Gate
 from transformers_msd.target.target import Target
+from transformers_msd.traits.support import check_reach
 from transformers_msd.trees.noise import NoiseTape
 from transformers_msd.trees.verify import verify
 
@@ -66,7 +67,12 @@ def tree_decoding(
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
     emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
     prompt_length = num_prompt_columns(input_ids, cache, model_kwargs, generation_config)
+    target.max_steps = emission.max_steps
     check_rows(cache, len(input_ids), prompt_length, emission.max_steps or 1)
+    tree_config = tree_config_of(assistant)
+    num_nodes = 0 if tree_config is None else tree_config.num_nodes
+    is_fixed = isinstance(cache, StaticCache)
+    check_reach(model, model_kwargs, prompt_length, emission.max_steps, num_nodes, is_fixed)
 
     noise = None
     with ExitStack() as leaving:
@@ -75,12 +81,12 @@ def tree_decoding(
             leaving.callback(lambda: target.leave(emission.num_steps))
         # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
         tree, outputs = target.prefill(input_ids)
+        cache = target.cache
         if generation_config.do_sample:
             noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
             leaving.callback(lambda: noise.leave(emission.num_steps))
             noise.open()
         sampler = Sampler(logits_processor, emission, noise)
-        tree_config = tree_config_of(assistant)
         candidates = Gate(
             assistant.candidate_generator(target, CallInputs(arguments, sampler, carried, captures)),
             emission,
@@ -101,7 +107,8 @@ def tree_decoding(
                 committed = committed.keep_sequences(kept)
             if noise is not None:
                 noise.free(min(emission.lengths))
-            tree = target.fit(emission.pad(candidates.draft(committed)))
+            tree = candidates.draft(committed).with_roots(committed.root_token_ids)
+            tree = target.fit(emission.pad(tree))
             outputs = target.forward_tree(tree)
 
     stats = emission.finish()

@@ -153,6 +153,8 @@ class Emission:
             for token_id in token_ids[: num_accepted + 1]:
                 if not self.needs_more(row, self.tokens[row]):
                     break
+                if token_id < 0:
+                    raise RuntimeError("The scores have NaN or inf, or no token is left: nothing can be sampled.")
                 self.tokens[row].append(token_id)
             if self._eos_ends[row] is None and self.tokens[row] and self.tokens[row][-1] in self._eos_token_ids:
                 self._eos_ends[row] = len(self.tokens[row])

@@ -113,6 +113,9 @@ class Sampler:
             picked = _pick(step_scores, None if self._noise is None else self._noise.at(step)).tolist()
             for row in [row for row in active if len(tokens[row]) == step]:
                 token_id = emission.pad_token_id if emission.pad_rows[row] else picked[row]
+                if token_id < 0:
+                    active.remove(row)
+                    continue
                 choices[places[row], nodes[row]] = token_id
                 scores[places[row], nodes[row]] = step_scores[row]
                 tokens[row].append(token_id)
@@ -187,4 +190,6 @@ def _pick(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """Pick tokens from processed scores `(..., vocab_size)`: the best, or by the noise as `torch.multinomial` does."""
     if noise is None:
         return scores.argmax(-1)
-    return (scores.softmax(-1) / noise).argmax(-1)
+    probs = scores.softmax(-1)
+    # Where there are no probabilities plain decoding raises, and so does this if the place is reached.
+    return torch.where(probs[..., 0].isnan(), -1, (probs / noise).argmax(-1))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import (
     AlternatingCodebooksLogitsProcessor,
     ClassifierFreeGuidanceLogitsProcessor,
@@ -17,7 +18,9 @@ from transformers.generation.configuration_utils import (
 )
 
 from transformers_msd.caches.check import check_cache
-from transformers_msd.compat import attention_of, cache_of, is_stateful
+from transformers_msd.compat import cache_of
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.traits.support import check_padding, unsupported_fact
 
 
 # These remember earlier calls, or run the model themselves, and so would be wrong at the nodes of a tree.
@@ -57,36 +60,76 @@ def check_call(
             f"Drafting serves greedy decoding and sampling, got {generation_mode.value}. Set `num_beams=1` and "
             f"leave `penalty_alpha` and `dola_layers` unset, or {WAY_OUT}"
         )
-    _check_model(model)
-    _check_settings(generation_config, generation_mode_kwargs)
+    fact = unsupported_fact(model)
+    if fact is not None:
+        raise ValueError(f"{type(model).__name__} {fact}. Otherwise, {WAY_OUT}")
+    check_padding(model, arguments)
+    _check_settings(generation_config, arguments, generation_mode_kwargs)
     _check_processors(arguments.get("logits_processor") or ())
     if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
             "Drafting needs a dynamic or static cache on the target's device, got "
             f"`cache_implementation={generation_config.cache_implementation!r}`. Leave it unset, or {WAY_OUT}"
         )
+    check_cache(DynamicCache(config=model.config.get_text_config(decoder=True)))
     cache = cache_of(arguments)
-    check_cache(cache if cache is not None else DynamicCache(config=model.config.get_text_config(decoder=True)))
+    if cache is not None:
+        check_cache(cache)
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"Drafting needs a decoder-only target, got {type(model).__name__}. Instead, {WAY_OUT}")
-    if is_stateful(model):
+def check_draft(model: PreTrainedModel, prompt_length: int) -> None:
+    """
+    Raise a `ValueError` for a model that can't draft as a model of its own.
+
+    Args:
+        model (`PreTrainedModel`):
+            The draft.
+        prompt_length (`int`):
+            Columns of its prompt.
+    """
+    name = type(model).__name__
+    if isinstance(model, MSDDraftModel):
         raise ValueError(
-            f"{type(model).__name__} has a recurrent state, which can't take back rejected tokens. Instead, {WAY_OUT}"
+            f"{name} drafts from the target's features: pass it as `assistant_model`, not to a drafter of models of "
+            "their own."
         )
-    implementation = attention_of(model.config)
-    if implementation not in ("sdpa", "eager"):
+    fact = unsupported_fact(model)
+    if fact is None:
+        for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
+            window = getattr(layer, "sliding_window", None)
+            if window is not None and prompt_length >= window:
+                fact = f"keeps {window} tokens in its cache, got a prompt of {prompt_length}"
+            elif window is None and type(layer) is not DynamicLayer:
+                fact = f"has a cache of {type(layer).__name__}s, which can't take rows back"
+    if fact is not None:
+        raise ValueError(f"The draft, {name}, {fact}. Choose another draft.")
+    check_device(model)
+
+
+def check_device(draft: PreTrainedModel) -> None:
+    """Raise a `ValueError` for a draft whose weights are elsewhere until it runs."""
+    if any(parameter.is_meta for parameter in draft.parameters()):
         raise ValueError(
-            f"The target verifies a tree under a 4-D mask, which {implementation!r} attention can't carry. Load it "
-            f'with `attn_implementation="sdpa"`, or {WAY_OUT}'
+            f"A draft must have its weights on a device, got {type(draft).__name__} that is offloaded. Load it "
+            "without `device_map` or `cpu_offload`: it is small."
         )
 
 
-def _check_settings(generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]) -> None:
+def _check_settings(
+    generation_config: GenerationConfig, arguments: dict[str, Any], generation_mode_kwargs: dict[str, Any]
+) -> None:
     if generation_config.use_cache is False:
         raise ValueError(f"Drafting needs the cache, got `use_cache=False`. Leave it unset, or {WAY_OUT}")
+    if getattr(generation_config, "dola_layers", None) is not None:
+        raise ValueError(
+            "DoLa contrasts layers, and drafting serves greedy decoding and sampling alone, got "
+            f"`dola_layers={generation_config.dola_layers!r}`. Leave it unset, or {WAY_OUT}"
+        )
+    if generation_config.prefill_chunk_size is not None and {"input_ids", "inputs_embeds"} <= arguments.keys():
+        raise ValueError(
+            "Transformers does not chunk `inputs_embeds` beside `input_ids`, got "
+            f"`prefill_chunk_size={generation_config.prefill_chunk_size}`. Leave it unset, or pass one of them."
+        )
     if generation_config.output_attentions:
         raise ValueError(
             "Drafting can't return attentions: a tree's rows attend to other columns than plain decoding's. Drop "

@@ -33,7 +33,7 @@ class DraftModel(Target):
         """
 
         def prefilled(
-            model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs
+            twin, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs
         ) -> "DraftModel":
             draft = cls(model, model_kwargs, generation_config, captures)
             draft._model_kwargs["output_hidden_states"] = None
@@ -48,9 +48,8 @@ class DraftModel(Target):
             num_return_sequences=num_copies,
             pad_token_id=0,
             eos_token_id=None,
-            cache_implementation=None,
         )
-        return model.generate(**moved, generation_config=settings, custom_generate=prefilled)
+        return _without_settings(model).generate(**moved, generation_config=settings, custom_generate=prefilled)
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -93,3 +92,10 @@ class DraftModel(Target):
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Bring tokens to where the draft is, those that its vocabulary lacks replaced."""
         return token_ids.to(self.lengths.device).clamp(max=self.model.config.get_text_config().vocab_size - 1)
+
+
+def _without_settings(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a twin of a model that shares all it has but its `generation_config`, which is for its own answers."""
+    twin = object.__new__(type(model))
+    twin.__dict__.update(vars(model), generation_config=GenerationConfig())
+    return twin

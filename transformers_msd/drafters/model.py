@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 from transformers_msd.caches.carried import Owner
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.check import check_draft
 from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.prompts import prompt_ids, prompt_of
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.support import unwrapped
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
@@ -43,7 +45,7 @@ class ModelDrafter:
         draft_inputs: Mapping[str, Any] | None = None,
         tree_config: TreeConfig | None = None,
     ) -> None:
-        self.models = tuple(models)
+        self.models = tuple(unwrapped(model) for model in models)
         self.draft_inputs = draft_inputs
         self.tree_config = tree_config or TreeConfig(num_nodes=32, depth=6, top_k=4)
 
@@ -62,14 +64,16 @@ class ModelDrafter:
                 The keyword arguments of `generate`.
         """
         theirs = target.config.get_text_config().vocab_size
+        ids = prompt_ids(arguments if self.draft_inputs is None else self.draft_inputs)
         for model in self.models:
+            check_draft(model, 0 if ids is None else ids.shape[1])
             ours = model.config.get_text_config().vocab_size
             if abs(ours - theirs) > MOST_PADDING:
                 raise ValueError(
                     f"The draft must have the target's vocabulary, got {ours} tokens for the draft and {theirs} for "
                     f"{type(target).__name__}. Choose a draft of the same tokenizer."
                 )
-        if self.draft_inputs is None and prompt_ids(arguments) is None:
+        if ids is None:
             raise ValueError(
                 "A draft model can't read `inputs_embeds` of the target, got no `input_ids`. Pass them, too, or what "
                 "the draft's processor makes of the prompt: `draft_inputs=...`."

@@ -12,10 +12,12 @@ from transformers_msd.caches.carried import Owner
 from transformers_msd.caches.room import Room
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.check import check_device
 from transformers_msd.drafters.msd_captured import draft_trees
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel, pool_visual_rows
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.support import unready_fact
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.trees.masks import causal_mask, take_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
@@ -73,6 +75,10 @@ class MSDDrafter:
             arguments (`dict[str, Any]`):
                 The keyword arguments of `generate`; any will do.
         """
+        fact = unready_fact(self.draft)
+        if fact is not None:
+            raise ValueError(f"The draft, {type(self.draft).__name__}, {fact}.")
+        check_device(self.draft)
         self.draft.check_target(target)
         if self.draft.needs_tokens:
             raise ValueError(

@@ -16,7 +16,8 @@ def special_token_ids(config: PreTrainedConfig) -> dict[str, Any]:
 def visual_token_ids(config: PreTrainedConfig) -> list[int]:
     """List the ids that stand for image and video features in a model's prompts."""
     # Text configs have neither name, image-only ones lack the second; the names map to each config's own spelling.
-    return [getattr(config, name) for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
+    ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+    return [token_id for token_id in ids if token_id is not None]
 
 
 def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> torch.Tensor:

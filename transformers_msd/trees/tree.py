@@ -106,6 +106,19 @@ class TokenTree:
             return self
         return TokenTree(self.token_ids.to(device), self.parents.to(device), self.scores.to(device), self.depth)
 
+    def with_roots(self, token_ids: torch.Tensor) -> "TokenTree":
+        """
+        Stand the trees on the tokens emitted last, of shape `(batch_size,)`, whatever roots they were drafted with; a
+        node whose parent does not come before it becomes a filler.
+        """
+        nodes = torch.arange(self.num_nodes, device=self.parents.device)
+        return TokenTree(
+            token_ids=torch.where(nodes == 0, token_ids.to(self.token_ids)[:, None], self.token_ids),
+            parents=torch.where(self.parents < nodes, self.parents, -1),
+            scores=self.scores,
+            depth=self.depth,
+        )
+
     def widen(self, num_nodes: int) -> "TokenTree":
         """Fill the trees up to so many nodes."""
         more = num_nodes - self.num_nodes

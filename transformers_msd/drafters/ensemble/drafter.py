@@ -7,6 +7,7 @@ from itertools import compress, product
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -58,9 +59,7 @@ class EnsembleDrafter(ModelDrafter):
         draft_inputs: Mapping[str, Any] | None = None,
         tree_config: TreeConfig | None = None,
     ) -> None:
-        super().__init__(
-            [draft_vlm] if isinstance(draft_vlm, PreTrainedModel) else draft_vlm, draft_inputs, tree_config
-        )
+        super().__init__([draft_vlm] if isinstance(draft_vlm, nn.Module) else draft_vlm, draft_inputs, tree_config)
         unknown = [view for view in views if isinstance(view, str) and view not in VIEWS]
         if unknown or not views:
             raise ValueError(f"`views` must be some of {sorted(VIEWS)}, or objects, got {list(views)}.")

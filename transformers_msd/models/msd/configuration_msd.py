@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from transformers_msd.traits.decoders import decoder_layer_of
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
@@ -67,9 +68,22 @@ class MSDConfig(PreTrainedConfig):
             )
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MSDConfig":
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"Expected the config of a draft, of `model_type` {cls.model_type!r}, got {found!r}. Load the folder "
+                "of a draft; for a target there is `MSDConfig.from_target(target.config)`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "MSDConfig":
         """
         Make the config of a draft for a target: one decoder layer of the target's text shape, as published.
+
+        Where a layer of the target's kind can't draft, because it is recurrent, sees a window or can't stand alone, it
+        is a Llama layer of the target's sizes.
 
         Args:
             target_config (`PreTrainedConfig`):
@@ -80,22 +94,18 @@ class MSDConfig(PreTrainedConfig):
                 `intermediate_size`, ...).
         """
         text_config = target_config.get_text_config()
-        fields = {
-            # One layer (MSD, section 3); the types of the layers follow from their number.
-            **{name: value for name, value in text_config.to_dict().items() if name not in ("dtype", "layer_types")},
-            **special_token_ids(target_config),
-            "num_hidden_layers": 1,
-            "tie_word_embeddings": False,
-        }
+        config_class, fields = decoder_layer_of(text_config)
+        # One layer (MSD, section 3).
+        fields |= special_token_ids(target_config) | {"num_hidden_layers": 1, "tie_word_embeddings": False}
         own = {
             "visual_token_ids": visual_token_ids(target_config),
-            "input_layernorm": text_config.model_type != "llama",
+            "input_layernorm": config_class.model_type != "llama",
         }
         own_names = (*own, "decoupled", "draft_vocab_size", "fc_bias", "tree_config", "visual_pool_size")
         unknown = sorted(set(overrides) - set(own_names) - set(fields))
         if unknown:
             raise ValueError(
-                f"Overrides must be fields of `MSDConfig` or `{type(text_config).__name__}`, got {unknown}. "
+                f"Overrides must be fields of `MSDConfig` or `{config_class.__name__}`, got {unknown}. "
                 "Check the spelling, or set them on the returned config."
             )
         if overrides.get("hidden_size", text_config.hidden_size) != text_config.hidden_size:
@@ -104,7 +114,7 @@ class MSDConfig(PreTrainedConfig):
                 "draft reads and predicts the target's features. Make a draft smaller with `intermediate_size`."
             )
         own.update({name: overrides.pop(name) for name in own_names if name in overrides})
-        return cls(text_config=type(text_config)(**{**fields, **overrides}), **own)
+        return cls(text_config=config_class(**{**fields, **overrides}), **own)
 
 
 __all__ = ["MSDConfig"]
