@@ -165,6 +165,27 @@ class Payload:
         return os.mkdir, ("payload",)
 
 
+def test_weights_that_are_not_finite_are_neither_converted_nor_loaded(tmp_path):
+    weights = published_weights()
+    weights["fc.weight"][0, 0] = float("nan")
+    write_checkpoint(tmp_path / "published", weights)
+    with pytest.raises(ValueError, match="NaN or inf in fc.weight"):
+        convert_msd_checkpoint(tmp_path / "published", llava_config())
+    draft = MSDDraftModel(MSDConfig.from_target(llava_config()))
+    draft.fc.weight.data[0, 0] = float("inf")
+    draft.save_pretrained(tmp_path / "draft")
+    with pytest.raises(ValueError, match="NaN or inf in fc.weight"):
+        MSDDraftModel.from_pretrained(tmp_path / "draft")
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd"])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, shard):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": shard}}))
+    with pytest.raises(ValueError, match="must name files beside it"):
+        convert_msd_checkpoint(tmp_path, llava_config())
+
+
 def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path, {"fc.weight": Payload()})

@@ -1,6 +1,7 @@
 """Recipes: all that are shipped can be read, one is found on the Hub, and mistakes in them are told."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -33,7 +34,16 @@ from transformers_msd.cli import main
 from transformers_msd.trainer import MSDTrainingConfig
 from transformers_msd.trainer.dataset import split_rows
 from transformers_msd.trainer.plan import GIB, memory_of_step, num_parameters
-from transformers_msd.trainer.recipe import DraftArguments, find_recipe, hold_out, load_draft_vlm, load_rows
+from transformers_msd.trainer.recipe import (
+    MOST_BYTES,
+    DraftArguments,
+    check_hub_recipe,
+    find_recipe,
+    hold_out,
+    load_draft_vlm,
+    load_rows,
+    read_recipe,
+)
 from transformers_msd.trainer.run import make_parser, plan, train
 
 
@@ -141,6 +151,61 @@ def test_recipe_without_data_raises(world):
         make_parser().parse_dict(recipe(world, "none") | {"datasets": []})
 
 
+WRONG = {
+    "env: {LD_PRELOAD: any.so}": "can't set environment variables",
+    "datasets: rows": "`datasets` must be a list of names",
+    "datasets: [1]": "`datasets` must be a list of names",
+    "num_eval_prompts: -1": "`num_eval_prompts` must be a whole number, 0 at least",
+    "eval_max_new_tokens: 0": "`eval_max_new_tokens` must be a whole number, 1 at least",
+    "max_rows_per_dataset: 0": "`max_rows_per_dataset` must be a whole number, 1 at least",
+    "max_steps: 0": "`max_steps` must be at least 1",
+    "learning_rate: -0.1": "`learning_rate` must be a number that is not negative",
+    "learning_rate: .nan": "`learning_rate` must be a number that is not negative",
+    "token_loss_weight: .inf": "`token_loss_weight` must be a number that is not negative",
+    "feature_noise: -1.0": "`feature_noise` must be a number that is not negative",
+    "a: &a [1]\nb: *a": "must not refer to itself",
+    "stage: [": "is no recipe",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_a_recipe_cannot_say_is_told(world, tmp_path, line):
+    path, before = tmp_path / "wrong.yaml", dict(os.environ)
+    names = [part.split(":")[0] for part in line.splitlines()]
+    said = {name: value for name, value in recipe(world, "wrong").items() if name not in names}
+    path.write_text(yaml.safe_dump(said) + line)
+    with pytest.raises(SystemExit, match=WRONG[line]):
+        main(["train", "--config", str(path), "--dry_run"])
+    assert os.environ == before
+
+
+def test_a_huge_recipe_and_a_list_are_told(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("a: " + "b" * MOST_BYTES)
+    with pytest.raises(ValueError, match=f"must have {MOST_BYTES} bytes at most"):
+        read_recipe(str(path))
+    path.write_text("[a, b]")
+    with pytest.raises(ValueError, match="must be a mapping of names to values, got list"):
+        read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["output_dir: /etc", "push_to_hub: true", "report_to: wandb", "deepspeed: a.json", "main_process_ip: 203.0.113.9"],
+)
+def test_a_recipe_from_the_hub_says_what_to_learn_and_nothing_else(tmp_path, line):
+    path, name = tmp_path / "recipe.yaml", line.split(":")[0]
+    path.write_text(f"target_model: a/b\ndatasets: [c/d]\nlearning_rate: 0.1\n{line}")
+    with pytest.raises(ValueError, match=f"can't set `{name}`.*--{name}"):
+        check_hub_recipe(str(path), ["--max_steps", "3"])
+    check_hub_recipe(str(path), [f"--{name}=mine"])
+
+
+def test_shipped_recipes_may_lie_on_the_hub():
+    for path in RECIPES:
+        check_hub_recipe(str(path), ["--output_dir", "here", "--report_to", "none"])
+
+
 class Hub(BaseHTTPRequestHandler):
     """A repository `org/drafts` as the Hub serves it."""
 
@@ -172,7 +237,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("name", ["org/drafts", "org/drafts:small.yaml"])
 def test_recipe_from_the_hub(world, tmp_path, name):
-    content = write_recipe(world, "from-hub").read_bytes()
+    said = recipe(world, "from-hub")
+    del said["output_dir"], said["report_to"]
+    content = yaml.safe_dump(said).encode()
     Hub.files = {"recipe.yaml" if ":" not in name else "small.yaml": content}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,5 +1,6 @@
 """Training pairs rows as decoding does, and lowers the loss of the draft alone."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import ClassVar
@@ -299,6 +300,33 @@ def test_what_is_logged_at_the_end_is_still_reported(target, dataset, processor,
     trainer.add_callback(AcceptanceLengthCallback(trainer, dataset.select([0]), max_new_tokens=2))
     trainer.train()
     assert {"loss", "eval_acceptance_length", "eval_speedup"} <= set(Reporter.reported)
+
+
+def test_losses_that_are_not_finite_end_training_and_nothing_is_saved(target, dataset, processor, tmp_path):
+    trainer = make_trainer(target, dataset, processor, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.model.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="loss.*not finite at step 1|not finite at step 1, and are not saved"):
+        trainer.train()
+    assert not list(tmp_path.glob("**/model.safetensors"))
+    with pytest.raises(ValueError, match="are not saved"):
+        trainer.save_model()
+    assert not list(tmp_path.glob("**/model.safetensors"))
+
+
+def test_rows_without_anything_to_learn_are_counted_and_end_training(target, dataset, processor, tmp_path):
+    rows = [row for row in dataset.to_list() if not row["images"]][:8]
+    long = copy.deepcopy(rows)
+    for row in long:
+        row["messages"][0]["content"] = [{"type": "text", "text": "red " * 200}]
+    settings = {"stage": "text", "max_steps": 2, "max_length": 64}
+    nothing = Dataset.from_list(long, features=dataset.features)
+    trainer = make_trainer(target, nothing, processor, tmp_path, **settings)
+    with pytest.raises(ValueError, match="No row up to step 1 holds a token to learn from.*max_length=64"):
+        trainer.train()
+    some = Dataset.from_list(rows[:4] + long[:4], features=dataset.features)
+    trainer = make_trainer(target, some, processor, tmp_path, **settings, per_device_train_batch_size=8)
+    trainer.train()
+    assert trainer.state.log_history[0]["rows_without_supervision"] == 0.5
 
 
 def test_target_that_zero_3_sharded_raises():

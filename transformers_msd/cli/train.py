@@ -22,11 +22,14 @@ def run(arguments: argparse.Namespace) -> None:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from transformers_msd.trainer import run as training
-    from transformers_msd.trainer.recipe import find_recipe
+    from transformers_msd.trainer.recipe import check_hub_recipe, find_recipe
 
     options = arguments.rest
     if arguments.config:
-        options = ["--config", find_recipe(arguments.config), *options]
+        path = find_recipe(arguments.config)
+        if path != arguments.config:
+            check_hub_recipe(path, options)
+        options = ["--config", path, *options]
     *parsed, of_recipe, of_line = training.make_parser().parse_args_and_config(
         options, return_remaining_strings=True, separate_remaining_strings=True
     )

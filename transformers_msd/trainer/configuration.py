@@ -1,11 +1,13 @@
 """Settings of a training run."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
 
 STAGES = ("text", "multimodal", "ramp")
+_NOT_NEGATIVE = ("learning_rate", "feature_noise", "weight_decay", "max_grad_norm", "num_train_epochs")
 _LOSS_WEIGHTS = ("feature_loss_weight", "token_loss_weight", "top_k_loss_weight", "probability_loss_weight")
 
 
@@ -82,9 +84,12 @@ class MSDTrainingConfig(SFTConfig):
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
-        for name in _LOSS_WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in (*_LOSS_WEIGHTS, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` must be a number that is not negative, got {value}.")
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` must be at least 1, or -1 for all of `num_train_epochs`, got 0.")
         if not any(getattr(self, name) for name in _LOSS_WEIGHTS):
             raise ValueError(f"Nothing would be learned: all of {', '.join(_LOSS_WEIGHTS)} are 0. Set one of them.")
         for name in ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens"):

@@ -1,11 +1,13 @@
 """A training run as a recipe describes it: its models, its data, and what it will cost."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -13,11 +15,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers_msd.drafters.model import MOST_PADDING
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.dataset import split_rows, undecoded
 from transformers_msd.trainer.loading import auto_class, is_multimodal, load_processor
 
 
 DEFAULT_RECIPE = "recipe.yaml"
+MOST_BYTES = 100_000
 _ROLES = {"human": "user", "gpt": "assistant"}
 _PARTS = [{"type": Value("string"), "text": Value("string")}]
 
@@ -71,13 +75,33 @@ class DraftArguments:
     draft_vlm: str | None = field(default=None, metadata={"help": "Small VLM to distil instead."})
 
     def __post_init__(self):
+        if not isinstance(self.datasets, list) or not all(isinstance(name, str) for name in self.datasets):
+            raise ValueError(f"`datasets` must be a list of names, got {self.datasets!r}. Write `[name, other]`.")
         if not self.datasets:
             raise ValueError("`datasets` must name a dataset at least, got none. Set it in the recipe.")
+        for name, least in (("num_eval_prompts", 0), ("eval_max_new_tokens", 1), ("max_rows_per_dataset", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"`{name}` must be a whole number, {least} at least, got {value!r}.")
         if self.draft_vlm and (self.draft_model or self.draft_config):
             raise ValueError(
                 "`draft_vlm` takes the place of a draft of MSD, got `draft_model` or `draft_config` beside it. Remove "
                 "one or the other."
             )
+
+
+# What a recipe from the Hub may say besides: how a draft is trained, not where it goes.
+HUB_FIELDS = frozenset(
+    {
+        *(argument.name for argument in fields(DraftArguments)),
+        *MSDTrainingConfig.__annotations__,
+        *("adam_beta1", "adam_epsilon", "bf16", "data_seed", "dataloader_num_workers", "disable_tqdm", "eval_steps"),
+        *("eval_strategy", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps"),
+        *("logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type", "max_steps", "num_train_epochs", "optim"),
+        *("per_device_eval_batch_size", "per_device_train_batch_size", "save_steps", "save_strategy"),
+        *("save_total_limit", "seed", "tf32", "use_cpu", "warmup_steps", "weight_decay"),
+    }
+)
 
 
 def find_recipe(name: str) -> str:
@@ -94,6 +118,56 @@ def find_recipe(name: str) -> str:
         raise ValueError(f"A recipe must be a file, `org/repo` or `org/repo:file.yaml`, got {name!r}. Check the path.")
     repo_id, _, file = name.partition(":")
     return hf_hub_download(repo_id, file or DEFAULT_RECIPE)
+
+
+class _Loader(yaml.SafeLoader):
+    """Loads plain values, and no references, by which a short file could become a huge one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a recipe must not refer to itself (`*name`)")
+        return super().compose_node(parent, index)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """
+    Read what a recipe says.
+
+    Raises:
+        ValueError: If it is no recipe, or one that would set the environment of the process.
+    """
+    size = Path(path).stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"A recipe must have {MOST_BYTES} bytes at most, got {size} in {path}.")
+    try:
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no recipe: {' '.join(str(error).split())}.") from None
+    if not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
+        raise ValueError(f"A recipe must be a mapping of names to values, got {type(recipe).__name__} in {path}.")
+    if "env" in recipe:
+        raise ValueError("A recipe can't set environment variables, got `env`. Set them where you call the command.")
+    return recipe
+
+
+def check_hub_recipe(path: str, options: Iterable[str]) -> None:
+    """
+    Raise a `ValueError` if a recipe from the Hub says what is for whoever runs it to say: where files are written and
+    what is sent elsewhere, which processes are started, and how.
+
+    Args:
+        path (`str`):
+            The recipe.
+        options (`Iterable[str]`):
+            Options of the command line, which are stronger.
+    """
+    given = {option.lstrip("-").partition("=")[0].replace("-", "_") for option in options if option.startswith("--")}
+    refused = sorted(set(read_recipe(path)) - HUB_FIELDS - given)
+    if refused:
+        raise ValueError(
+            f"A recipe from the Hub can't set {', '.join(f'`{name}`' for name in refused)}. If you want it, say so on "
+            f"the command line: `--{refused[0]} ...`."
+        )
 
 
 def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:

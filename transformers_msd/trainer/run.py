@@ -1,6 +1,9 @@
 """One process of a training run, as `transformers-msd train` launches it: `python -m transformers_msd.trainer.run`."""
 
 import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import AutoConfig, ProcessorMixin
@@ -21,14 +24,25 @@ from transformers_msd.trainer.recipe import (
     load_rows,
     load_target,
     make_draft,
+    read_recipe,
 )
 from transformers_msd.trainer.trainer import MSDTrainer
 from transformers_msd.trainer.vlm import VLMDraftTrainer, check_settings
 
 
-def make_parser() -> TrlParser:
+class RecipeParser(TrlParser):
+    """Parses command lines and recipes; a recipe says what to train, and sets nothing else ([`read_recipe`])."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        args = list(sys.argv[1:] if args is None else args)
+        if "--config" in args[:-1]:
+            read_recipe(args[args.index("--config") + 1])
+        return super().parse_args_and_config(args, **kwargs)
+
+
+def make_parser() -> RecipeParser:
     """Make the parser of recipes and command lines."""
-    return TrlParser([DraftArguments, MSDTrainingConfig], prog="transformers-msd train", allow_abbrev=False)
+    return RecipeParser([DraftArguments, MSDTrainingConfig], prog="transformers-msd train", allow_abbrev=False)
 
 
 def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:

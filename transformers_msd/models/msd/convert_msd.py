@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel, check_finite
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -52,6 +52,7 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     _check_weights(folder, weights, draft.state_dict())
     draft = draft.to(weights["fc.weight"].dtype)
     draft.load_state_dict(weights)
+    check_finite(draft, str(path_or_repo_id))
     return draft.eval()
 
 
@@ -73,7 +74,11 @@ def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
         files, index = [folder / name], folder / f"{name}.index.json"
         if index.exists():
-            files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            outside = [shard for shard in shards if Path(shard).name != shard]
+            if outside:
+                raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
+            files = [folder / shard for shard in shards]
         if files[0].exists():
             return {key: value for file in files for key, value in load(file).items()}
     raise ValueError(

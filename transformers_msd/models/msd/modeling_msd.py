@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,6 +71,16 @@ def _average(states: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return (total / sizes[..., None]).to(states.dtype)
 
 
+def check_finite(draft: PreTrainedModel, name: str) -> None:
+    """Raise a `ValueError` if weights that were loaded from `name` are NaN or infinite."""
+    wrong = [key for key, value in draft.named_parameters() if not value.is_meta and not value.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"Weights of a draft must be finite, got NaN or inf in {', '.join(wrong[:3])} of {name}. Load an earlier "
+            "checkpoint, or train it again."
+        )
+
+
 class MSDDraftModel(PreTrainedModel):
     """
     Draft model of MSD (arXiv 2505.14260): predicts the target's next feature from a token and the feature before it.
@@ -105,6 +116,12 @@ class MSDDraftModel(PreTrainedModel):
             # Ids of the tokens it knows; -1 until they are chosen.
             self.register_buffer("draft_token_ids", torch.full((config.draft_vocab_size,), -1))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded, str(pretrained_model_name_or_path))
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
