@@ -206,6 +206,33 @@ def test_second_turn_goes_on():
     assert (second.speculative_stats.acceptance_lengths[:-1] == CHAIN.depth + 1).all()
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_second_turn_on_a_cache_without_its_state_and_without_its_pictures(architecture):
+    target, inputs = make_target(architecture), make_inputs(architecture, (2,))
+    settings = {"suppress_tokens": [IMAGE_ID]}
+    ids = torch.cat([generate(target, inputs, **settings).sequences, torch.tensor([[5, 6]])], dim=1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # What tells the sizes of pictures or the types of tokens belongs to the text, too.
+    turn |= {name: value for name, value in inputs.items() if name in ("image_grid_thw", "image_sizes")}
+    if "mm_token_type_ids" in inputs:
+        turn["mm_token_type_ids"] = (ids == IMAGE_ID).int()
+    plain, drafted = (
+        generate(target, turn, **settings, **{CACHE: generate(target, inputs, **settings)[CACHE]}, assistant_model=it)
+        for it in (None, EnsembleDrafter(make_draft_model(architecture), tree_config=TREE))
+    )
+    assert torch.equal(drafted.sequences, plain.sequences)
+
+
+def test_a_video_is_refused_before_anything_runs():
+    target, inputs, ran = make_target("qwen2_vl"), make_inputs("qwen2_vl", (0,)), []
+    hook = target.register_forward_pre_hook(lambda *args: ran.append(1))
+    inputs |= {"pixel_values_videos": torch.zeros(8, 24), "video_grid_thw": torch.tensor([[1, 2, 4]])}
+    with pytest.raises(ValueError, match="got `pixel_values_videos`"):
+        generate(target, inputs, assistant_model=EnsembleDrafter(make_draft_model("qwen2_vl")))
+    hook.remove()
+    assert not ran
+
+
 def test_a_view_of_ones_own():
     class Shouted:
         """Says the text twice."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,21 @@ def test_returned_scores_logits_and_states_are_plain_ones(batch_size: int, layer
     assert ours.attentions is None
     transition = target.compute_transition_scores(ours.sequences, ours.scores)
     torch.testing.assert_close(transition, target.compute_transition_scores(plain.sequences, plain.scores))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_ids_come_back_in_the_dtype_of_plain_decoding(dtype: torch.dtype) -> None:
+    target, call, plain, oracle = make_case(1)
+    call["input_ids"] = call["input_ids"].to(dtype)
+    streamed: list[Any] = []
+    streamer = SimpleNamespace(put=lambda ids: streamed[-1].append(ids.dtype), end=lambda: None)
+    sequences = []
+    for assistant in (None, oracle):
+        streamed.append([])
+        sequences.append(target.generate(**call, assistant_model=assistant, streamer=streamer).sequences)
+    assert sequences[0].dtype == sequences[1].dtype
+    assert torch.equal(*sequences)
+    assert streamed[0] == streamed[1]
 
 
 def test_without_the_dict_the_tokens_come_alone() -> None:

@@ -1,5 +1,6 @@
 """Three methods of Transformers are wrapped, can be put back, and pass on all that is not ours."""
 
+import functools
 import inspect
 import subprocess
 import sys
@@ -39,6 +40,27 @@ def test_transformers_still_has_the_methods_we_stand_on(name: str) -> None:
 def make_oracle(target: Any, inputs: dict[str, torch.Tensor]) -> Oracle:
     plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
     return Oracle(plain[:, inputs["input_ids"].shape[1] :], VOCAB_SIZE)
+
+
+def test_a_generate_put_over_ours_does_not_switch_the_checks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, inputs = make_target("llava"), make_inputs("llava")
+    oracle = make_oracle(target, inputs)
+    original, ours = hook._generate, GenerationMixin.generate
+
+    @functools.wraps(original)
+    def around_transformers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    @functools.wraps(ours)
+    def around_ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", around_transformers)
+    with pytest.raises(ValueError, match="was replaced after"):
+        target.generate(**inputs, max_new_tokens=12, assistant_model=oracle)
+    monkeypatch.setattr(GenerationMixin, "generate", around_ours)
+    target.generate(**inputs, max_new_tokens=12, assistant_model=oracle)
+    assert oracle.trees
 
 
 def test_disable_puts_everything_back_and_enable_takes_it_again() -> None:

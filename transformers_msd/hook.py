@@ -63,7 +63,12 @@ def validate_generation_mode(
     assistant = assistant_for(generation_mode_kwargs.get("assistant_model"))
     if assistant is None:
         return _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
-    arguments = _arguments.get() or {}
+    arguments = _arguments.get()
+    if arguments is None:
+        raise ValueError(
+            "`generate` was replaced after `transformers_msd` had wrapped it, so that a draft can't see the call. "
+            "Import `transformers_msd` after whatever replaces it."
+        )
     check_call(self, generation_mode, generation_config, arguments, generation_mode_kwargs)
     if isinstance(assistant, ChecksTarget):
         assistant.check_target(self, arguments)

@@ -117,7 +117,8 @@ class Emission:
     def prefix(self, tokens: list[list[int]], step: int) -> torch.Tensor:
         """Ids that plain decoding sees at a step; rows that have not come so far are filled up with pad tokens."""
         filled = [(row + [self.pad_token_id] * step)[:step] for row in tokens]
-        tail = torch.tensor(filled, dtype=self._prompt_ids.dtype, device=self._prompt_ids.device)
+        # Long whatever the prompt is, as what plain decoding picks.
+        tail = torch.tensor(filled, dtype=torch.long, device=self._prompt_ids.device)
         return torch.cat([self._prompt_ids, tail.view(len(tokens), step)], dim=1)
 
     def pad(self, tree: TokenTree) -> TokenTree:
@@ -181,7 +182,7 @@ class Emission:
         else:
             ended = self._criteria(self.sequences, self.outputs.scores).tolist()
         if self._streamer is not None:
-            self._streamer.put(torch.tensor(token_ids, dtype=self._prompt_ids.dtype))
+            self._streamer.put(torch.tensor(token_ids))
         for row, has_ended in enumerate(ended):
             if has_ended and self._ends[row] is None:
                 self._ends[row] = self.num_steps

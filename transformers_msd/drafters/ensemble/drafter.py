@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transformers_msd.drafters.base import CallInputs
 from transformers_msd.drafters.draft_model import DraftModel
-from transformers_msd.drafters.ensemble.views import VIEWS, Prompts, View, left_pad
+from transformers_msd.drafters.ensemble.views import VIEWS, Prompts, View, check_pictures, left_pad
 from transformers_msd.drafters.model import ModelCandidateGenerator, ModelDrafter
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -77,6 +77,10 @@ class EnsembleDrafter(ModelDrafter):
             raise ValueError(f"`window` must not be negative, got {window}. 0 takes all tokens.")
         self.weights = weights
         self.window = window
+
+    def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+        super().check_target(target, arguments)
+        check_pictures(arguments if self.draft_inputs is None else self.draft_inputs)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "EnsembleCandidateGenerator":
         return EnsembleCandidateGenerator(self, target, inputs)

@@ -28,6 +28,12 @@ class ViewPrompt:
     position_ids: torch.Tensor | None = None
 
 
+def check_pictures(inputs: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for what views can't read."""
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
+
+
 class Prompts:
     """
     The prompts of a call, as a draft model can read them.
@@ -40,8 +46,7 @@ class Prompts:
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
-        if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
+        check_pictures(inputs)
         self.model = model
         self.inputs = {name: value.to(model.device) for name, value in inputs.items() if torch.is_tensor(value)}
         ids = self.inputs["input_ids"]
@@ -58,7 +63,9 @@ class Prompts:
 
     @property
     def num_pictures(self) -> int:
-        """Pictures of all prompts."""
+        """Pictures of all prompts; a later turn may tell the sizes of those that its cache has seen."""
+        if "pixel_values" not in self.inputs:
+            return 0
         for name in ("image_grid_thw", "image_sizes", "pixel_values"):
             if name in self.inputs:
                 return len(self.inputs[name])
