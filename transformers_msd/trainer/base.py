@@ -17,7 +17,12 @@ from trl import SFTTrainer
 from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.trainer.checkpoints import last_checkpoint, remove_if_broken
+from transformers_msd.trainer.checkpoints import (
+    is_whole,
+    last_checkpoint,
+    remove_if_broken,
+    tell_what_is_missing,
+)
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
@@ -260,6 +265,14 @@ class DraftTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             # Transformers would take the newest, whole or not.
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            if not is_whole(checkpoint):
+                raise ValueError(
+                    f"{checkpoint} is no whole checkpoint. Name another, or say `resume_from_checkpoint=True` for the "
+                    "newest whole one."
+                )
+            tell_what_is_missing(checkpoint)
         # Reporters close at the end of training: what other callbacks log there must come before.
         reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
         self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))

@@ -2,34 +2,57 @@
 
 import json
 import logging
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 
 logger = logging.getLogger(__name__)
 # Transformers writes it last.
 _LAST_FILE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written to its end."""
+    """Tell whether a checkpoint was written to its end, and all its files are."""
     try:
         json.loads((checkpoint / _LAST_FILE).read_text())
-    except (OSError, ValueError):
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    # torch.save writes archives, whose table of contents comes last.
+    pickles = [file for suffix in (".pt", ".pth", ".bin") for file in checkpoint.glob(f"*{suffix}")]
+    return all(zipfile.is_zipfile(file) for file in pickles)
 
 
 def last_checkpoint(output_dir: Path) -> str | None:
     """Return the newest whole checkpoint of a run, or None if there is none."""
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    for checkpoint in reversed(checkpoints):
+    found = [(_NAME.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    for _, checkpoint in sorted([(int(match[1]), path) for match, path in found if match], reverse=True):
         if is_whole(checkpoint):
             return str(checkpoint)
         logger.warning("%s was not written to its end. It is left where it is, and an older one is used.", checkpoint)
     return None
+
+
+def tell_what_is_missing(checkpoint: Path) -> None:
+    """Warn of states that a checkpoint lacks, without which training goes on otherwise than it would have."""
+    if any(checkpoint.glob("global_step*")) or any(checkpoint.glob("*_0")):
+        return  # of DeepSpeed or FSDP, in folders of their own
+    missing = [name for name in ("optimizer", "scheduler", "rng_state") if not any(checkpoint.glob(f"{name}*"))]
+    if missing:
+        logger.warning(
+            "%s has no state of %s: training goes on with a new one, and its curve will differ.",
+            checkpoint,
+            ", ".join(missing),
+        )
 
 
 @contextmanager
