@@ -44,6 +44,7 @@ from transformers_msd.trainer.recipe import (
     load_rows,
     read_recipe,
 )
+from transformers_msd.trainer.report import write_card
 from transformers_msd.trainer.run import make_parser, plan, train
 
 
@@ -303,6 +304,52 @@ def test_file_of_another_kind_raises(tmp_path):
     Dataset.from_list([{"text": "hello"}]).to_json(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="must have a column `messages` or `conversations`"):
         load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.jsonl")]), True)
+
+
+ROWS = {
+    "an unknown role": ({"role": "critic", "content": "No."}, "got 'critic' in row 1"),
+    "a null text": ({"role": "user", "content": None}, "got null in row 1"),
+    "too few pictures": ({"role": "user", "content": "<image> and <image>"}, "got 1 for 2 in row 1"),
+    "too many pictures": ({"role": "user", "content": "<image>"}, "got 2 for 1 in row 1"),
+    "a picture cut off": ({"role": "user", "content": "<image>"}, "A picture of row 1 can't be read"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_cannot_be_trained_on_are_found_before_training(world, tmp_path, name):
+    message, reason = ROWS[name]
+    Image.new("RGB", (8, 8)).save(tmp_path / "red.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:20])
+    pictures = {
+        "too few pictures": ["red.png"],
+        "too many pictures": ["red.png"] * 2,
+        "a picture cut off": ["cut.png"],
+    }
+    answer = {"role": "assistant", "content": "Yes."}
+    rows = [
+        {"messages": [{"role": "user", "content": "Is it?"}, answer], "images": []},
+        {"messages": [message, answer], "images": pictures.get(name, [])},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    path = write_recipe(world, "rows-wrong", datasets=[str(tmp_path / "rows.json")], stage="multimodal")
+    with pytest.raises(SystemExit, match=reason):
+        main(["train", "--config", str(path), "--dry_run"])
+
+
+def test_a_readme_of_ones_own_stays(tmp_path, caplog):
+    values = {"base_model": "a/b", "is_multimodal": True, "tags": []}
+    values |= dict.fromkeys(
+        ("target_class", "imports", "loading", "method", "tree", "hardware", "dtype", "dataset"), ""
+    )
+    values |= dict.fromkeys(("num_steps", "rows_per_step", "stage", "num_unroll_steps", "learning_rate"), 1)
+    path = tmp_path / "README.md"
+    write_card(path, "first", values, [])
+    write_card(path, "second", values, [])
+    assert "# second" in path.read_text()
+    path.write_text("# Mine")
+    write_card(path, "third", values, [])
+    assert path.read_text() == "# Mine"
+    assert "no model card was written" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -13,28 +13,53 @@ from trl.data_utils import prepare_multimodal_messages
 
 
 logger = logging.getLogger(__name__)
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+def num_pictures_of_rows(dataset: Dataset) -> list[int]:
+    """Count the pictures of each row."""
+    name = next((name for name in ("images", "image") if name in dataset.column_names), None)
+    if name is None:
+        return [0] * len(dataset)
+    column = dataset.with_format("arrow")[:][name]
+    if name == "images":
+        return pyarrow.compute.list_value_length(column).fill_null(0).to_pylist()
+    return pyarrow.compute.is_valid(column).cast("int64").to_pylist()
 
 
 def split_rows(dataset: Dataset) -> tuple[list[int], list[int]]:
     """Tell the rows without pictures from those with."""
-    name = next((name for name in ("images", "image") if name in dataset.column_names), None)
-    if name is None:
-        return list(range(len(dataset))), []
-    column = dataset.with_format("arrow")[:][name]
-    if name == "images":
-        is_visual = pyarrow.compute.greater(pyarrow.compute.list_value_length(column).fill_null(0), 0).to_pylist()
-    else:
-        is_visual = pyarrow.compute.is_valid(column).to_pylist()
+    counts = num_pictures_of_rows(dataset)
     rows = range(len(dataset))
-    return [row for row in rows if not is_visual[row]], [row for row in rows if is_visual[row]]
+    return [row for row in rows if not counts[row]], [row for row in rows if counts[row]]
 
 
-def check_answers(dataset: Dataset) -> None:
-    """Raise a `ValueError` if no row of `messages` holds a turn of the assistant."""
+def check_messages(dataset: Dataset) -> None:
+    """
+    Raise a `ValueError`, with the number of the row, for messages that can't be trained on, or if none of them is of
+    the assistant.
+    """
     if "messages" not in dataset.column_names:
         return
-    rows = dataset.select_columns(["messages"])
-    if not any(message["role"] == "assistant" for row in rows for message in row["messages"]):
+    has_answer = False
+    rows = zip(dataset.select_columns(["messages"]), num_pictures_of_rows(dataset), strict=True)
+    for number, (row, num_pictures) in enumerate(rows):
+        num_places = 0
+        for message in row["messages"] or ():
+            role, content = message["role"], message["content"]
+            if role not in _ROLES:
+                raise ValueError(f"Roles must be some of {_ROLES}, got {role!r} in row {number}. Rename it.")
+            has_answer |= role == "assistant"
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            if any(part["type"] == "text" and part.get("text") is None for part in parts):
+                raise ValueError(f"Messages must hold text, got null in row {number}. Fill it in or take the row out.")
+            num_places += sum(part["type"] == "image" for part in parts)
+        if num_places and num_places != num_pictures:
+            raise ValueError(
+                f"A row must have a picture for each of its places, got {num_pictures} for {num_places} in row "
+                f"{number}. Add what is missing or take the row out."
+            )
+    if not has_answer:
         raise ValueError(
             "The dataset must hold turns of the assistant, which are what a draft learns from, and none of its "
             f"{len(dataset)} rows does. Let the target answer them: `transformers-msd generate-data`."
@@ -44,8 +69,8 @@ def check_answers(dataset: Dataset) -> None:
 def usable_rows(
     dataset: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase, max_length: int | None
 ) -> Dataset:
-    """Return the rows that training takes: see [`check_answers`] and [`drop_long_rows`]."""
-    check_answers(dataset)
+    """Return the rows that training takes: see [`check_messages`] and [`drop_long_rows`]."""
+    check_messages(dataset)
     if isinstance(processing_class, ProcessorMixin) and max_length is not None:
         return drop_long_rows(dataset, processing_class, max_length)
     return dataset

@@ -290,12 +290,14 @@ def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> 
     return {"messages": messages, "images": [_located(picture, folder) for picture in pictures]}
 
 
-def _text(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] or "" for part in content)
+def _text(content: str | list[dict[str, Any]] | None) -> str | None:
+    return content if content is None or isinstance(content, str) else "".join(part["text"] or "" for part in content)
 
 
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parts(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """Write content as parts, the marker `<image>` of LLaVA's data as a picture."""
+    if content is None:
+        return [{"type": "text", "text": None}]  # found by `check_messages`, which knows the row
     if not isinstance(content, str):
         return [{"type": part["type"], "text": part.get("text")} for part in content]
     pieces = re.split(r"\n?(<image>)\n?", content)

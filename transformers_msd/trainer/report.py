@@ -1,5 +1,6 @@
 """What a finished run leaves beside the weights: its curves and a model card."""
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers_msd.costs.provenance import commit
 
 
+logger = logging.getLogger(__name__)
 _LOSSES = ("loss", "eval_loss")
 _LENGTHS = ("acceptance_length", "acceptance_length_text", "acceptance_length_image")
+_MARK = "<!-- Written by transformers-msd. Without this line the file is yours, and is kept. -->"
 _CARD = """\
 ---
 {card_data}
 ---
+
+{mark}
 
 # {name}
 
@@ -74,8 +79,8 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         if values:
             label = name.removeprefix("acceptance_length").removeprefix("_") or "all"
             length_axes.plot(steps, values, label=f"{label} prompts", marker=".")
-    loss_axes.set(xlabel="step", ylabel="loss", yscale="log")
-    length_axes.set(xlabel="step", ylabel="acceptance length τ")
+    loss_axes.set(title="Loss of the draft", xlabel="step", ylabel="loss, on a logarithmic scale", yscale="log")
+    length_axes.set(title="Tokens emitted per forward of the target", xlabel="step", ylabel="acceptance length τ")
     for axes in (loss_axes, length_axes):
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -97,6 +102,9 @@ def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[
         log_history (`list[dict[str, Any]]`):
             What the trainer logged, from which the last acceptance lengths and the speed-up are taken.
     """
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        logger.warning("%s is not of a run, and is kept as it is: no model card was written.", path)
+        return
     data = ModelCardData(
         base_model=values["base_model"],
         library_name="transformers",
@@ -105,6 +113,7 @@ def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[
     )
     card = _CARD.format(
         card_data=data.to_yaml(),
+        mark=_MARK,
         name=name,
         measured=_measured(log_history),
         command=_command(),
