@@ -126,7 +126,8 @@ def test_photos_and_texts_train_a_draft(
     from transformers_msd.trainer.callbacks import prompt_of
     from transformers_msd.trainer.dataset import row_length, undecoded
     from transformers_msd.trainer.loading import encode_prompts
-    from transformers_msd.trainer.recipe import DraftArguments, load_rows
+    from transformers_msd.trainer.recipe import DraftArguments
+    from transformers_msd.trainer.rows import load_rows
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     processor = AutoProcessor.from_pretrained(DATA / "processors" / "llava-1.5-7b-hf-tf5-resaved")

@@ -39,12 +39,11 @@ from transformers_msd.trainer.recipe import (
     DraftArguments,
     check_hub_recipe,
     find_recipe,
-    hold_out,
     load_draft_vlm,
-    load_rows,
     read_recipe,
 )
 from transformers_msd.trainer.report import write_card
+from transformers_msd.trainer.rows import hold_out, load_rows
 from transformers_msd.trainer.run import make_parser, plan, train
 
 

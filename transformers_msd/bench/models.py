@@ -15,6 +15,7 @@ from transformers import (
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import auto_class, is_multimodal
 
 
@@ -37,6 +38,7 @@ SHAPES = {
 
 def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     """Load a target or a draft by what its config says it is."""
+    check_place(name, "model")
     config = AutoConfig.from_pretrained(name)
     return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
 

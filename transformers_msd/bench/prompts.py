@@ -12,7 +12,8 @@ from trl.data_utils import prepare_multimodal_messages
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.trainer.callbacks import prompt_of
 from transformers_msd.trainer.loading import is_multimodal
-from transformers_msd.trainer.recipe import DraftArguments, load_rows
+from transformers_msd.trainer.recipe import DraftArguments
+from transformers_msd.trainer.rows import load_rows
 
 
 QUESTIONS = (

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 from transformers_msd.drafters.ensemble.views import VIEWS
+from transformers_msd.trainer.loading import check_dtype, device_of
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -135,11 +134,9 @@ class BenchArguments:
         unknown = sorted({view for views in self.views for view in views.split(",")} - set(VIEWS))
         if unknown:
             raise ValueError(f"`views` must be some of {', '.join(VIEWS)}, joined by commas, got {unknown}.")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"`dtype` must be `auto` or a dtype of torch, as `bfloat16`, got {self.dtype!r}.")
+        check_dtype(self.dtype, "dtype")
         self.tree_configs = list(dict.fromkeys(parse_tree(tree) for tree in self.trees))
-        if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device_of(self.device)
 
 
 def parse_tree(text: str) -> TreeConfig:

@@ -2,20 +2,50 @@
 
 import argparse
 import sys
+from importlib.metadata import version
+
+import torch
+import transformers
 
 from transformers_msd.cli import bench, check_parity, convert, generate_data, train, tune
+
+
+# What commands need besides the package itself.
+_EXTRAS = {"bench": "bench", "tune": "train", "train": "train", "generate-data": "train", "check-parity": "train"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the sub-command named by the arguments, those of the process by default."""
     parser = argparse.ArgumentParser(prog="transformers-msd", description="Drafts for vision-language models.")
-    subparsers = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=_versions())
+    subparsers = parser.add_subparsers(required=True, metavar="command", dest="command")
     for command in (train, generate_data, check_parity, convert, tune, bench):
         command.add_parser(subparsers)
-    parsed, parsed.rest = parser.parse_known_args(arguments)
+    parsed, parsed.rest = parser.parse_known_args(
+        [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    )
     if parsed.rest and not getattr(parsed, "takes_rest", False):
         parser.error(f"unrecognized arguments: {' '.join(parsed.rest)}")
     try:
         parsed.run(parsed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"transformers-msd: {error}")
+    except ModuleNotFoundError as error:
+        name = (error.name or str(error)).partition(".")[0]
+        if name == "transformers_msd":
+            raise
+        extra = _EXTRAS.get(parsed.command, "bench")
+        sys.exit(f"transformers-msd: {name} is missing: `pip install 'transformers-msd[{extra}]'`.")
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"transformers-msd: {' '.join(str(error).split())}")
+
+
+def _underscored(argument: str) -> str:
+    """Write the name of an option with underscores, as all of them are."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _versions() -> str:
+    packages = (("torch", torch.__version__), ("Transformers", transformers.__version__))
+    return f"transformers-msd {version('transformers-msd')}, " + ", ".join(f"{name} {own}" for name, own in packages)

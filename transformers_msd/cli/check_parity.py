@@ -5,6 +5,8 @@ import sys
 
 from transformers import ProcessorMixin
 
+from transformers_msd.cli.values import positive
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
@@ -14,7 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--datasets", nargs="+", required=True, help="as in recipes: folders, files or Hub datasets")
     parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
     parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
-    parser.add_argument("--num_rows", type=int, default=4, help="rows of text, and with pictures, to compare")
+    parser.add_argument("--num_rows", type=positive, default=4, help="rows of text, and with pictures, to compare")
     parser.add_argument("--target_dtype", default="float32", help="dtype the target is loaded in")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference that is let pass")
     parser.set_defaults(run=run)
@@ -25,7 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd.trainer.callbacks import prompt_of
     from transformers_msd.trainer.loading import encode_prompts
     from transformers_msd.trainer.parity import check_parity, has_equal_prompt
-    from transformers_msd.trainer.recipe import DraftArguments, hold_out, load_rows, load_target, make_draft
+    from transformers_msd.trainer.recipe import DraftArguments, load_target, make_draft
+    from transformers_msd.trainer.rows import hold_out, load_rows
 
     names = ("target_model", "draft_model", "datasets", "dataset_split", "image_folder", "target_dtype")
     recipe = DraftArguments(**{name: getattr(arguments, name) for name in names})

@@ -5,6 +5,7 @@ import argparse
 from transformers import AutoConfig
 
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
+from transformers_msd.models.places import check_place
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,6 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert and save."""
+    check_place(arguments.target, "target")
     draft = convert_msd_checkpoint(arguments.checkpoint, AutoConfig.from_pretrained(arguments.target))
     draft.save_pretrained(arguments.output)
     print(f"Wrote a draft of {draft.num_parameters():,} parameters to {arguments.output}.")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
+from transformers_msd.cli.values import positive
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
@@ -20,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
     parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
     parser.add_argument("--output", type=Path, required=True, help="folder to save the dataset to")
-    parser.add_argument("--num_rows", type=int, help="answer only so many rows")
+    parser.add_argument("--num_rows", type=positive, help="answer only so many rows")
     parser.add_argument("--target_dtype", default="auto", help="dtype the target is loaded in")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
@@ -36,7 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
-    from transformers_msd.trainer.recipe import DraftArguments, load_rows, load_target
+    from transformers_msd.trainer.recipe import DraftArguments, load_target
+    from transformers_msd.trainer.rows import load_rows
 
     logging.basicConfig(level=logging.INFO)
     settings = GenerationSettings(

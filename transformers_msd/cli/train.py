@@ -1,19 +1,22 @@
 """`transformers-msd train`: train a draft by a recipe."""
 
 import argparse
+import os
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
     parser = subparsers.add_parser(
         "train",
+        add_help=False,
         help="train a draft by a recipe",
         description="Train a draft by a recipe. Every field of `DraftArguments` and `MSDTrainingConfig` is an option, "
         "too, and stronger than the recipe; options of `accelerate launch` may stand in both.",
     )
     parser.add_argument("--config", help="recipe: a YAML file, or `org/repo` or `org/repo:file.yaml` on the Hub")
     parser.add_argument("--dry_run", action="store_true", help="print steps, tokens, memory and sizes, and stop")
-    parser.set_defaults(run=run, takes_rest=True)
+    parser.add_argument("-h", "--help", action="store_true", help="show this, and every field with its default")
+    parser.set_defaults(run=run, takes_rest=True, print_help=parser.print_help)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,6 +27,10 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd.trainer import run as training
     from transformers_msd.trainer.recipe import check_hub_recipe, find_recipe
 
+    if arguments.help:
+        arguments.print_help()
+        print(training.make_parser().format_help())
+        return
     options = arguments.rest
     if arguments.config:
         path = find_recipe(arguments.config)
@@ -40,9 +47,14 @@ def run(arguments: argparse.Namespace) -> None:
             "The recipe and the command line must hold fields of `DraftArguments` and `MSDTrainingConfig`, or options "
             f"of `accelerate launch`, got {unknown or launch_options}. Check the spelling."
         )
+    parsed[0].check_places()
     if arguments.dry_run:
         print(training.plan(*parsed, num_processes=launch.num_processes or 1))
         return
+    if launch.num_cpu_threads_per_process is None:
+        # Accelerate would give each process one thread, also where it trains on them.
+        threads = max((os.cpu_count() or 1) // (launch.num_processes or 1), 1)
+        launch_options = ["--num_cpu_threads_per_process", str(threads), *launch_options]
     script_options = _without(options, of_line)
     launch_command(
         launch_command_parser().parse_args(

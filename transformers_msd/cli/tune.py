@@ -2,9 +2,8 @@
 
 import argparse
 
-import torch
-
 from transformers_msd import MSDDraftModel, VLMDrafter
+from transformers_msd.cli.values import positive
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.tuning import SIZES, measure_costs
 
@@ -20,18 +19,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
     parser.add_argument("--draft_model", required=True, help="an MSD draft, or a VLM or language model")
     parser.add_argument("--dtype", default="auto", help="dtype both are loaded in")
-    parser.add_argument("--device", default="cuda if there is one", help="device both run on")
-    parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt")
+    parser.add_argument("--device", help="device both run on, CUDA by default if there is one")
+    parser.add_argument("--prompt_length", type=positive, default=256, help="tokens of the prompt")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, save, and print."""
     from transformers_msd.bench.models import load_model
+    from transformers_msd.trainer.loading import check_dtype, device_of
 
-    device = arguments.device
-    if device.startswith("cuda if"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_dtype(arguments.dtype, "dtype")
+    device = device_of(arguments.device)
     target = load_model(arguments.target_model, arguments.dtype, device)
     draft = load_model(arguments.draft_model, arguments.dtype, device)
     assistant = draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft)

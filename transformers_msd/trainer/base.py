@@ -1,7 +1,6 @@
 """What trainers of drafts share: the frozen target, the order of rows, the mean over a global batch, checkpoints."""
 
 import copy
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,10 @@ from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
 from transformers_msd.trainer.dataset import split_rows, usable_rows
+from transformers_msd.trainer.health import UNSUPERVISED, check_means, check_weights
 from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
 from transformers_msd.trainer.parallel import prepare_target, reshard
 from transformers_msd.trainer.report import plot_curves, write_card
-
-
-# The share of rows without a token to learn from.
-_UNSUPERVISED = "rows_without_supervision"
 
 
 class DraftTrainer(SFTTrainer):
@@ -149,7 +145,7 @@ class DraftTrainer(SFTTrainer):
         row_ids = inputs.pop(RowCollator.COLUMN).tolist()
         reshard(self._head, self._embeddings)  # in all processes or in none
         is_supervised = (inputs["labels"] != -100).any(-1)
-        self.count({_UNSUPERVISED: (~is_supervised).sum()}, len(is_supervised))
+        self.count({UNSUPERVISED: (~is_supervised).sum()}, len(is_supervised))
         loss, num_supervised = self.loss_sum(model, inputs, row_ids)
         if num_items_in_batch is None:
             num_items_in_batch = num_supervised
@@ -206,41 +202,12 @@ class DraftTrainer(SFTTrainer):
         if totals:
             sums = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
             means = {name: (a / b.clamp(min=1)).item() for name, (a, b) in zip(totals, sums, strict=True)}
-            self._check_means(means)
+            check_means(means, self.state.global_step, self.args.max_length)
             self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         super().log(logs, start_time)
 
-    def _check_means(self, means: dict[str, float]) -> None:
-        """Raise a `ValueError` where nothing was learned, or nothing that can be; forget what tells of no fault."""
-        step = self.state.global_step
-        if means[_UNSUPERVISED] == 1:
-            raise ValueError(
-                f"No row up to step {step} holds a token to learn from: their answers are cut at "
-                f"`max_length={self.args.max_length}`, or empty. Raise `max_length`, or choose other rows."
-            )
-        if not means[_UNSUPERVISED]:
-            del means[_UNSUPERVISED]
-        wrong = sorted(name for name, mean in means.items() if not math.isfinite(mean))
-        if wrong:
-            raise ValueError(
-                f"{', '.join(wrong)} are not finite at step {step}, and neither is what was learned since. Lower "
-                "`learning_rate`, train in float32 or bfloat16, and look at the rows; checkpoints before are whole."
-            )
-
-    def _check_weights(self) -> None:
-        """Raise a `ValueError` before weights are saved that are not finite."""
-        parameters = [parameter.detach() for parameter in self.model.parameters() if parameter.requires_grad]
-        parameters = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
-        wrong = sum((~parameter.isfinite().all()).int() for parameter in parameters)
-        wrong = torch.as_tensor(wrong, device=self.accelerator.device)
-        if self.accelerator.reduce(wrong, reduction="sum") > 0:
-            raise ValueError(
-                f"Weights of the draft are not finite at step {self.state.global_step}, and are not saved. Lower "
-                "`learning_rate`, train in float32 or bfloat16, and look at the rows; checkpoints before are whole."
-            )
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._check_weights()
+        check_weights(self.model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -282,7 +249,7 @@ class DraftTrainer(SFTTrainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_weights()
+        check_weights(self.model, self.accelerator, self.state.global_step)
         with remove_if_broken(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 

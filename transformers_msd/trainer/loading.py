@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -20,6 +21,29 @@ from transformers import (
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 
 
+def device_of(name: str | None) -> str:
+    """
+    Return the device of a name, or the one there is.
+
+    Raises:
+        ValueError: If this machine, or this build of PyTorch, has no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"`device` must be one of this machine, got {name!r}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def check_dtype(name: str, field: str) -> None:
+    """Raise a `ValueError` unless a name is `auto` or a floating-point dtype of PyTorch."""
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`{field}` must be `auto` or a floating-point dtype of torch, as `bfloat16`, got {name!r}.")
+
+
 def is_multimodal(config: PreTrainedConfig) -> bool:
     """Tell whether a model reads pictures."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -35,7 +59,13 @@ def auto_class(config: PreTrainedConfig) -> type:
 def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     """Load the processor of a model, or the tokenizer of one for text alone, with a token to pad with."""
     multimodal = is_multimodal(AutoConfig.from_pretrained(name))
-    processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(name)
+    try:
+        processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(name)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} must hold the {'processor' if multimodal else 'tokenizer'} of its model: {reason}"
+        ) from None
     tokenizer = processor.tokenizer if multimodal else processor
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

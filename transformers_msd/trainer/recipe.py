@@ -1,4 +1,4 @@
-"""A training run as a recipe describes it: its models, its data, and what it will cost."""
+"""A training run as a recipe describes it, and its models."""
 
 import re
 from collections.abc import Iterable
@@ -8,22 +8,19 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from transformers_msd.drafters.model import MOST_PADDING
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.places import check_place
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.dataset import split_rows, undecoded
-from transformers_msd.trainer.loading import auto_class, is_multimodal, load_processor
+from transformers_msd.trainer.loading import auto_class, check_dtype, is_multimodal, load_processor
 
 
 DEFAULT_RECIPE = "recipe.yaml"
 MOST_BYTES = 100_000
-_ROLES = {"human": "user", "gpt": "assistant"}
-_PARTS = [{"type": Value("string"), "text": Value("string")}]
 
 
 @dataclass
@@ -74,11 +71,20 @@ class DraftArguments:
     draft_config: dict[str, Any] | None = field(default=None, metadata={"help": "Overrides for a new draft."})
     draft_vlm: str | None = field(default=None, metadata={"help": "Small VLM to distil instead."})
 
+    def check_places(self) -> None:
+        """Raise a `ValueError` for a path where nothing is."""
+        for name in ("target_model", "target_adapter", "draft_model", "draft_vlm", "image_folder"):
+            if getattr(self, name):
+                check_place(getattr(self, name), name)
+        for dataset in self.datasets:
+            check_place(dataset.partition(":")[0], "datasets")
+
     def __post_init__(self):
         if not isinstance(self.datasets, list) or not all(isinstance(name, str) for name in self.datasets):
             raise ValueError(f"`datasets` must be a list of names, got {self.datasets!r}. Write `[name, other]`.")
         if not self.datasets:
             raise ValueError("`datasets` must name a dataset at least, got none. Set it in the recipe.")
+        check_dtype(self.target_dtype, "target_dtype")
         for name, least in (("num_eval_prompts", 0), ("eval_max_new_tokens", 1), ("max_rows_per_dataset", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -172,6 +178,7 @@ def check_hub_recipe(path: str, options: Iterable[str]) -> None:
 
 def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """Load the target of a recipe and its processor."""
+    arguments.check_places()
     config = AutoConfig.from_pretrained(arguments.target_model)
     target = auto_class(config).from_pretrained(arguments.target_model, dtype=arguments.target_dtype)
     if arguments.target_adapter:
@@ -217,98 +224,3 @@ def load_draft_vlm(arguments: DraftArguments, target_config: PreTrainedConfig) -
     if is_multimodal(draft):
         model.get_encoder("image").requires_grad_(False)
     return model
-
-
-def load_rows(arguments: DraftArguments, is_multimodal: bool) -> Dataset:
-    """Load the datasets of a recipe as one, with `messages`, and `images` for a multimodal target."""
-    parts = [_load_one(name, arguments, is_multimodal) for name in arguments.datasets]
-    return concatenate_datasets(parts)
-
-
-def hold_out(dataset: Dataset, num_prompts: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `num_prompts` rows of text and as many with pictures, drawn by a seed; return the rest first."""
-    if num_prompts == 0:
-        return dataset, dataset.select([])
-    generator = torch.Generator().manual_seed(seed)
-    held_out: list[int] = []
-    for rows in split_rows(dataset):
-        if rows and len(rows) <= num_prompts:
-            raise ValueError(
-                f"`num_eval_prompts={num_prompts}` would hold out all {len(rows)} rows of one kind. Lower it."
-            )
-        held_out += [rows[i] for i in torch.randperm(len(rows), generator=generator)[:num_prompts].tolist()]
-    chosen = set(held_out)
-    return dataset.select([row for row in range(len(dataset)) if row not in chosen]), dataset.select(sorted(chosen))
-
-
-def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Dataset:
-    path, folder = Path(name), arguments.image_folder
-    if path.is_dir() and (path / "dataset_info.json").exists():
-        dataset = load_from_disk(name)
-    elif path.is_file():
-        kind = {"jsonl": "json", "json": "json", "parquet": "parquet"}.get(path.suffix[1:])
-        if kind is None:
-            raise ValueError(f"A dataset file must be JSON, JSONL or Parquet, got {name!r}. Convert it.")
-        dataset = load_dataset(kind, data_files=name, split="train")
-        folder = folder or str(path.parent)
-    else:
-        repo_id, _, config = name.partition(":")
-        dataset = load_dataset(repo_id, config or None, split=arguments.dataset_split)
-    if arguments.max_rows_per_dataset and len(dataset) > arguments.max_rows_per_dataset:
-        dataset = dataset.shuffle(seed=0).select(range(arguments.max_rows_per_dataset))
-    names = set(dataset.column_names)
-    if not names & {"messages", "conversations"}:
-        raise ValueError(f"{name} must have a column `messages` or `conversations`, got {sorted(names)}. Rename one.")
-    if not is_multimodal and names & {"images", "image"}:
-        dataset = dataset.select(split_rows(dataset)[0])
-    dataset = undecoded(dataset)
-    content = _PARTS if is_multimodal else Value("string")
-    features = {"messages": [{"role": Value("string"), "content": content}]}
-    if is_multimodal:
-        features["images"] = List(Image())
-    return dataset.map(
-        _normalise,
-        fn_kwargs={"folder": folder, "is_multimodal": is_multimodal},
-        remove_columns=dataset.column_names,
-        features=Features(features),
-    )
-
-
-def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> dict[str, Any]:
-    """Write a row as `messages`, of parts where the target is multimodal, and `images`."""
-    messages = row.get("messages") or [
-        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row["conversations"]
-    ]
-    if not is_multimodal:
-        return {"messages": [{"role": turn["role"], "content": _text(turn["content"])} for turn in messages]}
-    pictures = row.get("images") or ([row["image"]] if row.get("image") else [])
-    messages = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in messages]
-    num_places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
-    if num_places == 0 and pictures:
-        first = next((turn for turn in messages if turn["role"] == "user"), messages[0])
-        first["content"] = [{"type": "image", "text": None} for _ in pictures] + first["content"]
-    return {"messages": messages, "images": [_located(picture, folder) for picture in pictures]}
-
-
-def _text(content: str | list[dict[str, Any]] | None) -> str | None:
-    return content if content is None or isinstance(content, str) else "".join(part["text"] or "" for part in content)
-
-
-def _parts(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """Write content as parts, the marker `<image>` of LLaVA's data as a picture."""
-    if content is None:
-        return [{"type": "text", "text": None}]  # found by `check_messages`, which knows the row
-    if not isinstance(content, str):
-        return [{"type": part["type"], "text": part.get("text")} for part in content]
-    pieces = re.split(r"\n?(<image>)\n?", content)
-    parts = [{"type": "image" if piece == "<image>" else "text", "text": piece} for piece in pieces if piece]
-    return [part | {"text": None} if part["type"] == "image" else part for part in parts]
-
-
-def _located(picture: Any, folder: str | None) -> Any:
-    """Make the path of a picture one that can be opened from here."""
-    if isinstance(picture, str):
-        return str(Path(folder or ".", picture))
-    if isinstance(picture, dict) and picture.get("bytes") is None and folder:
-        return {"bytes": None, "path": str(Path(folder, picture["path"]))}
-    return picture

@@ -19,13 +19,12 @@ from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
 from transformers_msd.trainer.recipe import (
     DraftArguments,
     draft_config,
-    hold_out,
     load_draft_vlm,
-    load_rows,
     load_target,
     make_draft,
     read_recipe,
 )
+from transformers_msd.trainer.rows import hold_out, load_rows
 from transformers_msd.trainer.trainer import MSDTrainer
 from transformers_msd.trainer.vlm import VLMDraftTrainer, check_settings
 

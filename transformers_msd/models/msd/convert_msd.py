@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel, check_finite
+from transformers_msd.models.places import check_place
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -42,6 +43,7 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     """
     folder = Path(path_or_repo_id)
     if not folder.is_dir():
+        check_place(str(path_or_repo_id), "checkpoint")
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
         folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
     published = json.loads((folder / "config.json").read_text())

@@ -1,0 +1,104 @@
+"""What the command says to a newcomer: one line for every mistake, exit 1 or 2, and no traceback."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("trl")
+
+from training_fixtures import ENVIRONMENT, ROOT
+
+from transformers_msd.cli import main
+
+
+CHECKPOINTS = ROOT / "training/tiny_world/checkpoints"
+CPU = "--use_cpu true --bf16 false"
+TARGET, DRAFT = f"--target_model {CHECKPOINTS}/target", f"--draft_model {CHECKPOINTS}/draft"
+MISTAKES = {
+    "train --config nowhere.yaml": "A recipe must be a file",
+    f"train {TARGET}": "`datasets` must name a dataset at least",
+    f"train {TARGET} --datasets ./no.json {CPU}": "got './no.json', where nothing is",
+    f"train {TARGET} --datasets no.parquet {CPU}": "got 'no.parquet', where nothing is",
+    f"train --target_model ./no --datasets a/b {CPU}": "`target_model` must be a path or a repository",
+    f"train {TARGET} --datasets a/b --draft_vlm ./no {CPU}": "`draft_vlm` must be a path or a repository",
+    f"train {TARGET} --datasets a/b --target_dtype float33": "`target_dtype` must be `auto` or a floating-point dtype",
+    f"train {TARGET} --datasets a/b --target_dtype int8": "`target_dtype` must be `auto` or a floating-point dtype",
+    f"tune {TARGET} {DRAFT} --device no": "`device` must be one of this machine, got 'no'",
+    f"tune {TARGET} {DRAFT} --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
+    f"tune --target_model ./no {DRAFT}": "got './no', where nothing is",
+    f"bench {TARGET} --draft_models {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
+    f"convert ./no --target {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
+    f"convert {CHECKPOINTS} --target ./no --output here": "`target` must be a path or a repository",
+    f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "must hold the tokenizer",
+    "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
+}
+USAGE = {
+    "nonsense": "invalid choice: 'nonsense'",
+    "train": "--target_model",
+    f"tune {TARGET} {DRAFT} --prompt_length 0": "must be at least 1, got 0",
+    f"tune {TARGET} {DRAFT} --wat 1": "unrecognized arguments: --wat 1",
+    f"generate-data {TARGET} --datasets a/b --output here --num_rows -1": "must be at least 1, got -1",
+    f"check-parity {TARGET} --datasets a/b --num_rows 0": "must be at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_mistakes_are_told_in_one_line(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(command.split())
+    said = str(error.value)
+    assert said.startswith("transformers-msd: ")
+    assert MISTAKES[command] in said
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", USAGE)
+def test_wrong_usage_exits_with_2(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(command.split())
+    assert error.value.code == 2
+    assert USAGE[command] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "bench", "tune", "generate-data", "check-parity", "convert"])
+def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture) -> None:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    names = {"train": ("--stage", "--datasets", "--dry_run", "--learning_rate"), "bench": ("--trees", "--output")}
+    for name in names.get(command, ("--target",)):
+        assert name in said
+
+
+def test_versions_are_told(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("transformers-msd", "torch", "Transformers"))
+
+
+def test_hyphens_are_underscores(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="got './no', where nothing is"):
+        main(["tune", "--target-model", "./no", "--draft-model=./no"])
+
+
+@pytest.mark.parametrize(("command", "extra"), [("train", "train"), ("bench", "bench"), ("tune", "train")])
+def test_a_missing_extra_is_named(command: str, extra: str, tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.modules["trl"] = None
+from transformers_msd.cli import main
+main([{command!r}, *{f"{TARGET} {DRAFT}".split() if command == "tune" else []!r}])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert f"trl is missing: `pip install 'transformers-msd[{extra}]'`" in done.stderr
+    assert "Traceback" not in done.stderr

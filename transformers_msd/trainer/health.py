@@ -1,0 +1,47 @@
+"""Training that learns nothing, or nothing that is a number, ends and says so."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+# The share of rows without a token to learn from, among what is logged.
+UNSUPERVISED = "rows_without_supervision"
+_WAY_OUT = "Lower `learning_rate`, train in float32 or bfloat16, and look at the rows; checkpoints before are whole."
+
+
+def check_means(means: dict[str, float], step: int, max_length: int | None) -> None:
+    """
+    Raise a `ValueError` where nothing was learned, or nothing that is finite; forget what tells of no fault.
+
+    Args:
+        means (`dict[str, float]`):
+            What is to be logged, the share of rows without supervision among it.
+        step (`int`):
+            Step of the optimizer.
+        max_length (`int`, *optional*):
+            Where rows are cut.
+    """
+    if means[UNSUPERVISED] == 1:
+        raise ValueError(
+            f"No row up to step {step} holds a token to learn from: their answers are cut at "
+            f"`max_length={max_length}`, or empty. Raise `max_length`, or choose other rows."
+        )
+    if not means[UNSUPERVISED]:
+        del means[UNSUPERVISED]
+    wrong = sorted(name for name, mean in means.items() if not math.isfinite(mean))
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} are not finite at step {step}, and neither is what was learned since. {_WAY_OUT}"
+        )
+
+
+def check_weights(model: nn.Module, accelerator: Accelerator, step: int) -> None:
+    """Raise a `ValueError`, in all processes, before weights are saved that are not finite."""
+    parameters = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    parts = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
+    wrong = torch.tensor(sum(not part.isfinite().all() for part in parts), device=accelerator.device)
+    if accelerator.reduce(wrong, reduction="sum") > 0:
+        raise ValueError(f"Weights of the draft are not finite at step {step}, and are not saved. {_WAY_OUT}")
