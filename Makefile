@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-lowest test-release test-slow evaluate style quality
+.PHONY: demo test test-lowest test-release test-slow evaluate targets style quality
 
 # The environment of all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -44,6 +44,12 @@ test-slow: $(VENV)/.installed
 
 evaluate: $(VENV)/.installed
 	$(VENV)/bin/python -m training.tiny_world.measure.evaluate
+
+# Every architecture of the lowest and of the newest Transformers, into docs/targets.md: an hour.
+targets: $(VENV)/.installed $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m training.evidence.targets
+	$(VENV)/bin/python -m training.evidence.targets
+	$(VENV)/bin/python -m training.evidence.targets --write
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix

@@ -254,7 +254,7 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name, billions)
         ("--target_model a --temperatures -1", "`temperatures` must not be negative"),
         ("--target_model a --repeats 0", "`repeats` must be at least 1"),
         ("--target_model a --max_new_tokens 2", "`max_new_tokens` must be at least 3"),
-        ("--target_model a --dtype half_precision", "`dtype` must be `auto` or a dtype"),
+        ("--target_model a --dtype half_precision", "`dtype` must be `auto` or a floating-point dtype"),
         ("--target_model a --drafts b b", "`drafts` must differ"),
     ],
 )

@@ -30,7 +30,7 @@ MISTAKES = {
     f"tune {TARGET} {DRAFT} --device no": "`device` must be one of this machine, got 'no'",
     f"tune {TARGET} {DRAFT} --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
     f"tune --target_model ./no {DRAFT}": "got './no', where nothing is",
-    f"bench {TARGET} --draft_models {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
+    f"bench {TARGET} --drafts {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
     f"convert ./no --target {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
     f"convert {CHECKPOINTS} --target ./no --output here": "`target` must be a path or a repository",
     f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "must hold the tokenizer",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -285,6 +287,31 @@ def test_conversations_of_llava_and_sharegpt_are_read(tmp_path):
     assert told["images"] == []
     [text] = load_rows(arguments, is_multimodal=False)
     assert text["messages"][0] == {"role": "user", "content": "Hello."}
+
+
+@pytest.mark.parametrize("is_list", [False, True], ids=["texts", "turns"])
+def test_prompts_and_completions_are_read(tmp_path, is_list):
+    row = {"prompt": "Who?", "completion": "I."}
+    if is_list:
+        row = {"prompt": [{"role": "user", "content": "Who?"}], "completion": [{"role": "assistant", "content": "I."}]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    arguments = DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.json")])
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    assert load_rows(arguments, is_multimodal=False)["messages"] == [turns]
+    parts = [turn["content"] for turn in load_rows(arguments, is_multimodal=True)["messages"][0]]
+    assert [part["text"] for (part,) in parts] == ["Who?", "I."]
+
+
+def test_a_template_that_marks_no_answer_is_told_before_training(world, tmp_path):
+    shutil.copytree(world / "target", tmp_path / "target")
+    template = tmp_path / "target/chat_template.jinja"
+    marked = template.read_text()
+    template.write_text(re.sub(r"\{%-? *(end)?generation *-?%\}", "", marked))
+    assert template.read_text() != marked
+    path = write_recipe(world, "unmarked", target_model=str(tmp_path / "target"), stage="multimodal")
+    with pytest.raises(SystemExit, match="must mark the assistant's turns"):
+        main(["train", "--config", str(path), "--dry_run"])
+    main(["train", "--config", str(path), "--dry_run", "--assistant_only_loss", "false"])
 
 
 def test_held_out_rows_are_of_both_kinds_and_not_trained_on(world):

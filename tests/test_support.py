@@ -183,6 +183,27 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         prompt() | {CACHE: DynamicCache()},
         "DynamicSlidingWindowLayer",
     ),
+    "positions of its own": (
+        lambda: make(
+            tf.Kosmos2_5ForConditionalGeneration,
+            tf.Kosmos2_5Config(
+                text_config=IDS | {"embed_dim": 32, "layers": 2, "attention_heads": 4, "ffn_dim": 48},
+                vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+            ),
+        ),
+        prompt(),
+        "makes positions of its own",
+    ),
+    "no decoder": (
+        lambda: make(
+            tf.BertLMHeadModel,
+            tf.BertConfig(
+                vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+            ),
+        ),
+        prompt(),
+        "set up as no decoder",
+    ),
     "no positions (BLOOM)": (
         lambda: make(tf.BloomForCausalLM, tf.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4)),
         prompt(),
@@ -208,6 +229,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     ),
     "cross-attention": (mllama, prompt(), "cross-attention"),
     "inputs of its own": (idefics, prompt(), "image_attention_mask, image_hidden_states"),
+    "padding where pictures have no tokens": (git, padded(prompt(12, 2)), "no tokens for pictures"),
     "padding beside pictures without tokens": (git, padded(prompt(12, 2)) | pictures(2), "no tokens for pictures"),
     "gradient checkpointing": (in_training, prompt(), "call its `eval"),
     "prompt tuning": (
@@ -231,6 +253,13 @@ SERVED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "positions that are dropped (HyperCLOVA X)": (hyperclovax, prompt()),
     "positions that are dropped, padded": (hyperclovax, padded(prompt(12, 2))),
     "positions that are dropped (EXAONE 4.5)": (exaone, prompt()),
+    "a decoder that its config does not call one": (
+        lambda: make(
+            tf.GPTNeoXForCausalLM,
+            tf.GPTNeoXConfig(**IDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        ),
+        prompt(),
+    ),
     "no alibi": (
         lambda: make(
             tf.FalconForCausalLM,
@@ -297,6 +326,13 @@ def test_every_kind_of_target_has_a_draft_on_its_features(name: str) -> None:
     draft = MSDDraftModel(MSDConfig.from_target(model.config)).eval()
     draft.tree_config = TREE
     assert_equal_to_plain(model, inputs, draft)
+
+
+@pytest.mark.parametrize("is_drafted", [False, True], ids=["plain", "drafted"])
+def test_a_call_beyond_the_last_learned_position_fails_as_plain_does(is_drafted: bool) -> None:
+    model = make(tf.GPT2LMHeadModel, tf.GPT2Config(**GPT, n_positions=24))
+    with pytest.raises(IndexError):
+        generate(model, prompt(), assistant_model=VLMDrafter(llama(1), tree_config=TREE) if is_drafted else None)
 
 
 def test_positions_behind_the_end_do_not_reach_further() -> None:
@@ -506,6 +542,23 @@ class Mistaken(TreeCandidateGenerator):
 
     def draft(self, committed: Committed) -> TokenTree:
         return self.tree
+
+
+def test_tokens_that_a_model_runs_its_towers_for_are_not_tried() -> None:
+    """Phi-4-multimodal looks for pictures wherever such a token stands, and has none behind the prompt."""
+    sizes = TEXT | {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tower |= {"image_size": 16, "patch_size": 4, "crop_size": 16, "feature_layer": -2, "image_token_id": 95}
+    audio = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4}
+    audio |= {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32}
+    config = tf.Phi4MultimodalConfig(**sizes, vision_config=tower, audio_config=audio | {"audio_token_id": 94})
+    model = make(tf.Phi4MultimodalForCausalLM, config)
+    ids = torch.tensor([[1, 5, *[95] * 13, 7, 8]])
+    pixels = torch.randn(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    settings = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "suppress_tokens": [94, 95]}
+    settings |= {"image_pixel_values": pixels, "image_sizes": torch.tensor([[16, 16]])}
+    settings["image_attention_mask"] = torch.ones(1, 2, 4, 4, dtype=torch.long)
+    assert_equal_to_plain(model, settings, Mistaken([9, 95, 94, 94], [-1, 0, 0, 1]))
 
 
 @pytest.mark.parametrize("parents", [[-1, 0, 1, 2], [0, 0, 1, 2], [-1, 2, 1, 3], [3, 0, 3, 0], [-1, 1, 9, 0]], ids=str)

@@ -131,6 +131,8 @@ TRAINER_NAMES = (
     Name("trl:SFTTrainer._name"),
     Name("trl:SFTTrainer.create_model_card", "self, model_name, dataset_name, tags"),
     Name("trl.trainer.sft_trainer:DataCollatorForVisionLanguageModeling"),
+    Name("trl.chat_template_utils:get_training_chat_template", "processing_class, tokenizer"),
+    Name("trl.chat_template_utils:has_generation_markers", "chat_template"),
     Name("trl.data_utils:prepare_multimodal_messages", "messages, images"),
     Name("trl.cli.accelerate_config:resolve_accelerate_config_argument", "launch_args"),
     Name("datasets:Dataset.__init__", attribute="_fingerprint"),
@@ -162,8 +164,8 @@ check_names(NAMES)
 CACHE_NAMES = ("past_key_values", "cache")
 # What a model takes pictures and videos as.
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
-_PREPARE_INPUTS = pkgutil.resolve_name(f"{_MIXIN}.prepare_inputs_for_generation")
-CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(_PREPARE_INPUTS).parameters)
+PREPARE_INPUTS = inspect.unwrap(pkgutil.resolve_name(f"{_MIXIN}.prepare_inputs_for_generation"))
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(PREPARE_INPUTS).parameters)
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:

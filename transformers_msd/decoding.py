@@ -19,6 +19,7 @@ from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_confi
 from transformers_msd.drafters.gate import Gate
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import check_reach
+from transformers_msd.traits.tokens import encoded_token_ids
 from transformers_msd.trees.noise import NoiseTape
 from transformers_msd.trees.verify import verify
 
@@ -74,6 +75,7 @@ def tree_decoding(
     is_fixed = isinstance(cache, StaticCache)
     check_reach(model, model_kwargs, prompt_length, emission.max_steps, num_nodes, is_fixed)
 
+    unfit = encoded_token_ids(model.config)
     noise = None
     with ExitStack() as leaving:
         # Whatever ends the call: the caller's cache and the generator are as plain's after the complete steps.
@@ -107,7 +109,7 @@ def tree_decoding(
                 committed = committed.keep_sequences(kept)
             if noise is not None:
                 noise.free(min(emission.lengths))
-            tree = candidates.draft(committed).with_roots(committed.root_token_ids)
+            tree = candidates.draft(committed).with_roots(committed.root_token_ids, unfit)
             tree = target.fit(emission.pad(tree))
             outputs = target.forward_tree(tree)
 

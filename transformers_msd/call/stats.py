@@ -48,7 +48,8 @@ class SpeculativeStats:
     def __repr__(self) -> str:
         return (
             f"SpeculativeStats(mean_acceptance_length={self.mean_acceptance_length:.2f}, "
-            f"num_rounds={self.num_rounds}, num_drafted={self.num_drafted}, num_accepted={self.num_accepted})"
+            f"num_rounds={self.num_rounds}, num_plain_steps={self.num_plain_steps}, "
+            f"num_drafted={self.num_drafted}, num_accepted={self.num_accepted})"
         )
 
 

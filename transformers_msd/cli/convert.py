@@ -12,7 +12,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the sub-command."""
     parser = subparsers.add_parser("convert", help="turn a published MSD checkpoint into a draft folder")
     parser.add_argument("checkpoint", help="folder or Hub repository of the published checkpoint")
-    parser.add_argument("--target", required=True, help="folder or Hub repository of the target the draft is for")
+    parser.add_argument(
+        "--target_model",
+        "--target",
+        dest="target",
+        required=True,
+        help="folder or Hub repository of the target the draft is for",
+    )
     parser.add_argument("--output", required=True, help="folder to write the draft to")
     parser.set_defaults(run=run)
 

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_msd.caches.captures import Captures
 from transformers_msd.target.target import Target
+from transformers_msd.traits.support import last_learned_position
 from transformers_msd.trees.masks import causal_mask
 
 
@@ -78,6 +79,11 @@ class DraftModel(Target):
         logits = self.forward_rows(token_ids, rows, visible).logits
         self.room.extend(counts, host_counts)
         return logits
+
+    def _reachable(self, position_ids: torch.Tensor) -> torch.Tensor:
+        # A draft whose context is full drafts badly, and the call goes on.
+        last = last_learned_position(self.model.config)
+        return position_ids if last is None else position_ids.clamp(max=last)
 
     def pause(self) -> None:
         """End a call: what remains are tensors and settings, from which another can go on."""

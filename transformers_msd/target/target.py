@@ -12,7 +12,7 @@ from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
-from transformers_msd.traits.support import TOKEN_TYPES, dtype_of, last_learned_position
+from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree
@@ -54,9 +54,8 @@ class Target:
         }
         self._captures = captures
         self.room: Room | None = None
-        # Most new tokens of the call, where it has an end, and the last position that the model has learned.
+        # Most new tokens of the call, where it has an end.
         self.max_steps: int | None = None
-        self._last_position = last_learned_position(model.config)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of tokens, on the device of the target's features."""
@@ -88,8 +87,8 @@ class Target:
     def _run_prompt(self, model: Any, input_ids: torch.Tensor) -> ModelOutput:
         """Let Transformers run the prompt by a model, or by what stands in for it."""
         outputs = type(self.model)._prefill(model, input_ids, self._generation_config, self._model_kwargs)
-        # Some models run a long prompt in a cache of their own.
-        self.cache = self._model_kwargs[CACHE] = outputs[CACHE]
+        if type(outputs.get(CACHE)) is type(self.cache):  # some models run a long prompt in a cache of their own
+            self.cache = self._model_kwargs[CACHE] = outputs[CACHE]
         return outputs
 
     def _settle_prompt(self, batch_size: int, device: torch.device) -> None:
@@ -166,14 +165,12 @@ class Target:
         if self.max_steps is not None:
             # What lies behind the last token of the call is never kept, and must not reach further than that.
             generated = generated.clamp(max=max(self.max_steps - 1, 1))
-        position_ids = self._model_kwargs["position_ids"][..., -1:].to(token_ids.device)
-        position_ids = position_ids + generated.to(token_ids.device)
-        if self._last_position is not None:
-            position_ids = position_ids.clamp(max=self._last_position)
+        generated = generated.to(token_ids.device)
+        position_ids = self._model_kwargs["position_ids"][..., -1:].to(token_ids.device) + generated
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=self._reachable(position_ids),
             use_cache=True,
             is_first_iteration=False,
             **{CACHE: self.cache},
@@ -181,10 +178,14 @@ class Target:
         )
         if model_inputs.get("position_ids") is None:
             # A model that drops them counts columns of the cache, padding included.
-            model_inputs["position_ids"] = (self._prompt_length - 1 + generated).to(token_ids.device)
+            model_inputs["position_ids"] = self._prompt_length - 1 + generated
         if self._captures is None:
             return self.model(**model_inputs, return_dict=True)
         return self._captures.forward(self.model, model_inputs)
+
+    def _reachable(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Keep positions to those that the model has."""
+        return position_ids
 
     def commit(
         self, tree: TokenTree, acceptance: Acceptance, outputs: ModelOutput, tokens: list[list[int]]

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 
@@ -70,6 +71,24 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def check_template(processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` unless a chat template tells the assistant's tokens, or TRL knows how it would."""
+    if processor.chat_template is None:
+        raise ValueError(
+            "The processor must have a chat template, got none. Take that of the target's instruct model."
+        )
+    if has_generation_markers(processor.chat_template):
+        return
+    try:
+        get_training_chat_template(processor)
+    except ValueError:
+        raise ValueError(
+            "The chat template must mark the assistant's turns, by `{% generation %}` before and "
+            "`{% endgeneration %}` after what it says. Add both to the processor's `chat_template`, or set "
+            "`assistant_only_loss: false`."
+        ) from None
 
 
 def encode_prompts(

@@ -53,8 +53,11 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
     if arguments.max_rows_per_dataset and len(dataset) > arguments.max_rows_per_dataset:
         dataset = dataset.shuffle(seed=0).select(range(arguments.max_rows_per_dataset))
     names = set(dataset.column_names)
-    if not names & {"messages", "conversations"}:
-        raise ValueError(f"{name} must have a column `messages` or `conversations`, got {sorted(names)}. Rename one.")
+    if not (names & {"messages", "conversations"} or names >= {"prompt", "completion"}):
+        raise ValueError(
+            f"{name} must have a column `messages` or `conversations`, or `prompt` and `completion`, got "
+            f"{sorted(names)}. Rename one."
+        )
     if not is_multimodal and names & {"images", "image"}:
         dataset = dataset.select(split_rows(dataset)[0])
     dataset = undecoded(dataset)
@@ -72,9 +75,7 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
 
 def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> dict[str, Any]:
     """Write a row as `messages`, of parts where the target is multimodal, and `images`."""
-    messages = row.get("messages") or [
-        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row["conversations"]
-    ]
+    messages = _messages(row)
     if not is_multimodal:
         return {"messages": [{"role": turn["role"], "content": _text(turn["content"])} for turn in messages]}
     pictures = row.get("images") or ([row["image"]] if row.get("image") else [])
@@ -84,6 +85,19 @@ def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> 
         first = next((turn for turn in messages if turn["role"] == "user"), messages[0])
         first["content"] = [{"type": "image", "text": None} for _ in pictures] + first["content"]
     return {"messages": messages, "images": [_located(picture, folder) for picture in pictures]}
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of a row, whichever of the layouts it has."""
+    if row.get("messages"):
+        return row["messages"]
+    if row.get("conversations"):
+        said = row["conversations"]
+        return [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in said]
+    turns = []
+    for role, said in (("user", row["prompt"]), ("assistant", row["completion"])):
+        turns += said if isinstance(said, list) else [{"role": role, "content": said}]
+    return turns
 
 
 def _text(content: str | list[dict[str, Any]] | None) -> str | None:

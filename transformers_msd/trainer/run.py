@@ -14,7 +14,7 @@ from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.dataset import usable_rows
-from transformers_msd.trainer.loading import load_processor
+from transformers_msd.trainer.loading import check_template, load_processor
 from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
 from transformers_msd.trainer.recipe import (
     DraftArguments,
@@ -48,6 +48,8 @@ def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     """Train, evaluate and save the draft of a recipe."""
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard the target as it is loaded; `prepare_target` does it
     target, processor = load_target(arguments)
+    if args.assistant_only_loss:
+        check_template(processor)
     rows, prompts = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
     )
@@ -81,6 +83,8 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     rows, _ = hold_out(
         load_rows(arguments, isinstance(processor, ProcessorMixin)), arguments.num_eval_prompts, args.seed
     )
+    if args.assistant_only_loss:
+        check_template(processor)
     rows = usable_rows(rows, processor, args.max_length)
     dtype = config.dtype if arguments.target_dtype == "auto" else getattr(torch, arguments.target_dtype)
     draft = draft_config(arguments, config)

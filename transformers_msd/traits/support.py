@@ -9,7 +9,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from transformers_msd.compat import CACHE_NAMES, attention_of, is_stateful, keeps_no_cache, update_model_kwargs_of
+from transformers_msd.compat import (
+    CACHE_NAMES,
+    PREPARE_INPUTS,
+    attention_of,
+    is_stateful,
+    keeps_no_cache,
+    update_model_kwargs_of,
+)
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -32,10 +39,14 @@ def unsupported_fact(model: PreTrainedModel) -> str | None:
     if is_stateful(model):
         return "has a recurrent state, which can't take back rejected tokens"
     config, parameters = model.config.get_text_config(), inspect.signature(type(model).forward).parameters
+    if getattr(config, "is_decoder", None) is False and _asks_whether_it_decodes(model):
+        return "is set up as no decoder (`is_decoder=False`), and keeps no cache"
     if not any(name in parameters for name in CACHE_NAMES):
         return "takes no cache in its forward"
     if "position_ids" not in parameters:
         return "takes no `position_ids` in its forward, and counts columns of the cache instead"
+    if not any(_ropes(config)) and _makes_own_positions(model):
+        return "makes positions of its own, of token ids, where they are embedded"
     if getattr(config, "alibi", False):
         return "has attention biases by columns of the cache (`alibi=True`), and the nodes of a tree lie side by side"
     if getattr(config, "cross_attention_layers", None):
@@ -56,8 +67,9 @@ def unready_fact(model: PreTrainedModel) -> str | None:
         )
     if keeps_no_cache(model):
         return "keeps no cache while it trains with gradient checkpointing: call its `eval()`"
-    peft_model = getattr(model.prepare_inputs_for_generation, "__self__", model) if model.can_generate() else model
-    if peft_model is not model and getattr(peft_model.active_peft_config, "is_prompt_learning", False):
+    # PEFT puts its own method on a model that it has learned rows for.
+    owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
+    if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
         return "begins with learned rows (PEFT prompt learning), which its cache holds and no token stands for"
     return None
 
@@ -79,12 +91,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _asks_whether_it_decodes(model: PreTrainedModel) -> bool:
+    """Tell whether a model, or one inside it, looks at `is_decoder` when it runs: some configs have it for nothing."""
+    classes = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return any("is_decoder" in inspect.unwrap(one.forward).__code__.co_names for one in classes)
+
+
+def _makes_own_positions(model: PreTrainedModel) -> bool:
+    """Tell whether a model, or one inside it, does something to `position_ids` by their name before a forward."""
+    classes = {type(part) for part in model.modules() if isinstance(part, GenerationMixin)}
+    prepares = {inspect.unwrap(one.prepare_inputs_for_generation) for one in classes} - {PREPARE_INPUTS}
+    return any("position_ids" in prepare.__code__.co_consts for prepare in prepares)
+
+
 def _inputs_grown_by(model: PreTrainedModel) -> list[str]:
     """Names of inputs that a model's own `_update_model_kwargs_for_generation` mentions, token types left out."""
     update = update_model_kwargs_of(type(model))
     if update is update_model_kwargs_of(GenerationMixin):
         return []
-    names = {name for name in update.__code__.co_consts if isinstance(name, str) and name.isidentifier()}
+    constants = inspect.unwrap(update).__code__.co_consts
+    names = {name for name in constants if isinstance(name, str) and name.isidentifier()}
     return sorted(names - {*TOKEN_TYPES, "use_cache"})
 
 
@@ -146,11 +172,11 @@ def check_reach(
 def check_padding(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raise a `ValueError` for padded prompts of a model that puts pictures in its cache without tokens for them."""
     mask = arguments.get("attention_mask")
-    has_pictures = any(torch.is_tensor(value) for name, value in arguments.items() if name.startswith("pixel_values"))
-    if has_pictures and not visual_token_ids(model.config) and mask is not None and not mask.all():
+    takes_pictures = any(name.startswith("pixel_values") for name in inspect.signature(type(model).forward).parameters)
+    if takes_pictures and not visual_token_ids(model.config) and mask is not None and not mask.all():
         raise ValueError(
-            f"{type(model).__name__} has no tokens for pictures: its cache holds more columns than `attention_mask`, "
-            "which pads a prompt. Pass prompts of one length, or generate without `assistant_model`."
+            f"{type(model).__name__} has no tokens for pictures: its cache may hold more columns than "
+            "`attention_mask`, which pads a prompt. Pass prompts of one length, or generate without `assistant_model`."
         )
 
 

@@ -20,6 +20,14 @@ def visual_token_ids(config: PreTrainedConfig) -> list[int]:
     return [token_id for token_id in ids if token_id is not None]
 
 
+def encoded_token_ids(config: PreTrainedConfig) -> list[int]:
+    """List the ids for which a model runs its towers in any forward: those that configs of its towers hold."""
+    names = {"vision_config": "image_token_id", "audio_config": "audio_token_id"}
+    towers = ((getattr(config, tower, None), name) for tower, name in names.items())
+    ids = [getattr(tower, name, None) for tower, name in towers]
+    return [token_id for token_id in ids if token_id is not None]
+
+
 def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> torch.Tensor:
     """
     Mark the tokens that stand for image and video features.

@@ -1,5 +1,6 @@
 """Token trees as plain tensors, and their settings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,18 +107,28 @@ class TokenTree:
             return self
         return TokenTree(self.token_ids.to(device), self.parents.to(device), self.scores.to(device), self.depth)
 
-    def with_roots(self, token_ids: torch.Tensor) -> "TokenTree":
+    def with_roots(self, token_ids: torch.Tensor, unfit: Sequence[int] = ()) -> "TokenTree":
         """
-        Stand the trees on the tokens emitted last, of shape `(batch_size,)`, whatever roots they were drafted with; a
-        node whose parent does not come before it becomes a filler.
+        Stand the trees on the tokens emitted last, whatever roots they were drafted with.
+
+        A node whose parent does not come before it becomes a filler, and so does one with a token that is not to be
+        tried.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(batch_size,)`):
+                The roots.
+            unfit (`Sequence[int]`, *optional*, defaults to `()`):
+                Tokens that are not to be tried.
         """
         nodes = torch.arange(self.num_nodes, device=self.parents.device)
-        return TokenTree(
-            token_ids=torch.where(nodes == 0, token_ids.to(self.token_ids)[:, None], self.token_ids),
-            parents=torch.where(self.parents < nodes, self.parents, -1),
-            scores=self.scores,
-            depth=self.depth,
-        )
+        parents, drafted = torch.where(self.parents < nodes, self.parents, -1), self.token_ids
+        for token_id in unfit:
+            parents, drafted = (
+                parents.masked_fill(drafted == token_id, -1),
+                drafted.masked_fill(drafted == token_id, 0),
+            )
+        roots = torch.where(nodes == 0, token_ids.to(drafted)[:, None], drafted)
+        return TokenTree(roots, parents, self.scores, self.depth)
 
     def widen(self, num_nodes: int) -> "TokenTree":
         """Fill the trees up to so many nodes."""
