@@ -47,7 +47,7 @@ class ModelDrafter:
     ) -> None:
         self.models = tuple(unwrapped(model) for model in models)
         self.draft_inputs = draft_inputs
-        self.tree_config = tree_config or TreeConfig(num_nodes=32, depth=6, top_k=4)
+        self.tree_config = TreeConfig.checked(tree_config or {"num_nodes": 32, "depth": 6, "top_k": 4})
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "ModelCandidateGenerator":
         """Make the candidate generator of one `generate` call."""

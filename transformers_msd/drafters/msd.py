@@ -45,7 +45,7 @@ class MSDDrafter:
 
     def __init__(self, draft: MSDDraftModel, tree_config: TreeConfig | None = None) -> None:
         self.draft = draft
-        self._tree_config = tree_config
+        self._tree_config = None if tree_config is None else TreeConfig.checked(tree_config)
 
     @property
     def tree_config(self) -> TreeConfig:
@@ -54,7 +54,7 @@ class MSDDrafter:
 
     @tree_config.setter
     def tree_config(self, tree_config: TreeConfig) -> None:
-        self._tree_config = tree_config
+        self._tree_config = TreeConfig.checked(tree_config)
 
     @property
     def models(self) -> tuple[MSDDraftModel]:

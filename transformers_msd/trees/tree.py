@@ -1,8 +1,9 @@
 """Token trees as plain tensors, and their settings."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -40,16 +41,40 @@ class TreeConfig:
     def __post_init__(self) -> None:
         for name, least in (("num_nodes", 2), ("depth", 1), ("top_k", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(
                     f"`TreeConfig.{name}` must be an integer of at least {least}, got {value!r}. "
                     "The smallest tree, `TreeConfig(num_nodes=2, depth=1, top_k=1)`, drafts one token per round."
                 )
-        if not 0 <= self.min_probability < 1:
+        if not isinstance(self.min_probability, int | float) or not 0 <= self.min_probability < 1:
             raise ValueError(
                 f"`TreeConfig.min_probability` must be at least 0 and less than 1, got {self.min_probability!r}. Try "
                 "0.02; 0 always fills the tree."
             )
+        if not isinstance(self.gate, bool):
+            raise ValueError(f"`TreeConfig.gate` must be `True` or `False`, got {self.gate!r}.")
+
+    @classmethod
+    def checked(cls, tree_config: Any) -> "TreeConfig":
+        """
+        Return a tree as it is, and make one of its fields.
+
+        Args:
+            tree_config ([`TreeConfig`] or `dict[str, Any]`):
+                What a user or a file gives.
+
+        Raises:
+            ValueError: If it is neither, or has other fields.
+        """
+        if isinstance(tree_config, cls):
+            return tree_config
+        names = [field.name for field in fields(cls)]
+        if not isinstance(tree_config, Mapping) or not set(tree_config) <= set(names):
+            raise ValueError(
+                f"`tree_config` must be a `TreeConfig`, or some of its fields {names}, got {tree_config!r}. Check the "
+                "spelling."
+            )
+        return cls(**tree_config)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import compress, product
+from math import inf
 from typing import Any
 
 import torch
@@ -68,13 +69,13 @@ class EnsembleDrafter(ModelDrafter):
         if isinstance(weights, str):
             if weights not in WEIGHTINGS:
                 raise ValueError(f"`weights` must be numbers or one of {WEIGHTINGS}, got {weights!r}.")
-        elif len(weights) != num_weights or min(weights) < 0 or sum(weights) <= 0:
+        elif len(weights) != num_weights or not all(0 <= weight < inf for weight in weights) or not sum(weights):
             raise ValueError(
                 f"`weights` must be {num_weights} numbers, none negative, not all 0, got {tuple(weights)}. Give one "
                 "for each view of each model."
             )
-        if window < 0:
-            raise ValueError(f"`window` must not be negative, got {window}. 0 takes all tokens.")
+        if not isinstance(window, int) or window < 0:
+            raise ValueError(f"`window` must not be negative, and a whole number, got {window!r}. 0 takes all tokens.")
         self.weights = weights
         self.window = window
 

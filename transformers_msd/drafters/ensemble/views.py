@@ -186,6 +186,10 @@ class Pooled:
     height: int = 12
     width: int = 12
 
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"`Pooled` pictures must have rows and columns, got {self.height} and {self.width}.")
+
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
         return [ViewPrompt(rows) for rows in prompts.replace_pictures(self._pool(prompts))]
 

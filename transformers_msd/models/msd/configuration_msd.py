@@ -3,11 +3,13 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from transformers_msd.traits.decoders import decoder_layer_of
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
+from transformers_msd.trees.tree import TreeConfig
 
 
 @strict
@@ -55,6 +57,8 @@ class MSDConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
+        if self.tree_config is not None:
+            TreeConfig.checked(self.tree_config)
         vocab_size = self.get_text_config().vocab_size
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= vocab_size:
             raise ValueError(
@@ -114,7 +118,10 @@ class MSDConfig(PreTrainedConfig):
                 "draft reads and predicts the target's features. Make a draft smaller with `intermediate_size`."
             )
         own.update({name: overrides.pop(name) for name in own_names if name in overrides})
-        return cls(text_config=config_class(**{**fields, **overrides}), **own)
+        try:
+            return cls(text_config=config_class(**{**fields, **overrides}), **own)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
 
 
 __all__ = ["MSDConfig"]

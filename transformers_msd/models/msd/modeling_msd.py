@@ -137,7 +137,7 @@ class MSDDraftModel(PreTrainedModel):
 
     @tree_config.setter
     def tree_config(self, tree_config: TreeConfig) -> None:
-        self.config.tree_config = asdict(tree_config)
+        self.config.tree_config = asdict(TreeConfig.checked(tree_config))
 
     @property
     def needs_tokens(self) -> bool:
