@@ -62,9 +62,15 @@ def draw_settings(chance: random.Random, truth: torch.Tensor, prompt_length: int
 
 def assert_same(ours: Any, plain: Any, what: str) -> None:
     assert torch.equal(ours.sequences, plain.sequences), what
-    for name in ("scores", "logits"):
-        for step, plain_step in zip(ours[name], plain[name], strict=True):
-            torch.testing.assert_close(step, plain_step, atol=1e-3, rtol=1e-3, msg=what)
+    for step, plain_step in zip(ours["logits"], plain["logits"], strict=True):
+        torch.testing.assert_close(step, plain_step, atol=1e-3, rtol=1e-3, msg=what)
+    for step, plain_step in zip(ours["scores"], plain["scores"], strict=True):
+        # Of two tokens with logits equal to the last digit, a cut such as top-p may keep the one or the other.
+        kept, plain_kept = step > -1e30, plain_step > -1e30
+        assert torch.equal(kept.sum(-1), plain_kept.sum(-1)), what
+        assert (kept ^ plain_kept).sum() <= 2, what
+        both = kept & plain_kept
+        torch.testing.assert_close(step[both], plain_step[both], atol=1e-3, rtol=1e-3, msg=what)
     for layer, plain_layer in zip(ours[CACHE].layers, plain[CACHE].layers, strict=True):
         assert int(layer.get_seq_length()) == int(plain_layer.get_seq_length()), what
         torch.testing.assert_close(layer.keys, plain_layer.keys, atol=1e-3, rtol=1e-3, msg=what)
