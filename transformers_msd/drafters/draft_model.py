@@ -38,6 +38,7 @@ class DraftModel(Target):
         ) -> "DraftModel":
             draft = cls(model, model_kwargs, generation_config, captures)
             draft._model_kwargs["output_hidden_states"] = None
+            draft._last_position = last_learned_position(model.config)
             draft._run_prompt(model, input_ids)
             draft._settle_prompt(len(input_ids), input_ids.device)
             return draft
@@ -82,8 +83,7 @@ class DraftModel(Target):
 
     def _reachable(self, position_ids: torch.Tensor) -> torch.Tensor:
         # A draft whose context is full drafts badly, and the call goes on.
-        last = last_learned_position(self.model.config)
-        return position_ids if last is None else position_ids.clamp(max=last)
+        return position_ids if self._last_position is None else position_ids.clamp(max=self._last_position)
 
     def pause(self) -> None:
         """End a call: what remains are tensors and settings, from which another can go on."""

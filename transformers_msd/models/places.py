@@ -3,6 +3,10 @@
 from pathlib import Path
 
 
+# Of files; no repository ends in one.
+_SUFFIXES = {".json", ".jsonl", ".parquet", ".safetensors", ".bin", ".yaml", ".yml"}
+
+
 def check_place(name: str, what: str) -> None:
     """
     Raise a `ValueError` for the name of a place on this machine where nothing is, so that the Hub is not asked for it.
@@ -16,6 +20,3 @@ def check_place(name: str, what: str) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _SUFFIXES
     if is_path and not Path(name).exists():
         raise ValueError(f"`{what}` must be a path or a repository on the Hub, got {name!r}, where nothing is.")
-
-
-_SUFFIXES = {".json", ".jsonl", ".parquet", ".safetensors", ".bin", ".yaml", ".yml"}

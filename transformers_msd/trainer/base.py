@@ -202,7 +202,7 @@ class DraftTrainer(SFTTrainer):
         if totals:
             sums = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
             means = {name: (a / b.clamp(min=1)).item() for name, (a, b) in zip(totals, sums, strict=True)}
-            check_means(means, self.state.global_step, self.args.max_length)
+            check_means(means, self.state.global_step, self.args.max_length, mode == "train")
             self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         super().log(logs, start_time)
 

@@ -12,7 +12,7 @@ UNSUPERVISED = "rows_without_supervision"
 _WAY_OUT = "Lower `learning_rate`, train in float32 or bfloat16, and look at the rows; checkpoints before are whole."
 
 
-def check_means(means: dict[str, float], step: int, max_length: int | None) -> None:
+def check_means(means: dict[str, float], step: int, max_length: int | None, is_training: bool) -> None:
     """
     Raise a `ValueError` where nothing was learned, or nothing that is finite; forget what tells of no fault.
 
@@ -23,14 +23,17 @@ def check_means(means: dict[str, float], step: int, max_length: int | None) -> N
             Step of the optimizer.
         max_length (`int`, *optional*):
             Where rows are cut.
+        is_training (`bool`):
+            Whether the rows were trained on. Those that a draft is evaluated on end nothing by having no answer.
     """
-    if means[UNSUPERVISED] == 1:
+    share = means.pop(UNSUPERVISED, 0.0)
+    if share == 1 and is_training:
         raise ValueError(
             f"No row up to step {step} holds a token to learn from: their answers are cut at "
             f"`max_length={max_length}`, or empty. Raise `max_length`, or choose other rows."
         )
-    if not means[UNSUPERVISED]:
-        del means[UNSUPERVISED]
+    if share:
+        means[UNSUPERVISED] = share
     wrong = sorted(name for name, mean in means.items() if not math.isfinite(mean))
     if wrong:
         raise ValueError(

@@ -142,8 +142,6 @@ def check_reach(
     """
     config = model.config.get_text_config()
     reach = float("inf") if num_steps is None else prompt_length + num_steps - 1
-    mask = model_kwargs.get("attention_mask")
-    shortest = prompt_length if mask is None or mask.ndim != 2 else int(mask.sum(-1).min())
     way_out = "Ask for fewer tokens, or generate without `assistant_model`."
     for rope in _ropes(config):
         if "dynamic" in rope["rope_type"] and reach > config.max_position_embeddings:
@@ -153,6 +151,8 @@ def check_reach(
                 f"got {prompt_length} tokens and up to {num_steps} new ones. {way_out}"
             )
         if rope["rope_type"] == "longrope":
+            mask = model_kwargs.get("attention_mask")
+            shortest = prompt_length if mask is None or mask.ndim != 2 else int(mask.sum(-1).min())
             switch = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
             if shortest <= switch < reach:
                 raise ValueError(
