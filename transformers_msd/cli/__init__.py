@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from importlib.metadata import version
 
 import torch
 import transformers
 
+from transformers_msd import __version__
 from transformers_msd.cli import bench, check_parity, convert, generate_data, train, tune
 
 
@@ -48,4 +48,4 @@ def _underscored(argument: str) -> str:
 
 def _versions() -> str:
     packages = (("torch", torch.__version__), ("Transformers", transformers.__version__))
-    return f"transformers-msd {version('transformers-msd')}, " + ", ".join(f"{name} {own}" for name, own in packages)
+    return f"transformers-msd {__version__}, " + ", ".join(f"{name} {own}" for name, own in packages)
