@@ -1,0 +1,146 @@
+"""
+A world in which a draft must see: pictures of random glyphs, read out one token a cell.
+
+Nothing tells the next glyph but the picture, and a target that reads one glyph a token has decided on no other yet. So
+what a draft says two tokens ahead can only be right by looking. Beside them stands text that is easy: lists of glyphs
+repeated, and names in their order.
+"""
+
+from collections.abc import Iterator
+from random import Random
+
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Pictures
+from PIL import ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+
+CELL_SIZE, CELLS = 16, 6  # pixels of a cell, a patch of the tower; cells in a row and in a column
+PICTURE_SIZE = CELL_SIZE * CELLS
+NAMES = tuple(consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio")
+REQUESTS = {"picture": "read it .", "copy": "repeat :", "order": "go on from"}
+BEFORE, AFTER = "the signs are these :", "and that is all ."
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+FEATURES = Features(
+    {
+        "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
+        "images": List(Image()),
+    }
+)
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- ' user : ' }}
+        {%- for content in message['content'] %}
+            {%- if content['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ content['text'] }}{% endif %}
+        {%- endfor %}
+    {%- else %}
+        {{- ' assistant :' }}
+        {%- generation %}
+            {%- for content in message['content'] %}{{ ' ' + content['text'] }}{% endfor %}
+            {{- ' ' + eos_token }}
+        {%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ ' assistant :' }}{% endif %}"""
+
+
+def _bitmaps(least_distance: int = 5) -> tuple[int, ...]:
+    """Sixteen dots for every glyph, no two glyphs alike in all but a few of them."""
+    random, found = Random(0), []
+    while len(found) < len(NAMES):
+        bitmap = random.getrandbits(16)
+        if all((bitmap ^ other).bit_count() >= least_distance for other in found):
+            found.append(bitmap)
+    return tuple(found)
+
+
+BITMAPS = _bitmaps()
+
+
+def draw_glyphs(glyphs: list[int], random: Random) -> Pictures.Image:
+    """Draw glyphs row by row, each in a colour of its own and a pixel off its place; cells that remain are empty."""
+    picture = Pictures.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+    draw = ImageDraw.Draw(picture)
+    for cell, glyph in enumerate(glyphs):
+        left, top = (2 + CELL_SIZE * place + random.randint(-1, 1) for place in (cell % CELLS, cell // CELLS))
+        colour = tuple(random.randint(0, 150) for _ in range(3))
+        for dot in range(16):
+            if BITMAPS[glyph] >> dot & 1:
+                x, y = left + 3 * (dot % 4), top + 3 * (dot // 4)
+                draw.rectangle((x, y, x + 2, y + 2), fill=colour)
+    return picture
+
+
+def make_row(kind: str, random: Random) -> dict:
+    """Make a conversation: its `kind`, `messages` and `images`."""
+    glyphs = [random.randrange(len(NAMES)) for _ in range(random.choice((24, 30, 36)))]
+    if kind == "order":
+        glyphs = [(glyphs[0] + step) % len(NAMES) for step in range(len(glyphs))]
+    names = " ".join(NAMES[glyph] for glyph in glyphs)
+    said = {"picture": "", "copy": f" {names} .", "order": f" {NAMES[glyphs[0]]} to {NAMES[glyphs[-1]]} ."}[kind]
+    content = [{"type": "text", "text": REQUESTS[kind] + said}]
+    if kind == "picture":
+        content.insert(0, {"type": "image", "text": None})
+    answer = [{"type": "text", "text": f"{BEFORE} {names} {AFTER}"}]
+    return {
+        "kind": kind,
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+        "images": [draw_glyphs(glyphs, random)] if kind == "picture" else [],
+    }
+
+
+def rows(seed: int, share_of_pictures: float = 0.5) -> Iterator[dict]:
+    """Yield conversations without end."""
+    random = Random(seed)
+    while True:
+        text = random.choice(("copy", "order"))
+        yield make_row("picture" if random.random() < share_of_pictures else text, random)
+
+
+def dataset(num_rows: int, seed: int) -> Dataset:
+    """Make as many rows of text, and behind them as many with pictures."""
+    random = Random(seed)
+    kinds = ["copy", "order"] * (num_rows // 2) + ["picture"] * num_rows
+    made = [make_row(kind, random) for kind in kinds]
+    return Dataset.from_list([{name: row[name] for name in FEATURES} for row in made], features=FEATURES)
+
+
+def prompts(kind: str, num_prompts: int, seed: int = 1_000_003) -> list[dict]:
+    """Make held-out rows without their answers."""
+    random = Random(f"{seed} {kind}")
+    made = [make_row(kind, random) for _ in range(num_prompts)]
+    return [row | {"messages": row["messages"][:1], "answer": row["messages"][1]["content"][0]["text"]} for row in made]
+
+
+def build_processor() -> LlavaProcessor:
+    """Build the processor: a word is a token."""
+    words = " ".join((*REQUESTS.values(), "to", BEFORE, AFTER, "user assistant", *NAMES)).split()
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": PICTURE_SIZE},
+            crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE},
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.5, 0.5, 0.5],
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            extra_special_tokens={"image_token": "<image>"},
+            padding_side="left",
+            model_max_length=512,
+            chat_template=CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
+        ),
+        patch_size=CELL_SIZE,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+    )
