@@ -7,8 +7,14 @@ from math import cos, pi
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers import LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from training.glyph_world.world import CELL_SIZE, CELLS, PICTURE_SIZE, build_processor, prompts, rows
 from training.tiny_world.build.target import answer_prompts

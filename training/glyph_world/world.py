@@ -19,6 +19,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 CELL_SIZE, CELLS = 16, 6  # pixels of a cell, a patch of the tower; cells in a row and in a column
 PICTURE_SIZE = CELL_SIZE * CELLS
 NAMES = tuple(consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio")
+TEXTS = ("copy", "order")
 REQUESTS = {"picture": "read it .", "copy": "repeat :", "order": "go on from"}
 BEFORE, AFTER = "the signs are these :", "and that is all ."
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
@@ -96,15 +97,14 @@ def rows(seed: int, share_of_pictures: float = 0.5) -> Iterator[dict]:
     """Yield conversations without end."""
     random = Random(seed)
     while True:
-        text = random.choice(("copy", "order"))
-        yield make_row("picture" if random.random() < share_of_pictures else text, random)
+        yield make_row("picture" if random.random() < share_of_pictures else random.choice(TEXTS), random)
 
 
-def dataset(num_rows: int, seed: int) -> Dataset:
-    """Make as many rows of text, and behind them as many with pictures."""
+def ordered_dataset(shares_of_pictures: list[float], seed: int) -> Dataset:
+    """Make a row for every share, with a picture by that chance, else of one of the two kinds of text."""
     random = Random(seed)
-    kinds = ["copy", "order"] * (num_rows // 2) + ["picture"] * num_rows
-    made = [make_row(kind, random) for kind in kinds]
+    kinds = ["picture" if random.random() < share else random.choice(TEXTS) for share in shares_of_pictures]
+    made = (make_row(kind, random) for kind in kinds)
     return Dataset.from_list([{name: row[name] for name in FEATURES} for row in made], features=FEATURES)
 
 
@@ -112,7 +112,9 @@ def prompts(kind: str, num_prompts: int, seed: int = 1_000_003) -> list[dict]:
     """Make held-out rows without their answers."""
     random = Random(f"{seed} {kind}")
     made = [make_row(kind, random) for _ in range(num_prompts)]
-    return [row | {"messages": row["messages"][:1], "answer": row["messages"][1]["content"][0]["text"]} for row in made]
+    return [
+        row | {"messages": row["messages"][:1], "answer": row["messages"][1]["content"][0]["text"]} for row in made
+    ]
 
 
 def build_processor() -> LlavaProcessor:
