@@ -120,7 +120,7 @@ def main() -> None:
     else:
         asked = {kind: glyph_world.prompts(kind, NUM_PROMPTS) for kind in ("picture", "copy", "order")}
     prompts = [encode_prompts(processor, [prompt]) for kind in asked.values() for prompt in kind]
-    results: dict[str, Any] = {"hardware": hardware()}
+    results: dict[str, Any] = {"hardware": hardware(target.device)}
     for name, drafter in drafters.items():
         for mode, settings in MODES.items():
             found = compare(target, drafter, prompts, settings | {"max_new_tokens": 100})

@@ -1,7 +1,7 @@
 """
 Make a LLaVA of a real language model: SmolLM2-135M-Instruct learns to see the pictures of the tiny world.
 
-    python -m training.evidence.real_llava --language_model HuggingFaceTB/SmolLM2-135M-Instruct \\
+    python -m training.real_llava.build --language_model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --texts instruct_messages.jsonl --output FOLDER
 
 The tiny world's vision tower stays as it is. The projector learns first, alone; then adapters of all linear layers of
