@@ -5,8 +5,8 @@ Where does an ensemble of views help? A target that knows more than its draft VL
 
 The tiny world's target learns a second style, pictures on ruled paper, and up to five pictures at once; its draft VLM
 stays as it is and has seen neither. Five scenarios: what the draft knows, the other style, three to five pictures,
-second turns, no picture. Every view alone (multimodal, text, pooled, caption) and their ensembles, as a chain of five as
-published and as a tree, drafting in every round and gated. Told are τ by scenario, the mean and the worst.
+second turns, no picture. Every view alone (multimodal, text, pooled, caption) and their ensembles, as a chain of five
+as published and as a tree, drafting in every round and gated. Told are τ by scenario, the mean and the worst.
 """
 
 import argparse

@@ -95,9 +95,8 @@ def main() -> None:
         results[dtype] = measure(target, prompts[:-1], pairs, call)
         print(f"\n| {dtype} | answers that differ | median first place | largest gap of logits |\n|---|---|---|---|")
         for name, row in results[dtype].items():
-            print(
-                f"| {name} | {row['differ']} of {row['answers']} | {row['median_first_place']} | {row['largest_gap']} |"
-            )
+            cells = (name, f"{row['differ']} of {row['answers']}", row["median_first_place"], row["largest_gap"])
+            print(f"| {' | '.join(map(str, cells))} |")
     arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
