@@ -4,9 +4,9 @@ Must a draft see, and which design sees best? Drafts of several designs in the g
     python -m training.glyph_world.train_target --output TARGET
     python -m training.evidence.looking --target TARGET
 
-Every design is trained from three seeds on the same rows. τ is measured, greedy, in trees of 6 and of 10 levels, on
-held-out prompts of text and of pictures, on these also with the draft alone shown another picture, and none. A run
-that is broken off goes on where it stopped.
+Every design is trained from three seeds on the same rows, for three budgets. τ is measured, greedy, in trees of 6 and of
+10 levels, on held-out prompts of text and of pictures, on these also with the draft alone shown another picture, and
+none. A run that is broken off goes on where it stopped.
 """
 
 import argparse
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from training.evidence.runs import BATCH_SIZE, collect, measure, table, train_draft
-from training.glyph_world.world import ordered_dataset, prompts
+from training.evidence.runs import BATCH_SIZE, ask, collect, measure, table, train_draft
+from training.glyph_world.world import ordered_dataset, prompts_by_kind
 from training.tiny_world.build.target import load_target
+from training.tiny_world.measure.evaluate import PICTURES
 from transformers_msd import TreeConfig
 
 
@@ -27,7 +28,8 @@ DESIGNS = {
     "visual rows averaged by 4": {"visual_pool_size": 4},
     "visual rows left out (HiViS)": {"visual_pool_size": 0},
 }
-TREES = {"6 levels": TreeConfig(24, 6, 4, gate=False), "10 levels": TreeConfig(40, 10, 4, gate=False)}
+SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False), TreeConfig(40, 10, 4, gate=False)
+BUDGETS = ("100", "400", "1600")
 SEEDS = ("0", "1", "2")
 NUM_PROMPTS = 20  # of a kind
 
@@ -35,26 +37,27 @@ NUM_PROMPTS = 20  # of a kind
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", nargs="+", default=BUDGETS, help="of 16 rows, half of them with pictures")
     parser.add_argument("--seeds", nargs="+", default=SEEDS)
+    parser.add_argument("--keep", action="store_true", help="save the drafts in the work folder")
     parser.add_argument("--work", type=Path, default=Path("/tmp/glyph_world"))
     parser.add_argument("--output", type=Path, default=DOCS / "looking.json")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     target, processor = load_target(arguments.target)
-    rows = ordered_dataset([0.5] * (arguments.steps * BATCH_SIZE), seed=11)
-    asked = {kind: prompts(kind, NUM_PROMPTS) for kind in ("picture", "copy", "order")}
+    asked = ask(target, processor, prompts_by_kind(NUM_PROMPTS))
 
-    def run(design: str, seed: str) -> dict[str, float]:
+    def run(design: str, steps: str, seed: str) -> dict[str, float]:
+        rows = ordered_dataset([0.5] * (int(steps) * BATCH_SIZE), seed=11)
         draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design])
-        return {
-            f"{kind}, {levels}": tau
-            for levels, tree in TREES.items()
-            for kind, tau in measure(target, processor, draft, tree, asked).items()
-        }
+        if arguments.keep:
+            draft.save_pretrained(arguments.work / f"{design} {steps} {seed}".replace(" ", "-"))
+        found = measure(target, draft, SHALLOW, asked)
+        deep = measure(target, draft, DEEP, asked, PICTURES[:1])
+        return found | {f"{kind}, {DEEP.depth} levels": tau for kind, tau in deep.items()}
 
-    runs = [(design, seed) for seed in arguments.seeds for design in DESIGNS]
-    print(table(collect(arguments.output, runs, run), "draft"))
+    runs = [(design, steps, seed) for steps in arguments.steps for seed in arguments.seeds for design in DESIGNS]
+    print(table(collect(arguments.output, runs, run), "draft, steps"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What trainings of drafts for a claim share: rows in an order, one training, τ by kind, a table that resumes."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from training.tiny_world.build.target import encode_prompts
 from training.tiny_world.build.train_draft import COMMON_SETTINGS
@@ -73,28 +74,52 @@ def train_draft(
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the target reads it, and what plain `generate` says."""
+
+    inputs: BatchFeature
+    answer: torch.Tensor
+
+    @property
+    def has_picture(self) -> bool:
+        return "pixel_values" in self.inputs
+
+
+CALL = {"do_sample": False, "max_new_tokens": 100}
+
+
+def ask(
+    target: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: dict[str, list[dict]]
+) -> dict[str, list[Asked]]:
+    """Let plain `generate` answer prompts, greedily."""
+    asked: dict[str, list[Asked]] = {}
+    for kind, rows in prompts.items():
+        encoded = [encode_prompts(processor, [row]) for row in rows]
+        asked[kind] = [Asked(inputs, target.generate(**inputs, **CALL)) for inputs in encoded]
+    return asked
+
+
 def measure(
     target: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
     draft: MSDDraftModel,
     tree: TreeConfig,
-    prompts: dict[str, list[dict]],
-    max_new_tokens: int = 100,
+    asked: dict[str, list[Asked]],
+    pictures: Sequence[str] = PICTURES,
 ) -> dict[str, float]:
     """
-    Answer prompts greedily; return τ by kind, and on pictures also with the draft shown another picture and none.
+    Answer prompts with a draft; return τ by kind, for each of the `pictures` that the draft alone is shown.
 
-    Every answer is compared with plain decoding's.
+    Raises:
+        RuntimeError: If an answer differs from plain decoding's.
     """
     draft.tree_config, found = tree, {}
-    for kind, asked in prompts.items():
-        for picture in PICTURES if asked[0]["images"] else PICTURES[:1]:
+    for kind, prompts in asked.items():
+        for picture in pictures if prompts[0].has_picture else pictures[:1]:
             assistant, lengths = Blinkered(draft, picture), []
-            for prompt in asked:
-                inputs = encode_prompts(processor, [prompt])
-                call = {"do_sample": False, "max_new_tokens": max_new_tokens}
-                output, _ = timed(target, 0, **inputs, **call, assistant_model=assistant)
-                if picture == PICTURES[0] and not torch.equal(output.sequences, target.generate(**inputs, **call)):
+            for prompt in prompts:
+                output, _ = timed(target, 0, **prompt.inputs, **CALL, assistant_model=assistant)
+                if not torch.equal(output.sequences, prompt.answer):
                     raise RuntimeError("An answer differs from plain decoding's.")
                 lengths.append(output.speculative_stats.acceptance_lengths[:, 0].tolist())
             name = kind if picture == PICTURES[0] else f"{kind}, {picture} shown"

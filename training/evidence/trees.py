@@ -118,7 +118,7 @@ def main() -> None:
         drafters["a small VLM"] = VLMDrafter(small)
         asked = tiny_prompts()
     else:
-        asked = {kind: glyph_world.prompts(kind, NUM_PROMPTS) for kind in ("picture", "copy", "order")}
+        asked = glyph_world.prompts_by_kind(NUM_PROMPTS)
     prompts = [encode_prompts(processor, [prompt]) for kind in asked.values() for prompt in kind]
     results: dict[str, Any] = {"hardware": hardware(target.device)}
     for name, drafter in drafters.items():

@@ -16,9 +16,10 @@ from random import Random
 from datasets import Dataset
 from transformers.utils import logging
 
-from training.evidence.runs import BATCH_SIZE, collect, measure, table, train_draft
+from training.evidence.runs import BATCH_SIZE, ask, collect, measure, table, train_draft
 from training.glyph_world import world as glyph_world
 from training.tiny_world.build.target import CHECKPOINT, load_target
+from training.tiny_world.measure.evaluate import PICTURES
 from training.tiny_world.world.rows import FEATURES, evaluation_prompts, training_rows
 from transformers_msd import TreeConfig
 from transformers_msd.trainer.curriculum import visual_probability
@@ -57,7 +58,7 @@ def tiny_dataset(shares_of_pictures: list[float], seed: int) -> Dataset:
 def tiny_prompts() -> dict[str, list[dict]]:
     """Held-out prompts of the tiny world, of text and of one picture."""
     asked = evaluation_prompts(NUM_PROMPTS)
-    groups = {"text": "text", "picture": "image"}
+    groups = {"text": "text", "pictures": "image"}
     return {kind: [prompt for prompt in asked if prompt["group"] == group] for kind, group in groups.items()}
 
 
@@ -74,14 +75,13 @@ def main() -> None:
     target, processor = load_target(arguments.target)
     is_tiny = arguments.world == "tiny"
     make_rows = tiny_dataset if is_tiny else glyph_world.ordered_dataset
-    kinds = ("picture", "copy", "order")
-    asked = tiny_prompts() if is_tiny else {kind: glyph_world.prompts(kind, NUM_PROMPTS) for kind in kinds}
+    asked = ask(target, processor, tiny_prompts() if is_tiny else glyph_world.prompts_by_kind(NUM_PROMPTS))
 
     def run(order: str, budget: str, seed: str) -> dict[str, float]:
         num_rows = int(budget) * BATCH_SIZE
         rows = make_rows([ORDERS[order](number / num_rows) for number in range(1, num_rows + 1)], seed=100 + int(seed))
         draft = train_draft(target, processor, rows, int(seed), arguments.work)
-        return measure(target, processor, draft, TREE, asked)
+        return measure(target, draft, TREE, asked, PICTURES[:1])
 
     runs = [(order, budget, seed) for budget in arguments.budgets for seed in arguments.seeds for order in ORDERS]
     output = arguments.output or DOCS / f"two_stages_{arguments.world}.json"

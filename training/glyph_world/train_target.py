@@ -16,7 +16,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from training.glyph_world.world import CELL_SIZE, CELLS, PICTURE_SIZE, build_processor, prompts, rows
+from training.glyph_world.world import CELL_SIZE, CELLS, KINDS, PICTURE_SIZE, build_processor, prompts, rows
 from training.tiny_world.build.target import answer_prompts
 from training.tiny_world.build.train_target import collate, encode_row
 
@@ -59,11 +59,11 @@ def build_model(processor: LlavaProcessor, num_layers: int = 6) -> LlavaForCondi
     return model
 
 
-def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_prompts: int = 50) -> dict:
+def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_prompts: int = 20) -> dict:
     """Return the share of held-out prompts that are answered right to the last token, by kind."""
     found = {}
-    for kind in ("picture", "copy", "order"):
-        asked = prompts(kind, num_prompts)
+    for kind in KINDS:
+        asked = prompts((kind,), num_prompts)
         answers = answer_prompts(model, processor, asked)
         found[kind] = sum(row["answer"] == answer for row, answer in zip(asked, answers, strict=True)) / num_prompts
     return found
@@ -72,7 +72,7 @@ def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, nu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     torch.manual_seed(0)

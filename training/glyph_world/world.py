@@ -2,8 +2,8 @@
 A world in which a draft must see: pictures of random glyphs, read out one token a cell.
 
 Nothing tells the next glyph but the picture, and a target that reads one glyph a token has decided on no other yet. So
-what a draft says two tokens ahead can only be right by looking. Beside them stands text that is easy: lists of glyphs
-repeated, and names in their order.
+what a draft says two tokens ahead can only be right by looking, along the rows, down the columns or backwards, as was
+asked. Beside them stands text that is easy: lists of glyphs repeated, and names in their order.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,15 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 CELL_SIZE, CELLS = 16, 6  # pixels of a cell, a patch of the tower; cells in a row and in a column
 PICTURE_SIZE = CELL_SIZE * CELLS
 NAMES = tuple(consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio")
-TEXTS = ("copy", "order")
-REQUESTS = {"picture": "read it .", "copy": "repeat :", "order": "go on from"}
+PICTURES, TEXTS = ("rows", "columns", "backwards"), ("copy", "order")
+KINDS = PICTURES + TEXTS
+REQUESTS = {
+    "rows": "read it .",
+    "columns": "read down .",
+    "backwards": "read back .",
+    "copy": "repeat :",
+    "order": "go on from",
+}
 BEFORE, AFTER = "the signs are these :", "and that is all ."
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 FEATURES = Features(
@@ -80,16 +87,21 @@ def make_row(kind: str, random: Random) -> dict:
     glyphs = [random.randrange(len(NAMES)) for _ in range(random.choice((24, 30, 36)))]
     if kind == "order":
         glyphs = [(glyphs[0] + step) % len(NAMES) for step in range(len(glyphs))]
-    names = " ".join(NAMES[glyph] for glyph in glyphs)
-    said = {"picture": "", "copy": f" {names} .", "order": f" {NAMES[glyphs[0]]} to {NAMES[glyphs[-1]]} ."}[kind]
+    cells = list(range(len(glyphs)))
+    if kind == "columns":
+        cells.sort(key=lambda cell: (cell % CELLS, cell))
+    elif kind == "backwards":
+        cells.reverse()
+    names = " ".join(NAMES[glyphs[cell]] for cell in cells)
+    said = {"copy": f" {names} .", "order": f" {NAMES[glyphs[0]]} to {NAMES[glyphs[-1]]} ."}.get(kind, "")
     content = [{"type": "text", "text": REQUESTS[kind] + said}]
-    if kind == "picture":
+    if kind in PICTURES:
         content.insert(0, {"type": "image", "text": None})
     answer = [{"type": "text", "text": f"{BEFORE} {names} {AFTER}"}]
     return {
         "kind": kind,
         "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
-        "images": [draw_glyphs(glyphs, random)] if kind == "picture" else [],
+        "images": [draw_glyphs(glyphs, random)] if kind in PICTURES else [],
     }
 
 
@@ -97,24 +109,30 @@ def rows(seed: int, share_of_pictures: float = 0.5) -> Iterator[dict]:
     """Yield conversations without end."""
     random = Random(seed)
     while True:
-        yield make_row("picture" if random.random() < share_of_pictures else random.choice(TEXTS), random)
+        yield make_row(random.choice(PICTURES if random.random() < share_of_pictures else TEXTS), random)
 
 
 def ordered_dataset(shares_of_pictures: list[float], seed: int) -> Dataset:
-    """Make a row for every share, with a picture by that chance, else of one of the two kinds of text."""
+    """Make a row for every share, with a picture by that chance, else of text."""
     random = Random(seed)
-    kinds = ["picture" if random.random() < share else random.choice(TEXTS) for share in shares_of_pictures]
+    kinds = [random.choice(PICTURES if random.random() < share else TEXTS) for share in shares_of_pictures]
     made = (make_row(kind, random) for kind in kinds)
     return Dataset.from_list([{name: row[name] for name in FEATURES} for row in made], features=FEATURES)
 
 
-def prompts(kind: str, num_prompts: int, seed: int = 1_000_003) -> list[dict]:
-    """Make held-out rows without their answers."""
-    random = Random(f"{seed} {kind}")
-    made = [make_row(kind, random) for _ in range(num_prompts)]
-    return [
-        row | {"messages": row["messages"][:1], "answer": row["messages"][1]["content"][0]["text"]} for row in made
-    ]
+def prompts(kinds: tuple[str, ...], num_prompts: int, seed: int = 1_000_003) -> list[dict]:
+    """Make held-out rows of some kinds in turn, without their answers."""
+    random, asked = Random(f"{seed} {kinds}"), []
+    for number in range(num_prompts):
+        row = make_row(kinds[number % len(kinds)], random)
+        question, answer = row["messages"]
+        asked.append(row | {"messages": [question], "answer": answer["content"][0]["text"]})
+    return asked
+
+
+def prompts_by_kind(num_prompts: int) -> dict[str, list[dict]]:
+    """Make so many held-out prompts with pictures, of copied text, and of text in order."""
+    return {"pictures": prompts(PICTURES, num_prompts)} | {kind: prompts((kind,), num_prompts) for kind in TEXTS}
 
 
 def build_processor() -> LlavaProcessor:
