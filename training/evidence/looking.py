@@ -5,7 +5,7 @@ Must a draft see, and which design sees best? Drafts of several designs in the g
     python -m training.evidence.looking --target TARGET
 
 Every design is trained from three seeds on the same rows, for three budgets. τ is measured, greedy, in trees of 6 and
-of 10 levels, on held-out prompts of text and of pictures, on these also with the draft alone shown another picture, and
+of 10 levels, on held-out prompts of text and of pictures, on these also with the draft alone shown another picture and
 none. A run that is broken off goes on where it stopped.
 """
 
