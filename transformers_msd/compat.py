@@ -271,3 +271,15 @@ def can_be_compiled(model: PreTrainedModel, generation_config: GenerationConfig)
 
 class _AnyStaticCache:
     is_compileable = True
+
+
+def stock_drafting_error(assistant: Any) -> AttributeError:
+    """
+    Make the error that a draft of ours answers Transformers' own way of drafting with, which takes none of them.
+
+    An `AttributeError`, so that a draft lacks what it is raised for, wherever else one looks.
+    """
+    return AttributeError(
+        f"{type(assistant).__name__} drafts by `transformers_msd` alone: call `transformers_msd.enable()`, and pass "
+        "it as it is."
+    )
