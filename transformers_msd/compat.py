@@ -91,6 +91,7 @@ NAMES = (
     ),
     Name(f"{_MIXIN}._prefill", "self, input_ids, generation_config, model_kwargs, is_first_iteration"),
     Name(f"{_MIXIN}._optimize_model_for_decode", "self"),
+    Name(f"{_MIXIN}._supports_default_dynamic_cache"),
     Name(f"{_MIXIN}._valid_auto_compile_criteria", "self, model_kwargs, generation_config"),
     Name(
         f"{_MIXIN}.prepare_inputs_for_generation",
@@ -214,6 +215,16 @@ def attention_of(config: PreTrainedConfig) -> str:
 def is_stateful(model: PreTrainedModel) -> bool:
     """Tell whether a model has a recurrent state, which can't take tokens back."""
     return model._is_stateful
+
+
+def makes_own_cache(model: PreTrainedModel) -> bool:
+    """Tell whether `generate` leaves it to a model to make its cache."""
+    return not model._supports_default_dynamic_cache()
+
+
+def prefills_itself(model: PreTrainedModel) -> bool:
+    """Tell whether a model runs prompts by a method of its own."""
+    return type(model)._prefill is not GenerationMixin._prefill
 
 
 def keeps_no_cache(model: PreTrainedModel) -> bool:

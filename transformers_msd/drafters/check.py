@@ -20,7 +20,7 @@ from transformers.generation.configuration_utils import (
 from transformers_msd.caches.check import check_cache
 from transformers_msd.compat import cache_of
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.traits.support import check_padding, unsupported_fact
+from transformers_msd.traits.support import check_padding, features_fact, unsupported_fact
 
 
 # These remember earlier calls, or run the model themselves, and so would be wrong at the nodes of a tree.
@@ -71,7 +71,7 @@ def check_call(
             f"Drafting serves greedy decoding and sampling, got {generation_mode.value}. Set `num_beams=1` and "
             f"leave `penalty_alpha` and `dola_layers` unset, or {WAY_OUT}"
         )
-    fact = unsupported_fact(model)
+    fact = unsupported_fact(model) or features_fact(model)
     if fact is not None:
         raise ValueError(f"{type(model).__name__} {fact}. Otherwise, {WAY_OUT}")
     check_padding(model, arguments)
