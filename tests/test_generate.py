@@ -296,6 +296,16 @@ def test_what_drafting_cannot_do_is_refused_before_anything_runs(reason: str, mo
         target.generate(**call | settings, assistant_model=draft)
 
 
+def test_defaults_in_a_config_of_the_call_are_no_settings() -> None:
+    target, call, plain, oracle = make_case()
+    names = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+    defaults = target._prepare_generation_config(None)[0]
+    given = GenerationConfig(pad_token_id=0, **{name: getattr(defaults, name) for name in names})
+    ours = target.generate(**call, generation_config=given, assistant_model=oracle)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert given.num_assistant_tokens == 20
+
+
 def test_a_stateful_processor_is_refused() -> None:
     target, call, *_ = make_case()
     processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, target)

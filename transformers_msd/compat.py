@@ -107,6 +107,7 @@ NAMES = (
     Name(f"{_MIXIN}.generate", attribute="_mask_length"),
     Name(f"{_MIXIN}._prepare_special_tokens", attribute="_pad_token_tensor"),
     Name(f"{_MIXIN}._prepare_cache_for_generation", attribute="_is_user_defined"),
+    Name("transformers:GenerationConfig._get_default_generation_params"),
     Name("transformers.generation:CompileConfig._compile_all_devices"),
     Name("transformers:PreTrainedModel._is_stateful"),
     Name("transformers:PreTrainedConfig._attn_implementation"),
@@ -243,6 +244,11 @@ def pad_token_id_of(generation_config: GenerationConfig) -> int:
     return 0 if pad_token is None else int(pad_token)
 
 
+def default_settings() -> dict[str, Any]:
+    """Return what `generate` fills in where a setting was not made."""
+    return GenerationConfig._get_default_generation_params()
+
+
 def num_prompt_columns(
     input_ids: torch.Tensor, cache: Cache, model_kwargs: Mapping[str, Any], generation_config: GenerationConfig
 ) -> int:
@@ -285,11 +291,7 @@ class _AnyStaticCache:
 
 
 def stock_drafting_error(assistant: Any) -> AttributeError:
-    """
-    Make the error that a draft of ours answers Transformers' own way of drafting with, which takes none of them.
-
-    An `AttributeError`, so that a draft lacks what it is raised for, wherever else one looks.
-    """
+    """Make the error with which a draft of ours lacks what Transformers' own way of drafting asks it for."""
     return AttributeError(
         f"{type(assistant).__name__} drafts by `transformers_msd` alone: call `transformers_msd.enable()`, and pass "
         "it as it is."

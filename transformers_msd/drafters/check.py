@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import (
 )
 
 from transformers_msd.caches.check import check_cache
-from transformers_msd.compat import cache_of
+from transformers_msd.compat import cache_of, default_settings
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.traits.support import check_padding, features_fact, unsupported_fact
 
@@ -134,10 +134,12 @@ def _check_ways(generation_config: GenerationConfig, arguments: dict[str, Any]) 
             raise ValueError(
                 f"A call drafts in one way, got `assistant_model` and `{name}={value!r}`. Drop one of them."
             )
-    # As passed: Transformers fills in defaults for all of them.
-    given = arguments.get("generation_config")
+    # As passed, without the defaults that some models fill in before they call `generate`.
+    given, defaults = arguments.get("generation_config"), default_settings()
     for name in OTHER_SETTINGS:
-        value = arguments.get(name, getattr(given, name, None))
+        value, settled = arguments.get(name), getattr(given, name, None)
+        if value is None and settled != defaults.get(name):
+            value = settled
         if value is not None:
             raise ValueError(
                 f"`{name}` is for Transformers' own assistants, and a draft of trees has a `tree_config`, got "
