@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from transformers_msd.caches.carried import Owner
+from transformers_msd.compat import stock_drafting_error
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_draft
@@ -48,6 +49,11 @@ class ModelDrafter:
         self.models = tuple(unwrapped(model) for model in models)
         self.draft_inputs = draft_inputs
         self.tree_config = TreeConfig.checked(tree_config or {"num_nodes": 32, "depth": 6, "top_k": 4})
+
+    @property
+    def config(self) -> NoReturn:
+        """None: Transformers' own way of drafting asks for it first."""
+        raise stock_drafting_error(self)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "ModelCandidateGenerator":
         """Make the candidate generator of one `generate` call."""

@@ -12,7 +12,7 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from transformers_msd.compat import CACHE, cache_of
+from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.trees.tree import TreeConfig
 
@@ -129,6 +129,11 @@ class MSDDraftModel(PreTrainedModel):
         if module is self.fc:
             # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generation_config":  # Transformers' own way of drafting asks for it first
+            raise stock_drafting_error(self)
+        return super().__getattr__(name)
 
     @property
     def tree_config(self) -> TreeConfig:
