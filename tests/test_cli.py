@@ -25,14 +25,24 @@ MISTAKES = {
     f"train {TARGET} --datasets no.parquet {CPU}": "got 'no.parquet', where nothing is",
     f"train --target_model ./no --datasets a/b {CPU}": "`target_model` must be a path or a repository",
     f"train {TARGET} --datasets a/b --draft_vlm ./no {CPU}": "`draft_vlm` must be a path or a repository",
-    f"train {TARGET} --datasets a/b --target_dtype float33": "`target_dtype` must be `auto` or a floating-point dtype",
-    f"train {TARGET} --datasets a/b --target_dtype int8": "`target_dtype` must be `auto` or a floating-point dtype",
+    f"train {TARGET} --datasets a/b --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
+    f"train {TARGET} --datasets a/b --dtype int8": "`dtype` must be `auto` or a floating-point dtype",
     f"tune {TARGET} {DRAFT} --device no": "`device` must be one of this machine, got 'no'",
     f"tune {TARGET} {DRAFT} --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
-    f"tune --target_model ./no {DRAFT}": "got './no', where nothing is",
-    f"bench {TARGET} --drafts {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
-    f"convert ./no --target {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
-    f"convert {CHECKPOINTS} --target ./no --output here": "`target` must be a path or a repository",
+    f"tune --target_model ./no {DRAFT}": "`target_model` must be a path or a repository",
+    f"tune {TARGET} --draft_model ./no": "`draft_model` must be a path or a repository",
+    "train --target ./no": "`target` is no field of `DraftArguments` or `MSDTrainingConfig`, and no option of `accel",
+    f"train {TARGET} --dataset a/b": "Did you mean `datasets`?",
+    f"bench {TARGET} --drafts a": "`drafts` is no field of `BenchArguments`. Did you mean `draft_models`?",
+    f"bench {TARGET} --num_prompts 2": "`num_prompts` is no field of `BenchArguments`. Did you mean `num_rows`?",
+    "bench --target_model ./no": "`target_model` must be a path or a repository",
+    f"bench {TARGET} --draft_models ./no": "`draft_models` must be a path or a repository",
+    f"bench {TARGET} --datasets ./no.json": "`datasets` must be a path or a repository",
+    f"check-parity {TARGET} --datasets a/b --device no": "`device` must be one of this machine",
+    f"generate-data {TARGET} --datasets a/b --output here --device no": "`device` must be one of this machine",
+    f"bench {TARGET} --draft_models {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
+    f"convert ./no --target_model {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
+    f"convert {CHECKPOINTS} --target_model ./no --output here": "`target_model` must be a path or a repository",
     f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "must hold the tokenizer",
     "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
 }
@@ -40,7 +50,11 @@ USAGE = {
     "nonsense": "invalid choice: 'nonsense'",
     "train": "--target_model",
     f"tune {TARGET} {DRAFT} --prompt_length 0": "must be at least 1, got 0",
-    f"tune {TARGET} {DRAFT} --wat 1": "unrecognized arguments: --wat 1",
+    f"tune {TARGET} {DRAFT} --wat 1": "`wat` is no option of transformers-msd tune. `--help` lists them all.",
+    f"tune {TARGET} {DRAFT} more": "unrecognized arguments: more",
+    "convert a --target b --output c": "`target` is no option of transformers-msd convert. Did you mean `target_mod",
+    "check-parity --target_dtype float32": "Did you mean `dtype`?",
+    f"generate-data {TARGET} --use_cpu": "`use_cpu` is no option of transformers-msd generate-data",
     f"generate-data {TARGET} --datasets a/b --output here --num_rows -1": "must be at least 1, got -1",
     f"check-parity {TARGET} --datasets a/b --num_rows 0": "must be at least 1, got 0",
 }
@@ -72,7 +86,7 @@ def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture) ->
         main([command, "--help"])
     said = capsys.readouterr().out
     names = {"train": ("--stage", "--datasets", "--dry_run", "--learning_rate"), "bench": ("--trees", "--output")}
-    for name in names.get(command, ("--target",)):
+    for name in names.get(command, ("--target_model",)):
         assert name in said
 
 

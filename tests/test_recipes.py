@@ -134,11 +134,19 @@ def test_llava_trains_in_less_than_40_gb():
     assert sum(memory.values()) / GIB == pytest.approx(19, abs=3)
 
 
-@pytest.mark.parametrize("unknown", ["learning_rat: 0.1", "num_epochs: 3"])
-def test_unknown_key_raises(world, unknown, tmp_path):
-    path = tmp_path / "wrong.yaml"
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [
+        ("learning_rat: 0.1", "learning_rate"),
+        ("num_epochs: 3", "num_train_epochs"),
+        ("target_dtype: float32", "dtype"),
+        ("num_proceses: 2", "num_processes"),
+    ],
+)
+def test_unknown_key_raises(world, unknown, nearest, tmp_path):
+    path, name = tmp_path / "wrong.yaml", unknown.partition(":")[0]
     path.write_text(write_recipe(world, "unknown").read_text() + unknown)
-    with pytest.raises(SystemExit, match="options of `accelerate launch`, got"):
+    with pytest.raises(SystemExit, match=f"`{name}` is no field of .* Did you mean `{nearest}`?"):
         main(["train", "--config", str(path), "--dry_run"])
 
 
@@ -396,7 +404,7 @@ def test_command_generates_data_in_the_targets_words(world, tmp_path, num_proces
     output = tmp_path / "answered"
     command = ["-m", "transformers_msd.cli", "generate-data", "--target_model", str(world / "target")]
     command += ["--datasets", str(world / "rows"), "--output", str(output), "--num_rows", "6"]
-    command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--use_cpu"]
+    command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--device", "cpu"]
     printed = finish(launch([*(TWO_PROCESSES if num_processes == 2 else []), *command]))
     assert "Wrote 6 rows" in printed
     rows = load_rows(DraftArguments(target_model="none", datasets=[str(output)]), is_multimodal=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import transformers_msd
 from transformers_msd.bench.divergence import find_divergences
@@ -18,6 +18,7 @@ from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import attention_of
 from transformers_msd.costs.provenance import commit, hardware
+from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import encode_prompts, load_processor
 
 
@@ -129,7 +130,7 @@ def _prepare(
         torch.manual_seed(seed)
         target = random_target(config, dtype, device)
         drafts = {"random MSD draft": random_draft(config, dtype, device)}
-        prompts = random_prompts(config, arguments.num_prompts, arguments.prompt_length, dtype, device, seed)
+        prompts = random_prompts(config, arguments.num_rows, arguments.prompt_length, dtype, device, seed)
 
         def make_batches(batch_size: int) -> list[Inputs]:
             return [
@@ -138,13 +139,17 @@ def _prepare(
             ]
 
         return target, drafts, make_batches, len(prompts)
-    names = draft_names(arguments.drafts)
+    names = draft_names(arguments.draft_models)
+    check_place(arguments.target_model, "target_model")
+    for path in arguments.draft_models:
+        check_place(path, "draft_models")
+    processor = load_processor(arguments.target_model)
+    prompts = load_prompts(arguments, AutoConfig.from_pretrained(arguments.target_model))
     target = load_model(arguments.target_model, arguments.dtype, device)
     drafts = {
-        name: load_model(path, arguments.dtype, device) for name, path in zip(names, arguments.drafts, strict=True)
+        name: load_model(path, arguments.dtype, device)
+        for name, path in zip(names, arguments.draft_models, strict=True)
     }
-    processor = load_processor(arguments.target_model)
-    prompts = load_prompts(arguments, target)
 
     def make_batches(batch_size: int) -> list[Inputs]:
         return [encode_prompts(processor, rows).to(device) for rows in batched(prompts, batch_size)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from transformers_msd.cli.options import check_fields
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command; `--help` lists the fields of its settings."""
@@ -18,13 +20,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and save."""
     from rich.console import Console
     from rich.progress import Progress
-    from trl import TrlParser
 
     from transformers_msd.bench.report import print_report, save_report
     from transformers_msd.bench.run import run_benchmark
     from transformers_msd.bench.settings import BenchArguments
+    from transformers_msd.trainer.run import RecipeParser
 
-    parser = TrlParser([BenchArguments], prog="transformers-msd bench", allow_abbrev=False)
+    parser = RecipeParser([BenchArguments], prog="transformers-msd bench", allow_abbrev=False)
+    check_fields(arguments.rest, [BenchArguments], "field of `BenchArguments`")
     (settings,) = parser.parse_args_and_config(arguments.rest)
     command = f"transformers-msd bench {shlex.join(arguments.rest)}"
     logging.disable_progress_bar()

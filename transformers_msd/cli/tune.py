@@ -3,8 +3,9 @@
 import argparse
 
 from transformers_msd import MSDDraftModel, VLMDrafter
-from transformers_msd.cli.values import positive
+from transformers_msd.cli.options import positive
 from transformers_msd.costs.calibration import save_costs
+from transformers_msd.models.places import check_place
 from transformers_msd.tuning import SIZES, measure_costs
 
 
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_dtype(arguments.dtype, "dtype")
     device = device_of(arguments.device)
+    for name in ("target_model", "draft_model"):
+        check_place(getattr(arguments, name), name)
     target = load_model(arguments.target_model, arguments.dtype, device)
     draft = load_model(arguments.draft_model, arguments.dtype, device)
     assistant = draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft)

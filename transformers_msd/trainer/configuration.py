@@ -60,6 +60,10 @@ class MSDTrainingConfig(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters that a step does not use."}
     )
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "Leave accelerators alone. There is no `device`: the launcher deals devices to processes."},
+    )
     feature_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."})
     token_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."})
     top_k_loss_weight: float = field(

@@ -86,7 +86,7 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     if args.assistant_only_loss:
         check_template(processor)
     rows = usable_rows(rows, processor, args.max_length)
-    dtype = config.dtype if arguments.target_dtype == "auto" else getattr(torch, arguments.target_dtype)
+    dtype = config.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     draft = draft_config(arguments, config)
     lengths = sample_lengths(rows, processor)
     return make_plan(config, draft, args, dtype or torch.float32, rows, lengths, num_processes)
