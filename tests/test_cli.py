@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("trl")
 
 from training_fixtures import ENVIRONMENT, ROOT
+from transformers import TrainerState
 
 from transformers_msd.cli import main
+from transformers_msd.trainer.progress import Progress, ProgressCallback, duration
 
 
 CHECKPOINTS = ROOT / "training/tiny_world/checkpoints"
@@ -88,6 +90,52 @@ def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture) ->
     names = {"train": ("--stage", "--datasets", "--dry_run", "--learning_rate"), "bench": ("--trees", "--output")}
     for name in names.get(command, ("--target_model",)):
         assert name in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3590, "1 h 0 min"), (7800, "2 h 10 min"), (100_000, "1 d 3 h")],
+)
+def test_durations_are_written_in_their_largest_units(seconds: float, written: str) -> None:
+    assert duration(seconds) == written
+
+
+def test_progress_in_a_log_is_told_in_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("transformers_msd.trainer.progress.time.perf_counter", lambda: clock[-1])
+    with Progress("step", 600, start=100) as progress:
+        for now, number, about in ((110, 101, None), (120, 200, "loss 1.5"), (121, 201, None), (200, 600, None)):
+            clock.append(now)
+            progress.update(number, about)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 200 of 600, loss 1.5, 1 min left",
+        "step 600 of 600, loss 1.5, took 2 min",
+    ]
+
+
+def test_progress_in_a_terminal_is_a_bar(capsys: pytest.CaptureFixture) -> None:
+    with Progress("run", 3, has_bar=True) as progress:
+        for number in range(1, 4):
+            progress.update(number, "greedy")
+    said = capsys.readouterr().err
+    assert "0/3" in said
+    assert "took" not in said
+
+
+def test_one_process_tells_how_far_a_run_is(capsys: pytest.CaptureFixture) -> None:
+    for is_shown in (False, True):
+        state = TrainerState(max_steps=4, is_world_process_zero=is_shown)
+        callback = ProgressCallback()
+        callback.on_train_begin(None, state, None)
+        state.global_step = 2
+        callback.on_step_end(None, state, None)
+        callback.on_log(None, state, None, logs={"loss": 1.25})
+        callback.on_log(None, state, None, logs={"eval_acceptance_length": 2.5, "eval_runtime": 3.0})
+        callback.on_train_end(None, state, None)
+        said = capsys.readouterr().err
+        assert said == (
+            "step 2 of 4, eval_acceptance_length 2.5, 0 s left\nstep 2 of 4, loss 1.25, took 0 s\n" if is_shown else ""
+        )
 
 
 def test_versions_are_told(capsys: pytest.CaptureFixture) -> None:

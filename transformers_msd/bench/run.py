@@ -1,7 +1,9 @@
 """One benchmark from its settings to its report."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ def run_benchmark(
     }
     if arguments.memory_bandwidth is not None:
         report["floor_seconds"] = report["num_bytes_per_step"] / (arguments.memory_bandwidth * 1e9)
+    num_runs = sum(_num_runs(arguments, methods, size, num_prompts) for size in arguments.batch_sizes)
+    on_run = _counter(on_run, len(arguments.temperatures) * num_runs)
     for temperature in arguments.temperatures:
         settings = _call_settings(arguments, temperature)
         for batch_size in arguments.batch_sizes:
@@ -91,17 +95,16 @@ def _run_cell(
     settings: dict[str, Any],
     batch_size: int,
     floor_seconds: float | None,
-    on_run: Callable[[str, int, int], None] | None,
+    on_run: Callable[[str], None],
 ) -> dict[str, Any]:
     """Compare all methods at one temperature and batch size."""
-    own = [method for method in methods if batch_size == 1 or method.is_batched]
+    own = _methods_of_cell(methods, batch_size)
     left_out = [
         (method.name, "Transformers answers one prompt at a time there") for method in methods if method not in own
     ]
     mode = f"T = {settings['temperature']:g}" if settings["do_sample"] else "greedy"
     label = f"{mode}, batch size {batch_size}"
-    num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
-    notify = _counter(on_run, label, num_runs * len(batches))
+    notify = partial(on_run, label)
     results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
     compiled_plain = next((result for result in results if result.method.name == COMPILED_PLAIN), None)
     rows = [summarize(result, results[0], compiled_plain, floor_seconds) for result in results]
@@ -117,6 +120,16 @@ def _run_cell(
         "methods": rows,
         "left_out": [{"name": name, "reason": reason} for name, reason in left_out + failures],
     }
+
+
+def _methods_of_cell(methods: list[Method], batch_size: int) -> list[Method]:
+    return [method for method in methods if batch_size == 1 or method.is_batched]
+
+
+def _num_runs(arguments: BenchArguments, methods: list[Method], batch_size: int, num_prompts: int) -> int:
+    """Count the runs of a cell: of each method for each batch and pass, and again with its phases timed."""
+    for_a_batch = sum(1 + method.drafts_trees for method in _methods_of_cell(methods, batch_size))
+    return (arguments.repeats + 1) * for_a_batch * math.ceil(num_prompts / batch_size)
 
 
 def _prepare(
@@ -164,10 +177,10 @@ def _call_settings(arguments: BenchArguments, temperature: float) -> dict[str, A
     return settings
 
 
-def _counter(on_run: Callable[[str, int, int], None] | None, label: str, total: int) -> Callable[[], None]:
+def _counter(on_run: Callable[[str, int, int], None] | None, total: int) -> Callable[[str], None]:
     number = 0
 
-    def count() -> None:
+    def count(label: str) -> None:
         nonlocal number
         number += 1
         if on_run is not None:

@@ -1,7 +1,6 @@
 """`transformers-msd generate-data`: let the target answer the prompts of a dataset."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from transformers import ProcessorMixin
@@ -39,10 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
     from transformers_msd.trainer.loading import device_of
+    from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments, load_target
     from transformers_msd.trainer.rows import load_rows
 
-    logging.basicConfig(level=logging.INFO)
+    keep_bars_out_of_logs()
     settings = GenerationSettings(
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,

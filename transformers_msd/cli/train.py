@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from transformers_msd.trainer import run as training
     from transformers_msd.trainer.configuration import MSDTrainingConfig
+    from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments, check_hub_recipe, find_recipe
 
     if arguments.help:
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     parsed[0].check_places()
     if arguments.dry_run:
+        keep_bars_out_of_logs()
         print(training.plan(*parsed, num_processes=launch.num_processes or 1))
         return
     if launch.num_cpu_threads_per_process is None:

@@ -25,7 +25,7 @@ from transformers_msd.trainer.checkpoints import (
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
-from transformers_msd.trainer.dataset import split_rows, usable_rows
+from transformers_msd.trainer.dataset import rows_of_stage, usable_rows
 from transformers_msd.trainer.health import UNSUPERVISED, check_means, check_weights
 from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
 from transformers_msd.trainer.parallel import prepare_target, reshard
@@ -81,14 +81,9 @@ class DraftTrainer(SFTTrainer):
                 "such as `AcceptanceLengthCallback`."
             )
         train_dataset = usable_rows(train_dataset, processing_class, args.max_length)
-        self._text_rows, self._visual_rows = split_rows(train_dataset)
+        self._text_rows, self._visual_rows = rows_of_stage(train_dataset, args.stage)
         if args.stage == "text":
             train_dataset = train_dataset.select(self._text_rows)
-        if (args.stage != "multimodal" and not self._text_rows) or (args.stage == "ramp" and not self._visual_rows):
-            raise ValueError(
-                f"`stage={args.stage!r}` needs rows without pictures, and `ramp` also some with, got "
-                f"{len(self._text_rows)} without and {len(self._visual_rows)} with. Add rows or choose another stage."
-            )
         if "messages" not in train_dataset.column_names:
             # Completions are supervised instead, or whole texts.
             args = copy.copy(args)
