@@ -17,6 +17,7 @@ import yaml
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from training_fixtures import (
@@ -427,13 +428,64 @@ def test_rows_that_cannot_be_trained_on_are_found_before_training(world, tmp_pat
         main(["train", "--config", str(path), "--dry_run"])
 
 
+def card_values(target, datasets=("a/b",)):
+    values = {"target": str(target), "datasets": list(datasets), "is_multimodal": True, "tags": ["x"]}
+    values |= {"target_class": "LlavaForConditionalGeneration", "relation": "adapter"}
+    values |= dict.fromkeys(("imports", "loading", "method", "tree", "hardware", "dtype"), "")
+    return values | dict.fromkeys(("num_steps", "rows_per_step", "stage", "num_unroll_steps", "learning_rate"), 1)
+
+
+LICENCE = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\n---\n# A target\n"
+CARDS = {
+    "a repository": (None, None, {"base_model": "org/target", "base_model_relation": "adapter"}),
+    "a folder": ({}, None, {}),
+    "a folder with a card": ({}, LICENCE, {"license": "other", "license_name": "llama2"}),
+    "a folder with a card that is broken": ({}, "---\nlicense: [\n---\n", {}),
+    "a folder whose config tells its licence": ({"license": "mit"}, None, {"license": "mit"}),
+    "a copy of a repository": (
+        {"_name_or_path": "org/name"},
+        LICENCE,
+        {
+            **{"base_model": "org/name", "base_model_relation": "adapter", "license": "other"},
+            **{"license_name": "llama2", "license_link": "https://huggingface.co/org/name/blob/main/LICENSE"},
+        },
+    ),
+    "a copy of who knows what": ({"_name_or_path": "checkpoints"}, None, {}),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_card_says_of_the_target_what_is_known(tmp_path, name):
+    config, readme, expected = CARDS[name]
+    target = "org/target"
+    if config is not None:
+        target = tmp_path / "target"
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    if readme is not None:
+        (target / "README.md").write_text(readme)
+    write_card(tmp_path / "README.md", "draft", card_values(target), [])
+    card = ModelCard.load(tmp_path / "README.md")
+    about = {"library_name", "pipeline_tag", "tags", "datasets"}
+    assert {key: value for key, value in card.data.to_dict().items() if key not in about} == expected
+    place = expected.get("base_model", str(target))
+    assert f'LlavaForConditionalGeneration.from_pretrained("{place}"' in card.text
+    assert (f"huggingface.co/{place})" in card.text) == ("base_model" in expected)
+
+
+def test_card_names_datasets_of_the_hub_in_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows").mkdir()
+    names = ["org/rows", "org/more:config", "data/rows", "/no/where", "a dataset of its own", "json"]
+    write_card(tmp_path / "README.md", "draft", card_values("org/target", names), [])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["org/rows", "org/more"]
+    assert all(f"`{name}`" in card.text for name in names)
+
+
 def test_a_readme_of_ones_own_stays(tmp_path, caplog):
-    values = {"base_model": "a/b", "is_multimodal": True, "tags": []}
-    values |= dict.fromkeys(
-        ("target_class", "imports", "loading", "method", "tree", "hardware", "dtype", "dataset"), ""
-    )
-    values |= dict.fromkeys(("num_steps", "rows_per_step", "stage", "num_unroll_steps", "learning_rate"), 1)
-    path = tmp_path / "README.md"
+    path, values = tmp_path / "README.md", card_values("a/b")
     write_card(path, "first", values, [])
     write_card(path, "second", values, [])
     assert "# second" in path.read_text()

@@ -63,7 +63,7 @@ class DraftTrainer(SFTTrainer):
 
     # The loss is a mean over the global batch, and training divides it no further.
     loss_is_scaled_for_ga = True
-    # What a model card says of the draft: `imports`, the `loading` of it, its `method`.
+    # What a model card says of the draft: `imports`, the `loading` of it, its `method`, its `relation` to the target.
     _card: dict[str, str]
 
     def __init__(
@@ -262,14 +262,14 @@ class DraftTrainer(SFTTrainer):
         name = args.hub_model_id or model_name or Path(args.output_dir).name
         draft_class = type(self.accelerator.unwrap_model(self.model)).__name__
         values = {key: text.format(name=name, draft_class=draft_class) for key, text in self._card.items()} | {
-            "base_model": config.name_or_path or config.model_type,
+            "target": config.name_or_path,
             "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
             "target_class": (config.architectures or [type(self.target).__name__])[0],
             "tags": sorted({*self._tag_names, *tags}),
             "tree": self.assistant().tree_config,
-            "hardware": hardware(self.accelerator.device),
+            "hardware": hardware(self.accelerator.device, self.accelerator.num_processes),
             "dtype": str(self.target.dtype).removeprefix("torch."),
-            "dataset": ", ".join(datasets),
+            "datasets": datasets,
             "num_steps": self.state.global_step,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "stage": args.stage,
