@@ -16,7 +16,7 @@ from transformers_msd.trainer.origin import hub_id_of, is_hub_id, license_of
 
 
 logger = logging.getLogger(__name__)
-_LOSSES = ("loss", "eval_loss")
+_LOSSES = {"loss": "training", "eval_loss": "evaluation"}
 _LENGTHS = ("acceptance_length", "acceptance_length_text", "acceptance_length_image")
 _MARK = "<!-- Written by transformers-msd. Without this line the file is yours, and is kept. -->"
 _CARD = """\
@@ -74,18 +74,28 @@ def series(log_history: list[dict[str, Any]], name: str) -> tuple[list[int], lis
 def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     """Draw losses and acceptance lengths over the steps of a run, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, length_axes = figure.subplots(1, 2)
-    for name in _LOSSES:
-        loss_axes.plot(*series(log_history, name), label={"loss": "training"}.get(name, "evaluation"), marker=".")
+    for name, label in _LOSSES.items():
+        steps, values = series(log_history, name)
+        if values:
+            loss_axes.plot(steps, values, label=label, marker=".")
     for name in _LENGTHS:
         steps, values = series(log_history, f"eval_{name}")
         if values:
             label = name.removeprefix("acceptance_length").removeprefix("_") or "all"
             length_axes.plot(steps, values, label=f"{label} prompts", marker=".")
     loss_axes.set(title="Loss of the draft", xlabel="step", ylabel="loss, on a logarithmic scale", yscale="log")
-    length_axes.set(title="Tokens emitted per forward of the target", xlabel="step", ylabel="acceptance length τ")
+    loss_axes.yaxis.set_major_formatter("{x:g}")
+    loss_axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    if length_axes.lines:
+        length_axes.axhline(1, color="0.4", linewidth=1, linestyle="--", label="plain decoding")
+    else:
+        length_axes.text(0.5, 0.5, "not measured", ha="center", transform=length_axes.transAxes)
+    length_axes.set(title="Tokens emitted per round on held-out prompts", xlabel="step", ylabel="acceptance length τ")
+    length_axes.set(xlim=loss_axes.get_xlim(), ylim=(0, None))
     for axes in (loss_axes, length_axes):
         axes.grid(alpha=0.3)
         if axes.lines:
