@@ -13,7 +13,7 @@ def hardware(device: torch.device, num_devices: int = 1) -> str:
     if device.type == "cuda":
         return f"{num_devices} x {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
-        return f"CPU {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        return f"CPU {_cpu_name()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
     return f"{num_devices} x {device.type.upper()}"
 
 

@@ -74,7 +74,7 @@ def series(log_history: list[dict[str, Any]], name: str) -> tuple[list[int], lis
 def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     """Draw losses and acceptance lengths over the steps of a run, as a PNG."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, length_axes = figure.subplots(1, 2)
@@ -98,6 +98,7 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     length_axes.set(xlim=loss_axes.get_xlim(), ylim=(0, None))
     for axes in (loss_axes, length_axes):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=120)
