@@ -437,6 +437,7 @@ def card_values(target, datasets=("a/b",)):
 
 LICENCE = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\n---\n# A target\n"
 CARDS = {
+    "a model made here": (None, None, {}),
     "a repository": (None, None, {"base_model": "org/target", "base_model_relation": "adapter"}),
     "a folder": ({}, None, {}),
     "a folder with a card": ({}, LICENCE, {"license": "other", "license_name": "llama2"}),
@@ -457,7 +458,7 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_card_says_of_the_target_what_is_known(tmp_path, name):
     config, readme, expected = CARDS[name]
-    target = "org/target"
+    target = "org/target" if "base_model" in expected else ""
     if config is not None:
         target = tmp_path / "target"
         target.mkdir()
