@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -66,7 +67,28 @@ class _Timed(Ungated):
         return candidates
 
 
-def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256, batch_size: int = 1) -> Costs:
+def num_calls(batch_size: int) -> int:
+    """Count the calls that [`measure_costs`] makes."""
+    return len(_shapes(batch_size)) * _num_passes(batch_size)
+
+
+def _shapes(batch_size: int) -> list[tuple[int, int]]:
+    """List nodes and depths of the trees that are measured; one without levels is a plain step."""
+    sizes = SIZES[batch_size]
+    return [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[len(sizes) // 2], DEEP)]
+
+
+def _num_passes(batch_size: int) -> int:
+    return 1 + (NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1))
+
+
+def measure_costs(
+    target: PreTrainedModel,
+    assistant: Any,
+    prompt_length: int = 256,
+    batch_size: int = 1,
+    on_call: Callable[[], None] | None = None,
+) -> Costs:
     """
     Run rounds with trees of several shapes, and plain steps, on prompts of random tokens.
 
@@ -79,6 +101,8 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
             Tokens of each prompt.
         batch_size (`int`, *optional*, defaults to 1):
             Prompts that are answered together, one of `SIZES`.
+        on_call (`Callable`, *optional*):
+            Called after each of [`num_calls`] calls.
 
     Raises:
         ValueError: If the assistant can't draft for this target.
@@ -90,14 +114,10 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
     drafter.check_target(target, {"input_ids": ids})
     config = drafter.tree_config
 
-    # A shape without levels is a plain step.
-    sizes = SIZES[batch_size]
-    middle = len(sizes) // 2
-    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[middle], DEEP)]
+    sizes, shapes = SIZES[batch_size], _shapes(batch_size)
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     # In turn, so that what else the machine does slows all of them; the first pass warms up.
-    num_passes = NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1)
-    for number in range(num_passes + 1):
+    for number in range(_num_passes(batch_size)):
         for num_nodes, depth in shapes:
             if depth:
                 # Wide enough to fill the tree.
@@ -112,8 +132,10 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
             if number:
                 # The first round pays for what is made once.
                 seconds[num_nodes, depth] += [end - start for start, end in pairwise(timed.times[1:])]
+            if on_call is not None:
+                on_call()
     step, *rounds, deep = (median(values) for values in seconds.values())
-    level = max((deep - rounds[middle]) / (DEEP - SHALLOW), 0.0)
+    level = max((deep - rounds[len(sizes) // 2]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])

@@ -41,8 +41,10 @@ class MSDTrainingConfig(SFTConfig):
             Forwards of the draft per step. From the second on it reads its own features, as in decoding (HASS, arXiv
             2408.15766, uses 3). MSD trains with 1.
         stage (`str`, *optional*, defaults to `"ramp"`):
-            `"text"` trains on the rows without pictures, `"multimodal"` on all rows as they come, `"ramp"` on text in
-            the first half, then on ever more rows with pictures, and on those alone at the end (MSD).
+            `"text"` trains on the rows of text alone. `"multimodal"` trains on all rows, with and without pictures,
+            shuffled together. `"ramp"` trains on rows of text in the first half of the steps; in the second half each
+            row is one with pictures by a probability that rises from 0 to 1 (MSD), and an epoch is as long as the
+            fewer of the two kinds.
         head_chunk_size (`int`, *optional*, defaults to 512):
             Rows whose logits are in memory at a time.
     """
@@ -60,6 +62,10 @@ class MSDTrainingConfig(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters that a step does not use."}
     )
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "Leave accelerators alone. There is no `device`: the launcher deals devices to processes."},
+    )
     feature_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."})
     token_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."})
     top_k_loss_weight: float = field(
@@ -76,7 +82,11 @@ class MSDTrainingConfig(SFTConfig):
         default=1, metadata={"help": "Forwards of the draft per step; from the second on it reads its own features."}
     )
     stage: str = field(
-        default="ramp", metadata={"help": "Rows to train on: `text`, `multimodal` or `ramp`.", "choices": STAGES}
+        default="ramp",
+        metadata={
+            "help": "`text` alone, all rows (`multimodal`), or text, then pictures (`ramp`).",
+            "choices": STAGES,
+        },
     )
     head_chunk_size: int = field(default=512, metadata={"help": "Rows whose logits are in memory at a time."})
 

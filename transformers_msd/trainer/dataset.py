@@ -1,6 +1,7 @@
 """Which rows of a dataset can be trained on, told without decoding a picture."""
 
 import logging
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -32,6 +33,17 @@ def split_rows(dataset: Dataset) -> tuple[list[int], list[int]]:
     counts = num_pictures_of_rows(dataset)
     rows = range(len(dataset))
     return [row for row in rows if not counts[row]], [row for row in rows if counts[row]]
+
+
+def rows_of_stage(dataset: Dataset, stage: str) -> tuple[list[int], list[int]]:
+    """Tell the rows without pictures from those with, and raise a `ValueError` where a stage lacks what it needs."""
+    text_rows, visual_rows = split_rows(dataset)
+    if (stage != "multimodal" and not text_rows) or (stage == "ramp" and not visual_rows):
+        raise ValueError(
+            f"`stage={stage!r}` needs rows without pictures, and `ramp` also some with, got {len(text_rows)} without "
+            f"and {len(visual_rows)} with. Add rows or choose another stage."
+        )
+    return text_rows, visual_rows
 
 
 def check_messages(dataset: Dataset) -> None:
@@ -172,21 +184,27 @@ def token_counts(
         text_config ([`~transformers.PreTrainedConfig`]):
             Config of the draft's text model.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     counts = torch.zeros(text_config.vocab_size, dtype=torch.long)
-    name = next(name for name in ("messages", "completion", "text", "input_ids") if name in dataset.column_names)
-    for value in dataset.select_columns([name])[name]:
-        if name == "input_ids":
-            token_ids = value
-        else:
-            texts = [value] if isinstance(value, str) else _answers(value)
-            token_ids = [
-                token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
-            ]
+    for token_ids in answer_token_ids(dataset, processing_class):
         counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(counts))
     eos = text_config.eos_token_id
     counts[[*eos] if isinstance(eos, list) else [eos] if eos is not None else []] = int(counts.sum()) + 1
     return counts
+
+
+def answer_token_ids(
+    dataset: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """Yield the tokens of each row that a draft learns from, but for those that end a turn."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    name = next(name for name in ("messages", "completion", "text", "input_ids") if name in dataset.column_names)
+    for value in dataset.select_columns([name])[name]:
+        if name == "input_ids":
+            yield value
+        else:
+            texts = [value] if isinstance(value, str) else _answers(value)
+            tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            yield [token_id for part in tokens for token_id in part]
 
 
 def _answers(messages: list[dict[str, Any]]) -> list[str]:
