@@ -16,6 +16,8 @@ def assistant_for(assistant_model: Any) -> TreeAssistant | None:
     Return the assistant that drafts for what was passed as `assistant_model`: itself if it is one, the drafter of a
     draft model, and `None` for whatever belongs to Transformers.
     """
+    if isinstance(assistant_model, type):  # the class of an assistant has its methods, and drafts nothing
+        return None
     if isinstance(assistant_model, TreeAssistant):
         return assistant_model
     for draft_class, drafter in DRAFTERS.items():
