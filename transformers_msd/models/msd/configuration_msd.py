@@ -120,13 +120,14 @@ class MSDConfig(PreTrainedConfig):
             if name in overrides and overrides[name] != getattr(text_config, name):
                 raise ValueError(
                     f"`{name}` must be the target's, {getattr(text_config, name)}, got {overrides[name]}: the draft "
-                    "reads its features and says its tokens. Make a draft smaller with `intermediate_size` or `draft_vocab_size`."
+                    "reads its features and says its tokens. Make a draft smaller with `intermediate_size` or "
+                    "`draft_vocab_size`."
                 )
         visual = overrides.get("visual_token_ids") or ()
         if isinstance(visual, list | tuple) and any(token_id < 0 for token_id in visual if isinstance(token_id, int)):
             raise ValueError(
-                f"`visual_token_ids` must be tokens of the target, got {visual}. Pass those that its processor puts in "
-                "the place of pictures."
+                f"`visual_token_ids` must be tokens of the target, got {visual}. Pass those that stand for pictures "
+                "in what its processor makes of a prompt."
             )
         own.update({name: overrides.pop(name) for name in own_names if name in overrides})
         try:
