@@ -56,7 +56,7 @@ def check_messages(dataset: Dataset) -> None:
             if not kinds <= _KINDS:
                 found = sorted(map(str, kinds - _KINDS))
                 raise ValueError(
-                    f"Parts of messages must be some of {sorted(_KINDS)}, got {found} in row {number}. Take the row out."
+                    f"Parts of messages must be some of {sorted(_KINDS)}, got {found} in row {number}. Take it out."
                 )
             if any(part["type"] == "text" and part.get("text") is None for part in parts):
                 raise ValueError(f"Messages must hold text, got null in row {number}. Fill it in or take the row out.")
