@@ -109,11 +109,11 @@ CASES: dict[str, tuple[tuple[str, ...], Callable[[str], Inputs]]] = {
 
 
 def assert_plain(architecture: str, inputs: Inputs, assistant: Any, **settings: Any) -> None:
-    sequences = []
+    target, sequences = make_target(architecture), []
     for each in (None, assistant):
         torch.manual_seed(0)
         sequences.append(
-            make_target(architecture).generate(
+            target.generate(
                 **inputs, max_new_tokens=8, do_sample=True, **copy.deepcopy(settings), assistant_model=each
             )
         )

@@ -31,7 +31,7 @@ def check_folder(name: str, subfolder: str = "") -> None:
         return
     names = sorted(file.name for file in folder.iterdir())
     adapter = folder / "adapter_config.json"
-    if adapter.name in names and json.loads(adapter.read_text()).get("base_model_name_or_path") is None:
+    if adapter.name in names and not json.loads(adapter.read_text()).get("base_model_name_or_path"):
         raise ValueError(
             f"An adapter must name its draft, got no `base_model_name_or_path` in {adapter}. Save the draft with the "
             "adapter merged into it: `merge_and_unload()`."

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import fields
+from inspect import get_annotations
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -17,12 +18,13 @@ def check_types(settings: Any, names: Iterable[str] | None = None) -> None:
         names (`Iterable[str]`, *optional*):
             Fields to look at, all by default.
     """
-    names = None if names is None else set(names)
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if (names is None or field.name in names) and not _fits(value, field.type):
-            expected = field.type.__name__ if isinstance(field.type, type) else field.type
-            raise ValueError(f"`{field.name}` must be a finite value of type `{expected}`, got {value!r}.")
+    # Not `field.type`, which parsers of arguments overwrite.
+    types = {name: kind for each in reversed(type(settings).__mro__) for name, kind in get_annotations(each).items()}
+    for name in names or [field.name for field in fields(settings)]:
+        value, expected = getattr(settings, name), types[name]
+        if not _fits(value, expected):
+            said = expected.__name__ if isinstance(expected, type) else expected
+            raise ValueError(f"`{name}` must be a finite value of type `{said}`, got {value!r}.")
 
 
 def check_least(settings: Any, **least: float) -> None:

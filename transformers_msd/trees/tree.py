@@ -130,7 +130,7 @@ class TokenTree:
     @cached_property
     def depths(self) -> torch.Tensor:
         """`(batch_size, num_nodes)`, drafted tokens from the root to each node, this one included."""
-        if self.num_nodes == 1:
+        if self.depth == 0:
             return torch.zeros_like(self.parents)
         return self.ancestor_mask.sum(-1) - 1
 
