@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers_msd.costs.rounds import Costs
 from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.model import ModelDrafter
+from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -105,12 +107,22 @@ def measure_costs(
             Called after each of [`num_calls`] calls.
 
     Raises:
-        ValueError: If the assistant can't draft for this target.
+        ValueError: If the assistant can't draft for this target, or a size can't be measured.
     """
+    if batch_size not in SIZES:
+        raise ValueError(f"`batch_size` must be one of {list(SIZES)}, got {batch_size!r}.")
+    if type(prompt_length) is not int or prompt_length < 1:
+        raise ValueError(f"`prompt_length` must be a whole number, 1 at least, got {prompt_length!r}.")
+    found = assistant_for(assistant)
+    if not isinstance(found, MSDDrafter | ModelDrafter):
+        raise ValueError(
+            f"`assistant` must be an `MSDDraftModel` or `VLMDrafter`, got {type(assistant).__name__}. Wrap a model in "
+            "`VLMDrafter`, and measure what a `StaticRuntime` wraps."
+        )
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(target.config.get_text_config().vocab_size, 1000)
     ids = torch.randint(3, vocab_size, (batch_size, prompt_length), generator=generator).to(target.device)
-    drafter = copy.copy(assistant_for(assistant))  # the caller's keeps its tree
+    drafter = copy.copy(found)  # the caller's keeps its tree
     drafter.check_target(target, {"input_ids": ids})
     config = drafter.tree_config
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers_msd.drafters.ensemble.views import VIEWS
+from transformers_msd.trainer.fields import check_least, check_types
 from transformers_msd.trainer.loading import check_dtype, device_of
 from transformers_msd.trees.tree import TreeConfig
 
@@ -104,6 +105,8 @@ class BenchArguments:
     output: str | None = field(default=None, metadata={"help": "Folder for JSON, Markdown and plots."})
 
     def __post_init__(self):
+        check_types(self)
+        check_least(self, num_divergences=0)
         if (self.target_model is None) == (self.random_weights is None):
             raise ValueError(
                 "Either `target_model` or `random_weights` must be given, got "
@@ -156,5 +159,5 @@ def parse_tree(text: str) -> TreeConfig:
             raise ValueError
         sizes, probabilities = [int(part) for part in parts[:3]], [float(part) for part in parts[3:]]
     except ValueError:
-        raise ValueError(f"A tree must be `num_nodes,depth,top_k`, as 60,6,10, got {text!r}.") from None
+        raise ValueError(f"`trees` must each be `num_nodes,depth,top_k`, as 60,6,10, got {text!r}.") from None
     return TreeConfig(*sizes, *probabilities)

@@ -1,13 +1,17 @@
 """Settings of a training run."""
 
-import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from transformers_msd.trainer.fields import check_least, check_types
+
 
 STAGES = ("text", "multimodal", "ramp")
 _NOT_NEGATIVE = ("learning_rate", "feature_noise", "weight_decay", "max_grad_norm", "num_train_epochs")
+_AT_LEAST_1 = ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens", "max_length", "per_device_train_batch_size")
+# Of Transformers, which takes anything for them.
+_BASE_FIELDS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "seed", "weight_decay")
 _LOSS_WEIGHTS = ("feature_loss_weight", "token_loss_weight", "top_k_loss_weight", "probability_loss_weight")
 
 
@@ -92,19 +96,20 @@ class MSDTrainingConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_types(self, (*MSDTrainingConfig.__annotations__, *_BASE_FIELDS))
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
         for name in (*_LOSS_WEIGHTS, *_NOT_NEGATIVE):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            if value < 0:
                 raise ValueError(f"`{name}` must be a number that is not negative, got {value}.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"`adam_beta2` must be at least 0 and less than 1, got {self.adam_beta2}.")
         if self.max_steps == 0:
             raise ValueError("`max_steps` must be at least 1, or -1 for all of `num_train_epochs`, got 0.")
         if not any(getattr(self, name) for name in _LOSS_WEIGHTS):
             raise ValueError(f"Nothing would be learned: all of {', '.join(_LOSS_WEIGHTS)} are 0. Set one of them.")
-        for name in ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_least(self, **dict.fromkeys(_AT_LEAST_1, 1))
         if self.activation_checkpointing and self.num_unroll_steps > 1:
             raise ValueError(
                 "`activation_checkpointing` drops the cache that unrolled steps read, got "

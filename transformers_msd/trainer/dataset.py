@@ -14,6 +14,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 
 logger = logging.getLogger(__name__)
+_KINDS = {"image", "text"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -58,11 +59,17 @@ def check_messages(dataset: Dataset) -> None:
     for number, (row, num_pictures) in enumerate(rows):
         num_places = 0
         for message in row["messages"] or ():
-            role, content = message["role"], message["content"]
+            role, content = message.get("role"), message.get("content")
             if role not in _ROLES:
                 raise ValueError(f"Roles must be some of {_ROLES}, got {role!r} in row {number}. Rename it.")
             has_answer |= role == "assistant"
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            kinds = {part.get("type") for part in parts}
+            if not kinds <= _KINDS:
+                found = sorted(map(str, kinds - _KINDS))
+                raise ValueError(
+                    f"Parts of messages must be some of {sorted(_KINDS)}, got {found} in row {number}. Take it out."
+                )
             if any(part["type"] == "text" and part.get("text") is None for part in parts):
                 raise ValueError(f"Messages must hold text, got null in row {number}. Fill it in or take the row out.")
             num_places += sum(part["type"] == "image" for part in parts)
@@ -160,10 +167,13 @@ def row_length(row: dict[str, Any], number: int, processing_class: ProcessorMixi
 
 def _picture_size(picture: dict, row: int) -> tuple[int, int]:
     """Return height and width of a picture, from its header."""
+    if picture is None:
+        raise ValueError(f"A picture of row {row} can't be read: it is null. Repair it or take the row out.")
     try:
         with PIL.Image.open(picture["path"] if picture["bytes"] is None else BytesIO(picture["bytes"])) as opened:
+            opened.verify()  # where a format has sums to check
             return opened.height, opened.width
-    except OSError as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(
             f"A picture of row {row} can't be read ({picture['path'] or 'stored in the dataset'}): {error}. Repair it "
             "or take the row out."

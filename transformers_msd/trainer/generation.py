@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from transformers_msd.trainer.fields import check_least, check_types
 from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.progress import Progress
 
@@ -42,11 +43,8 @@ class GenerationSettings:
     rows_per_chunk: int = 256
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "rows_per_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
+        check_types(self)
+        check_least(self, batch_size=1, max_new_tokens=1, temperature=0, rows_per_chunk=1)
 
 
 def generate_data(

@@ -16,6 +16,7 @@ from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.fields import check_types
 from transformers_msd.trainer.loading import auto_class, check_dtype, is_multimodal, load_processor
 
 
@@ -80,6 +81,7 @@ class DraftArguments:
             check_place(dataset.partition(":")[0], "datasets")
 
     def __post_init__(self):
+        check_types(self, {field.name for field in fields(self)} - {"datasets"})
         if not isinstance(self.datasets, list) or not all(isinstance(name, str) for name in self.datasets):
             raise ValueError(f"`datasets` must be a list of names, got {self.datasets!r}. Write `[name, other]`.")
         if not self.datasets:

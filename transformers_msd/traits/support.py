@@ -99,7 +99,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 )
             inner = model.get_base_model()
         if inner is None:
-            raise ValueError(f"A draft must be a `PreTrainedModel`, got {type(model).__name__}.")
+            raise ValueError(f"`draft_vlm` must be a `PreTrainedModel`, got {type(model).__name__}.")
         model = inner
     return model
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import pad
 from transformers import AutoModel, Cache, PreTrainedModel
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
 from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.places import check_folder
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -119,9 +121,22 @@ class MSDDraftModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded, str(pretrained_model_name_or_path))
-        return loaded
+        name, settings = str(pretrained_model_name_or_path), {"ignore_mismatched_sizes": True} | kwargs
+        if not {"config", "state_dict"} & kwargs.keys():
+            check_folder(name, kwargs.get("subfolder") or "")
+        try:
+            draft, loaded = super().from_pretrained(
+                pretrained_model_name_or_path, *args, **settings | {"output_loading_info": True}
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {name} can't be read: {error}. Copy the folder again.") from None
+        wrong = {kind: sorted(map(str, loaded[kind])) for kind in ("missing_keys", "unexpected_keys")}
+        if "ignore_mismatched_sizes" not in kwargs:
+            wrong["mismatched_keys"] = sorted(map(str, loaded["mismatched_keys"]))
+        if any(wrong.values()):
+            raise ValueError(f"The weights in {name} must be those of its config, got {wrong}. Copy the folder again.")
+        check_finite(draft, name)
+        return (draft, loaded) if kwargs.get("output_loading_info") else draft
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
