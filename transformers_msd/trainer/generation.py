@@ -130,7 +130,7 @@ def answer_rows(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     rows: Dataset,
     settings: GenerationSettings,
-    on_batch: Callable[[float], None],
+    on_batch: Callable[[float], None] | None = None,
 ) -> Dataset:
     """
     Answer all user turns of some rows. Rows without a user turn are left out.
@@ -138,7 +138,7 @@ def answer_rows(
     Args:
         target, processing_class, rows, settings:
             As [`generate_data`] has them.
-        on_batch (`Callable`):
+        on_batch (`Callable`, *optional*):
             Called with the share of the turns that are answered after each batch.
     """
     waiting = [[turn for turn in messages if turn["role"] != "assistant"] for messages in rows["messages"]]
@@ -164,7 +164,8 @@ def answer_rows(
                 )
                 talks[row].append({"role": "assistant", "content": content})
             num_answered += len(batch)
-            on_batch(num_answered / num_turns)
+            if on_batch is not None:
+                on_batch(num_answered / num_turns)
     kept = [row for row, talk in enumerate(talks) if talk]
     features = rows.features
     return rows.select(kept).map(
