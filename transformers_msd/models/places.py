@@ -1,7 +1,9 @@
-"""Where models, drafts and data are loaded from: a place on this machine, or a repository on the Hub."""
+"""Where models, drafts and data are loaded from, a place here or a repository on the Hub, and what must be there."""
 
 import json
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 
 # Of files; no repository ends in one.
@@ -38,3 +40,13 @@ def check_folder(name: str, subfolder: str = "") -> None:
         )
     if not {"config.json", adapter.name} & set(names):
         raise ValueError(f"The folder of a draft must hold `config.json`, got {names} in {folder}. Copy it again.")
+
+
+def check_finite(draft: PreTrainedModel, name: str) -> None:
+    """Raise a `ValueError` if weights that were loaded from `name` are NaN or infinite."""
+    wrong = [key for key, value in draft.named_parameters() if not value.is_meta and not value.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"Weights of a draft must be finite, got NaN or inf in {', '.join(wrong[:3])} of {name}. Load an earlier "
+            "checkpoint, or train it again."
+        )

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel, check_finite
-from transformers_msd.models.places import check_place
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.places import check_finite, check_place
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.

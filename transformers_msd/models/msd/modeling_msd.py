@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
 from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.places import check_folder
+from transformers_msd.models.places import check_finite, check_folder
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -71,16 +71,6 @@ def _average(states: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     for place in range(1, int(sizes.max())):
         total = torch.where((sizes > place)[..., None], total + states.roll(place, dims=1), total)
     return (total / sizes[..., None]).to(states.dtype)
-
-
-def check_finite(draft: PreTrainedModel, name: str) -> None:
-    """Raise a `ValueError` if weights that were loaded from `name` are NaN or infinite."""
-    wrong = [key for key, value in draft.named_parameters() if not value.is_meta and not value.isfinite().all()]
-    if wrong:
-        raise ValueError(
-            f"Weights of a draft must be finite, got NaN or inf in {', '.join(wrong[:3])} of {name}. Load an earlier "
-            "checkpoint, or train it again."
-        )
 
 
 class MSDDraftModel(PreTrainedModel):
