@@ -45,7 +45,7 @@ test-slow: $(VENV)/.installed
 evaluate: $(VENV)/.installed
 	$(VENV)/bin/python -m training.tiny_world.measure.evaluate
 
-# Every architecture of the lowest and of the newest Transformers, into docs/targets.md: an hour.
+# Every architecture of the lowest and of the newest Transformers, into docs/targets.md: a quarter of an hour.
 targets: $(VENV)/.installed $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m training.evidence.targets
 	$(VENV)/bin/python -m training.evidence.targets

@@ -44,8 +44,8 @@ def bench(output: Path, *options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def report(folder) -> dict[str, Any]:
-    options = "--trees 8,3,2 --views multimodal,text_only --simulate_acceptance 0.5 --batch_sizes 1 2 --num_prompts 2"
-    options += " --repeats 2 --max_new_tokens 10 --num_divergences 3 --drafts"
+    options = "--trees 8,3,2 --views multimodal,text_only --simulate_acceptance 0.5 --batch_sizes 1 2 --num_rows 2"
+    options += " --repeats 2 --max_new_tokens 10 --num_divergences 3 --draft_models"
     drafts = [str(folder / "draft"), str(folder / "draft_vlm")]
     return bench(folder / "output", "--target_model", str(folder / "target"), *options.split(), *drafts)
 
@@ -132,10 +132,10 @@ def test_prompts_come_from_a_file(folder, tmp_path):
         {"messages": [{"role": "user", "content": "Not asked."}], "images": []},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = "--num_prompts 2 --batch_sizes 2 --temperatures 0 --repeats 1 --max_new_tokens 4 --baselines none"
+    options = "--num_rows 2 --batch_sizes 2 --temperatures 0 --repeats 1 --max_new_tokens 4 --baselines none"
     report = bench(
         tmp_path / "output",
-        *("--target_model", str(folder / "target"), "--prompts", str(tmp_path / "rows.jsonl"), *options.split()),
+        *("--target_model", str(folder / "target"), "--datasets", str(tmp_path / "rows.jsonl"), *options.split()),
     )
     (cell,) = report["cells"]
     assert report["num_prompts"] == 2
@@ -150,7 +150,7 @@ def test_simulated_acceptance_gives_the_length_that_follows_from_it(tmp_path, ba
     report = bench(
         tmp_path / "output",
         *("--random_weights", str(tmp_path / "config.json"), "--dtype", "bfloat16", "--trees", "12,4,3"),
-        *("--simulate_acceptance", "0.6", "1", "--max_new_tokens", "42", "--num_prompts", "3", "--repeats", "1"),
+        *("--simulate_acceptance", "0.6", "1", "--max_new_tokens", "42", "--num_rows", "3", "--repeats", "1"),
         *("--batch_sizes", str(batch_size), "--temperatures", str(temperature), "--prompt_length", "8"),
         *("--baselines", "none"),
     )
@@ -168,7 +168,7 @@ def test_random_weights_without_simulation_draft_in_every_round(tmp_path):
     make_target("llama").config.save_pretrained(tmp_path)
     report = bench(
         tmp_path / "output",
-        *("--random_weights", str(tmp_path / "config.json"), "--max_new_tokens", "40", "--num_prompts", "1"),
+        *("--random_weights", str(tmp_path / "config.json"), "--max_new_tokens", "40", "--num_rows", "1"),
         *("--repeats", "1", "--temperatures", "0", "--prompt_length", "8"),
     )
     draft = report["cells"][0]["methods"][-1]
@@ -189,7 +189,7 @@ def test_compiled_methods_stand_beside_eager_ones(tmp_path, monkeypatch):
         baselines=["static"],
         compile_on_cpu=True,
         max_new_tokens=30,
-        num_prompts=2,
+        num_rows=2,
         repeats=1,
         temperatures=[0.0],
         prompt_length=8,
@@ -240,9 +240,9 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name, billions)
         ("", "got neither"),
         ("--target_model a --random_weights b", "got both"),
         ("--random_weights nowhere.json", "must be one of llava-1.5-7b, llava-1.5-13b, or a config.json"),
-        ("--random_weights llava-1.5-7b --drafts a", "makes its own draft"),
+        ("--random_weights llava-1.5-7b --draft_models a", "makes its own draft"),
         ("--target_model a --simulate_acceptance 0.5", "needs a draft whose time is paid"),
-        ("--target_model a --drafts b --simulate_acceptance 1.5", "must be probabilities"),
+        ("--target_model a --draft_models b --simulate_acceptance 1.5", "must be probabilities"),
         ("--target_model a --trees 60,6", "A tree must be `num_nodes,depth,top_k`"),
         ("--target_model a --trees 60,6,x", "A tree must be `num_nodes,depth,top_k`"),
         ("--target_model a --trees 1,6,4", "`TreeConfig.num_nodes` must be an integer of at least 2"),
@@ -255,7 +255,7 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name, billions)
         ("--target_model a --repeats 0", "`repeats` must be at least 1"),
         ("--target_model a --max_new_tokens 2", "`max_new_tokens` must be at least 3"),
         ("--target_model a --dtype half_precision", "`dtype` must be `auto` or a floating-point dtype"),
-        ("--target_model a --drafts b b", "`drafts` must differ"),
+        ("--target_model a --draft_models b b", "`draft_models` must differ"),
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(options, message, monkeypatch):

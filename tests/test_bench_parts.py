@@ -206,7 +206,7 @@ def test_tokens_are_counted_to_the_end_of_each_row():
 def test_trees_of_one_draft_share_its_weights_and_leave_it_as_it_was():
     target = make_target("llama")
     draft = MSDDraftModel(MSDConfig.from_target(target.config))
-    arguments = BenchArguments(target_model="target", drafts=["a"], trees=["8,3,2", "8,3,2", "4,2,1,0.1"])
+    arguments = BenchArguments(target_model="target", draft_models=["a"], trees=["8,3,2", "8,3,2", "4,2,1,0.1"])
     methods, _ = make_methods(arguments, target, {"a": draft})
     assistants = [method.call["assistant_model"] for method in methods if method.drafts_trees]
     assert [method.name for method in methods if method.drafts_trees] == ["a 8/3/2", "a 4/2/1/0.1"]
@@ -217,7 +217,7 @@ def test_trees_of_one_draft_share_its_weights_and_leave_it_as_it_was():
 
 def test_stock_assistance_is_left_out_where_vocabularies_differ():
     target, draft = make_target("llama"), make_draft_model("llama")
-    arguments = BenchArguments(target_model="target", drafts=["a"], baselines=["assisted"])
+    arguments = BenchArguments(target_model="target", draft_models=["a"], baselines=["assisted"])
     methods, left_out = make_methods(arguments, target, {"a": draft})
     assert [method.name for method in methods] == ["plain generate", "assisted generation, a", "a 32/6/4"]
     assert left_out == []

@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("trl")
 
 from training_fixtures import ENVIRONMENT, ROOT
+from transformers import TrainerState
 
 from transformers_msd.cli import main
+from transformers_msd.trainer.progress import Progress, ProgressCallback, duration
 
 
 CHECKPOINTS = ROOT / "training/tiny_world/checkpoints"
@@ -25,14 +27,24 @@ MISTAKES = {
     f"train {TARGET} --datasets no.parquet {CPU}": "got 'no.parquet', where nothing is",
     f"train --target_model ./no --datasets a/b {CPU}": "`target_model` must be a path or a repository",
     f"train {TARGET} --datasets a/b --draft_vlm ./no {CPU}": "`draft_vlm` must be a path or a repository",
-    f"train {TARGET} --datasets a/b --target_dtype float33": "`target_dtype` must be `auto` or a floating-point dtype",
-    f"train {TARGET} --datasets a/b --target_dtype int8": "`target_dtype` must be `auto` or a floating-point dtype",
+    f"train {TARGET} --datasets a/b --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
+    f"train {TARGET} --datasets a/b --dtype int8": "`dtype` must be `auto` or a floating-point dtype",
     f"tune {TARGET} {DRAFT} --device no": "`device` must be one of this machine, got 'no'",
     f"tune {TARGET} {DRAFT} --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
-    f"tune --target_model ./no {DRAFT}": "got './no', where nothing is",
-    f"bench {TARGET} --drafts {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
-    f"convert ./no --target {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
-    f"convert {CHECKPOINTS} --target ./no --output here": "`target` must be a path or a repository",
+    f"tune --target_model ./no {DRAFT}": "`target_model` must be a path or a repository",
+    f"tune {TARGET} --draft_model ./no": "`draft_model` must be a path or a repository",
+    "train --target ./no": "`target` is no field of `DraftArguments` or `MSDTrainingConfig`, and no option of `accel",
+    f"train {TARGET} --dataset a/b": "Did you mean `datasets`?",
+    f"bench {TARGET} --drafts a": "`drafts` is no field of `BenchArguments`. Did you mean `draft_models`?",
+    f"bench {TARGET} --num_prompts 2": "`num_prompts` is no field of `BenchArguments`. Did you mean `num_rows`?",
+    "bench --target_model ./no": "`target_model` must be a path or a repository",
+    f"bench {TARGET} --draft_models ./no": "`draft_models` must be a path or a repository",
+    f"bench {TARGET} --datasets ./no.json": "`datasets` must be a path or a repository",
+    f"check-parity {TARGET} --datasets a/b --device no": "`device` must be one of this machine",
+    f"generate-data {TARGET} --datasets a/b --output here --device no": "`device` must be one of this machine",
+    f"bench {TARGET} --draft_models {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
+    f"convert ./no --target_model {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
+    f"convert {CHECKPOINTS} --target_model ./no --output here": "`target_model` must be a path or a repository",
     f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "must hold the tokenizer",
     "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
 }
@@ -40,7 +52,11 @@ USAGE = {
     "nonsense": "invalid choice: 'nonsense'",
     "train": "--target_model",
     f"tune {TARGET} {DRAFT} --prompt_length 0": "must be at least 1, got 0",
-    f"tune {TARGET} {DRAFT} --wat 1": "unrecognized arguments: --wat 1",
+    f"tune {TARGET} {DRAFT} --wat 1": "`wat` is no option of transformers-msd tune. `--help` lists them all.",
+    f"tune {TARGET} {DRAFT} more": "unrecognized arguments: more",
+    "convert a --target b --output c": "`target` is no option of transformers-msd convert. Did you mean `target_mod",
+    "check-parity --target_dtype float32": "Did you mean `dtype`?",
+    f"generate-data {TARGET} --use_cpu": "`use_cpu` is no option of transformers-msd generate-data",
     f"generate-data {TARGET} --datasets a/b --output here --num_rows -1": "must be at least 1, got -1",
     f"check-parity {TARGET} --datasets a/b --num_rows 0": "must be at least 1, got 0",
 }
@@ -72,8 +88,54 @@ def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture) ->
         main([command, "--help"])
     said = capsys.readouterr().out
     names = {"train": ("--stage", "--datasets", "--dry_run", "--learning_rate"), "bench": ("--trees", "--output")}
-    for name in names.get(command, ("--target",)):
+    for name in names.get(command, ("--target_model",)):
         assert name in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3590, "1 h 0 min"), (7800, "2 h 10 min"), (100_000, "1 d 3 h")],
+)
+def test_durations_are_written_in_their_largest_units(seconds: float, written: str) -> None:
+    assert duration(seconds) == written
+
+
+def test_progress_in_a_log_is_told_in_lines(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("transformers_msd.trainer.progress.time.perf_counter", lambda: clock[-1])
+    with Progress("step", 600, start=100) as progress:
+        for now, number, about in ((110, 101, None), (120, 200, "loss 1.5"), (121, 201, None), (200, 600, None)):
+            clock.append(now)
+            progress.update(number, about)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 200 of 600, loss 1.5, 1 min left",
+        "step 600 of 600, loss 1.5, took 2 min",
+    ]
+
+
+def test_progress_in_a_terminal_is_a_bar(capsys: pytest.CaptureFixture) -> None:
+    with Progress("run", 3, has_bar=True) as progress:
+        for number in range(1, 4):
+            progress.update(number, "greedy")
+    said = capsys.readouterr().err
+    assert "0/3" in said
+    assert "took" not in said
+
+
+def test_one_process_tells_how_far_a_run_is(capsys: pytest.CaptureFixture) -> None:
+    for is_shown in (False, True):
+        state = TrainerState(max_steps=4, is_world_process_zero=is_shown)
+        callback = ProgressCallback()
+        callback.on_train_begin(None, state, None)
+        state.global_step = 2
+        callback.on_step_end(None, state, None)
+        callback.on_log(None, state, None, logs={"loss": 1.25})
+        callback.on_log(None, state, None, logs={"eval_acceptance_length": 2.5, "eval_runtime": 3.0})
+        callback.on_train_end(None, state, None)
+        said = capsys.readouterr().err
+        assert said == (
+            "step 2 of 4, eval_acceptance_length 2.5, 0 s left\nstep 2 of 4, loss 1.25, took 0 s\n" if is_shown else ""
+        )
 
 
 def test_versions_are_told(capsys: pytest.CaptureFixture) -> None:

@@ -207,7 +207,7 @@ def test_command_writes_a_draft_that_loads(tmp_path, file_name):
     write_checkpoint(tmp_path / "published", weights, file_name)
     llava_config().save_pretrained(tmp_path / "target")
     result = run_command(
-        "convert", tmp_path / "published", "--target", tmp_path / "target", "--output", tmp_path / "draft"
+        "convert", tmp_path / "published", "--target_model", tmp_path / "target", "--output", tmp_path / "draft"
     )
     assert result.returncode == 0, result.stderr
     draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
@@ -219,7 +219,7 @@ def test_command_reports_errors_in_one_line(tmp_path):
     llava_config().save_pretrained(tmp_path / "target")
     write_checkpoint(tmp_path / "published", {"fc.weight": torch.ones(32, 64)})
     result = run_command(
-        "convert", tmp_path / "published", "--target", tmp_path / "target", "--output", tmp_path / "draft"
+        "convert", tmp_path / "published", "--target_model", tmp_path / "target", "--output", tmp_path / "draft"
     )
     assert result.returncode == 1
     assert "missing ['fc.bias'" in result.stderr

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from zoo import ARCHITECTURES, make_inputs, make_target
 
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import MSDConfig, MSDDraftModel, TokenTree, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS, WINDOW, Gate
 
@@ -60,9 +60,11 @@ def test_rests_grow_and_probes_are_short():
 
 
 def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
+    tree = TokenTree.root(torch.zeros(3, dtype=torch.long))
+
     class Candidates:
         def draft(self, committed):
-            return "a tree"
+            return tree
 
         def round_cost(self, tree):
             return 1.6
@@ -72,7 +74,7 @@ def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
         pad_rows = [False, False, False]
 
     class Committed:
-        root_token_ids = torch.zeros(3, dtype=torch.long)
+        lengths = root_token_ids = torch.zeros(3, dtype=torch.long)
 
     emission = Emission()
     gate = Gate(Candidates(), emission)
@@ -81,7 +83,7 @@ def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
         waiting = min(number, 2)
         emission.lengths = [1 + 4 * waiting, 1 + 4 * waiting + number, 1 + 2 * number]
         emission.pad_rows = [False, number > 2, False]
-        assert gate.draft(Committed()) == "a tree"
+        assert gate.draft(Committed()) is tree
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llava", "qwen2_5_vl"])

@@ -12,6 +12,7 @@ from test_equality import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     SynthIDTextWatermarkingConfig,
@@ -262,6 +263,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ensemble": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "synced": ({"synced_gpus": True}, "synced_gpus"),
     "tokenizer": ({"assistant_tokenizer": make_tokenizer()}, "assistant_tokenizer"),
+    "tokenizers": ({"assistant_tokenizer": make_tokenizer(), "tokenizer": make_tokenizer()}, "assistant_tokenizer"),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, "in one way.*prompt_lookup_num_tokens=3"),
+    "early_exit": ({"assistant_early_exit": 1}, "in one way.*assistant_early_exit=1"),
+    "mtp": ({"use_mtp": True}, "in one way.*use_mtp=True"),
+    "dflash": ({"speculation_type": "dflash"}, "in one way.*speculation_type='dflash'"),
+    "num_tokens": ({"num_assistant_tokens": 5}, "num_assistant_tokens=5.*tree_config"),
+    "schedule": ({"num_assistant_tokens_schedule": "heuristic"}, "num_assistant_tokens_schedule='heuristic'.*tree"),
+    "confidence": ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold=0.4.*tree_config"),
+    "ngrams": ({"max_matching_ngram_size": 2}, "max_matching_ngram_size=2.*tree_config"),
+    "lookbehind": ({"assistant_lookbehind": 3}, "assistant_lookbehind=3.*tree_config"),
+    "target_lookbehind": ({"target_lookbehind": 3}, "target_lookbehind=3.*tree_config"),
+    "settings_of_the_call": (
+        {"generation_config": GenerationConfig(num_assistant_tokens=5, max_new_tokens=3)},
+        "num_assistant_tokens=5.*tree_config",
+    ),
 }
 
 
@@ -278,6 +294,16 @@ def test_what_drafting_cannot_do_is_refused_before_anything_runs(reason: str, mo
     monkeypatch.setattr(target.model, "get_image_features", ran)
     with pytest.raises(ValueError, match=message):
         target.generate(**call | settings, assistant_model=draft)
+
+
+def test_defaults_in_a_config_of_the_call_are_no_settings() -> None:
+    target, call, plain, oracle = make_case()
+    names = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+    defaults = target._prepare_generation_config(None)[0]
+    given = GenerationConfig(pad_token_id=0, **{name: getattr(defaults, name) for name in names})
+    ours = target.generate(**call, generation_config=given, assistant_model=oracle)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert given.num_assistant_tokens == 20
 
 
 def test_a_stateful_processor_is_refused() -> None:

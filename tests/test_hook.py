@@ -4,17 +4,18 @@ import functools
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import Oracle
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 from transformers.generation import GenerationMixin
-from zoo import TEXT, VOCAB_SIZE, make_inputs, make_target
+from zoo import TEXT, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 import transformers_msd
-from transformers_msd import hook
+from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, VLMDrafter, hook
 
 
 SIGNATURES = {
@@ -80,6 +81,37 @@ def test_disable_puts_everything_back_and_enable_takes_it_again() -> None:
     assert {name: vars(GenerationMixin)[name] for name in hook._REPLACED} == ours
     target.generate(**inputs, max_new_tokens=12, assistant_model=oracle)
     assert oracle.trees
+
+
+def make_msd() -> MSDDraftModel:
+    return MSDDraftModel(MSDConfig.from_target(make_target("llava").config)).eval()
+
+
+DRAFTS: dict[str, Callable[[], Any]] = {
+    "MSD": make_msd,
+    "MSD, compiled by hand": lambda: torch.compile(make_msd(), backend="eager"),
+    "VLM": lambda: VLMDrafter(make_draft_model("llava")),
+    "ensemble": lambda: EnsembleDrafter(make_draft_model("llava")),
+    "runtime": lambda: StaticRuntime(make_msd()),
+}
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_says_whose_it_is_where_the_package_is_disabled(name: str, do_sample: bool) -> None:
+    draft, target, inputs = DRAFTS[name](), make_target("llava"), make_inputs("llava")
+    transformers_msd.disable()
+    try:
+        with pytest.raises(AttributeError, match="by `transformers_msd` alone: call `transformers_msd.enable"):
+            target.generate(**inputs, max_new_tokens=3, do_sample=do_sample, assistant_model=draft)
+    finally:
+        transformers_msd.enable()
+
+
+def test_a_model_without_a_head_is_no_assistant() -> None:
+    target, headless = make_target("llama"), AutoModel.from_config(LlamaConfig(**TEXT))
+    with pytest.raises(ValueError, match="must say tokens, got LlamaModel, which has no head"):
+        target.generate(**make_inputs("llama"), max_new_tokens=3, assistant_model=headless)
 
 
 def test_disable_leaves_what_somebody_wrapped_since(monkeypatch: pytest.MonkeyPatch) -> None:

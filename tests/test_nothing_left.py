@@ -530,7 +530,11 @@ def test_the_same_prompt_again_on_its_own_cache_equals_plain(kind: str) -> None:
     assert torch.equal(*said)
 
 
-@pytest.mark.parametrize("wrong", ["folder", MSDDraftModel, [1], 3, object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "wrong",
+    ["folder", MSDDraftModel, VLMDrafter, [1], 3, object()],
+    ids=lambda wrong: getattr(wrong, "__name__", type(wrong).__name__),
+)
 def test_what_is_no_assistant_is_told(wrong: Any) -> None:
     target, inputs = make_target("llava"), make_inputs("llava")
     with pytest.raises(ValueError, match=r"must be a model, or an object with a method `candidate_generator`, got"):

@@ -17,7 +17,9 @@ import yaml
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from training_fixtures import (
     ENVIRONMENT,
     ROOT,
@@ -34,8 +36,10 @@ from transformers import AutoConfig, LlamaConfig, LlavaForConditionalGeneration
 from transformers_msd import MSDConfig, MSDDraftModel
 from transformers_msd.cli import main
 from transformers_msd.trainer import MSDTrainingConfig
+from transformers_msd.trainer.arithmetic import measure_throughput, operations_of_step
+from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.dataset import split_rows
-from transformers_msd.trainer.plan import GIB, memory_of_step, num_parameters
+from transformers_msd.trainer.plan import GIB, longest_of, memory_of_step, num_parameters
 from transformers_msd.trainer.recipe import (
     MOST_BYTES,
     DraftArguments,
@@ -74,6 +78,7 @@ def test_plan_tells_what_a_run_will_do(world, capsys):
     printed = capsys.readouterr().out
     assert "rows: 8 of text, 28 with pictures" in printed
     assert "steps: 18 of 4 rows" in printed
+    assert re.search(r"time: at least \d+ s by arithmetic, [\d.]+ TFLOP at [\d.]+ TFLOP/s\n  as cpu here", printed)
     draft = MSDConfig.from_target(AutoConfig.from_pretrained(world / "target"), intermediate_size=32)
     assert f"draft: {num_parameters(draft):,} parameters" in printed
     assert not (world / "planned").exists()
@@ -87,6 +92,59 @@ def test_plan_counts_the_rows_that_are_trained_on(world):
     text_rows, visual_rows = split_rows(rows)
     assert 0 < len(visual_rows) < 30
     assert (planned.num_text_rows, planned.num_visual_rows) == (len(text_rows), len(visual_rows))
+
+
+def test_plan_goes_by_the_lengths_of_rows(world, monkeypatch):
+    monkeypatch.setattr("transformers_msd.trainer.plan.measure_throughput", lambda device, dtype: 1e9)
+    plans = {
+        length: plan(*make_parser().parse_dict(recipe(world, "short", max_length=length)), num_processes=1)
+        for length in (100, 2048, 4096)
+    }
+    assert plans[2048].memory == plans[4096].memory
+    assert 100 < max(plans[2048].lengths) < 300
+    assert max(plans[100].lengths) == 100
+    assert sum(plans[100].memory.values()) < sum(plans[2048].memory.values())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_rows", "longest"), [([5], 3, 5), ([1, 9], 1, 5), ([9, 1], 2, 7), ([1, 9], 99, 9)]
+)
+def test_batches_are_as_long_as_their_longest_row(lengths, num_rows, longest):
+    assert longest_of(lengths, num_rows) == longest
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 1), ("cuda", 2)])
+def test_time_is_operations_over_speed(world, monkeypatch, device, share):
+    monkeypatch.setattr("transformers_msd.trainer.plan.measure_throughput", lambda device, dtype: 1e9)
+    monkeypatch.setattr("transformers_msd.trainer.run.device_of", lambda name: device)
+    parsed = make_parser().parse_dict(recipe(world, "timed", max_steps=7))
+    planned = plan(*parsed, num_processes=2)
+    assert planned.seconds == pytest.approx(planned.num_operations / 1e9 / share)
+    assert planned.num_steps == 7
+
+
+@pytest.mark.parametrize(("make_recipe", "steps"), [(recipe, 1), (recipe, 3), (vlm_recipe, 1)])
+def test_operations_are_those_that_a_step_makes(world, monkeypatch, make_recipe, steps):
+    shapes, compute_loss = [], DraftTrainer.compute_loss
+
+    def noted(self, model, inputs, *args, **kwargs):
+        shapes.append((*inputs["input_ids"].shape, int((inputs["labels"] != -100).sum())))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DraftTrainer, "compute_loss", noted)
+    settings = make_recipe(world, "counted", stage="multimodal", max_steps=1, num_unroll_steps=steps)
+    parsed = make_parser().parse_dict(settings)
+    with FlopCounterMode(display=False) as counter:
+        trainer = train(*parsed)
+    [(num_rows, length, num_supervised)] = shapes
+    configs = trainer.target.config, trainer.model.config
+    operations = operations_of_step(*configs, parsed[1], num_rows, length, num_supervised / num_rows)
+    # The counter sees no attention on a CPU; we leave the vision tower out, and the ends of unrolled chains in.
+    assert sum(operations) == pytest.approx(counter.get_total_flops(), rel=0.2)
+
+
+def test_speed_is_measured():
+    assert measure_throughput("cpu", torch.float32, seconds=0.01) > 1e8
 
 
 def test_plan_of_a_draft_vlm(world, capsys):
@@ -128,17 +186,25 @@ def test_draft_vlm_is_given_the_targets_vocabulary(world):
 def test_llava_trains_in_less_than_40_gb():
     target = AutoConfig.from_pretrained(LLAVA)
     args = MSDTrainingConfig(output_dir="none", use_cpu=True, bf16=True, per_device_train_batch_size=1)
-    memory = memory_of_step(target, MSDConfig.from_target(target), args, torch.bfloat16)
+    memory = memory_of_step(target, MSDConfig.from_target(target), args, torch.bfloat16, 2048)
     assert memory["target"] == pytest.approx(7.06e9 * 2, rel=0.01)
     assert 14e9 < sum(memory.values()) < 40e9
     assert sum(memory.values()) / GIB == pytest.approx(19, abs=3)
 
 
-@pytest.mark.parametrize("unknown", ["learning_rat: 0.1", "num_epochs: 3"])
-def test_unknown_key_raises(world, unknown, tmp_path):
-    path = tmp_path / "wrong.yaml"
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [
+        ("learning_rat: 0.1", "learning_rate"),
+        ("num_epochs: 3", "num_train_epochs"),
+        ("target_dtype: float32", "dtype"),
+        ("num_proceses: 2", "num_processes"),
+    ],
+)
+def test_unknown_key_raises(world, unknown, nearest, tmp_path):
+    path, name = tmp_path / "wrong.yaml", unknown.partition(":")[0]
     path.write_text(write_recipe(world, "unknown").read_text() + unknown)
-    with pytest.raises(SystemExit, match="options of `accelerate launch`, got"):
+    with pytest.raises(SystemExit, match=f"`{name}` is no field of .* Did you mean `{nearest}`?"):
         main(["train", "--config", str(path), "--dry_run"])
 
 
@@ -162,8 +228,8 @@ WRONG = {
     "max_rows_per_dataset: 0": "`max_rows_per_dataset` must be a whole number, 1 at least",
     "max_steps: 0": "`max_steps` must be at least 1",
     "learning_rate: -0.1": "`learning_rate` must be a number that is not negative",
-    "learning_rate: .nan": "`learning_rate` must be a number that is not negative",
-    "token_loss_weight: .inf": "`token_loss_weight` must be a number that is not negative",
+    "learning_rate: .nan": "`learning_rate` must be a finite value",
+    "token_loss_weight: .inf": "`token_loss_weight` must be a finite value",
     "feature_noise: -1.0": "`feature_noise` must be a number that is not negative",
     "a: &a [1]\nb: *a": "must not refer to itself",
     "stage: [": "is no recipe",
@@ -362,13 +428,65 @@ def test_rows_that_cannot_be_trained_on_are_found_before_training(world, tmp_pat
         main(["train", "--config", str(path), "--dry_run"])
 
 
+def card_values(target, datasets=("a/b",)):
+    values = {"target": str(target), "datasets": list(datasets), "is_multimodal": True, "tags": ["x"]}
+    values |= {"target_class": "LlavaForConditionalGeneration", "relation": "adapter"}
+    values |= dict.fromkeys(("imports", "loading", "method", "tree", "hardware", "dtype"), "")
+    return values | dict.fromkeys(("num_steps", "rows_per_step", "stage", "num_unroll_steps", "learning_rate"), 1)
+
+
+LICENCE = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\n---\n# A target\n"
+CARDS = {
+    "a model made here": (None, None, {}),
+    "a repository": (None, None, {"base_model": "org/target", "base_model_relation": "adapter"}),
+    "a folder": ({}, None, {}),
+    "a folder with a card": ({}, LICENCE, {"license": "other", "license_name": "llama2"}),
+    "a folder with a card that is broken": ({}, "---\nlicense: [\n---\n", {}),
+    "a folder whose config tells its licence": ({"license": "mit"}, None, {"license": "mit"}),
+    "a copy of a repository": (
+        {"_name_or_path": "org/name"},
+        LICENCE,
+        {
+            **{"base_model": "org/name", "base_model_relation": "adapter", "license": "other"},
+            **{"license_name": "llama2", "license_link": "https://huggingface.co/org/name/blob/main/LICENSE"},
+        },
+    ),
+    "a copy of who knows what": ({"_name_or_path": "checkpoints"}, None, {}),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_card_says_of_the_target_what_is_known(tmp_path, name):
+    config, readme, expected = CARDS[name]
+    target = "org/target" if "base_model" in expected else ""
+    if config is not None:
+        target = tmp_path / "target"
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    if readme is not None:
+        (target / "README.md").write_text(readme)
+    write_card(tmp_path / "README.md", "draft", card_values(target), [])
+    card = ModelCard.load(tmp_path / "README.md")
+    about = {"library_name", "pipeline_tag", "tags", "datasets"}
+    assert {key: value for key, value in card.data.to_dict().items() if key not in about} == expected
+    place = expected.get("base_model", str(target))
+    assert f'LlavaForConditionalGeneration.from_pretrained("{place}"' in card.text
+    assert (f"huggingface.co/{place})" in card.text) == ("base_model" in expected)
+
+
+def test_card_names_datasets_of_the_hub_in_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows").mkdir()
+    names = ["org/rows", "org/more:config", "data/rows", "/no/where", "a dataset of its own", "json"]
+    write_card(tmp_path / "README.md", "draft", card_values("org/target", names), [])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["org/rows", "org/more"]
+    assert all(f"`{name}`" in card.text for name in names)
+
+
 def test_a_readme_of_ones_own_stays(tmp_path, caplog):
-    values = {"base_model": "a/b", "is_multimodal": True, "tags": []}
-    values |= dict.fromkeys(
-        ("target_class", "imports", "loading", "method", "tree", "hardware", "dtype", "dataset"), ""
-    )
-    values |= dict.fromkeys(("num_steps", "rows_per_step", "stage", "num_unroll_steps", "learning_rate"), 1)
-    path = tmp_path / "README.md"
+    path, values = tmp_path / "README.md", card_values("a/b")
     write_card(path, "first", values, [])
     write_card(path, "second", values, [])
     assert "# second" in path.read_text()
@@ -384,7 +502,10 @@ def test_a_readme_of_ones_own_stays(tmp_path, caplog):
 def test_command_launches_a_run(world, make_recipe, draft_class):
     name = draft_class.__name__
     path = write_recipe(world, name, make_recipe, stage="multimodal", num_processes=1)
-    finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), "--max_steps", "1"]))
+    path.write_text(path.read_text().replace("disable_tqdm: true\n", ""))
+    printed = finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), "--max_steps", "1"]))
+    assert re.search(r"^step 1 of 1, loss [\d.]+, took \d+ s$", printed, re.MULTILINE)
+    assert "%|" not in printed  # no bar in a log
     card = (world / name / "README.md").read_text()
     assert "1 steps of 4 rows" in card
     assert f'{name}.from_pretrained("{name}"' in card
@@ -396,9 +517,11 @@ def test_command_generates_data_in_the_targets_words(world, tmp_path, num_proces
     output = tmp_path / "answered"
     command = ["-m", "transformers_msd.cli", "generate-data", "--target_model", str(world / "target")]
     command += ["--datasets", str(world / "rows"), "--output", str(output), "--num_rows", "6"]
-    command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--use_cpu"]
+    command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--device", "cpu"]
     printed = finish(launch([*(TWO_PROCESSES if num_processes == 2 else []), *command]))
     assert "Wrote 6 rows" in printed
+    assert f"row {'of its own 4 of 4' if num_processes == 2 else '6 of 6'}, took" in printed
+    assert "%|" not in printed
     rows = load_rows(DraftArguments(target_model="none", datasets=[str(output)]), is_multimodal=True)
     asked = load_rows(DraftArguments(target_model="none", datasets=[str(world / "rows")]), is_multimodal=True)
     assert [row["messages"][0] for row in rows] == [row["messages"][0] for row in asked.select(range(6))]

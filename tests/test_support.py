@@ -36,6 +36,7 @@ TEXT = IDS | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+MOE = TEXT | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 GPT = IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
@@ -108,6 +109,18 @@ def exaone() -> PreTrainedModel:
         text_config=text.to_dict(), vision_config=vision_config, image_token_id=90, video_token_id=91
     )
     return make(tf.Exaone4_5_ForConditionalGeneration, config)
+
+
+def unlimited_ocr() -> PreTrainedModel:
+    text = TEXT | {"head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    sam = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64, "mlp_dim": 48}
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = tf.UnlimitedOcrConfig(
+        text_config=text | {"layer_types": ["full_attention"] * 2},
+        vision_config={"sam_config": sam | {"output_channels": 32}, "encoder_config": encoder},
+        image_token_id=90,
+    )
+    return make(tf.UnlimitedOcrForConditionalGeneration, config)
 
 
 def mllama() -> PreTrainedModel:
@@ -226,6 +239,29 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         lambda: make(tf.OpenAIGPTLMHeadModel, tf.OpenAIGPTConfig(**GPT)),
         prompt(),
         "takes no cache",
+    ),
+    "a cache of its own": (
+        lambda: make(tf.MiniMaxForCausalLM, tf.MiniMaxConfig(**MOE, layer_types=["full_attention"] * 2)),
+        prompt(),
+        "makes a cache of its own",
+    ),
+    "a prefill of its own": (unlimited_ocr, prompt(), "runs its prompt by a method of its own"),
+    "several streams": (
+        lambda: make(
+            tf.Gemma3nForCausalLM,
+            tf.Gemma3nTextConfig(
+                **TEXT,
+                head_dim=8,
+                layer_types=["full_attention"] * 2,
+                vocab_size_per_layer_input=96,
+                hidden_size_per_layer_input=8,
+                num_kv_shared_layers=0,
+                laurel_rank=4,
+                activation_sparsity_pattern=None,
+            ),
+        ),
+        prompt(),
+        "several hidden states for each token",
     ),
     "cross-attention": (mllama, prompt(), "cross-attention"),
     "inputs of its own": (idefics, prompt(), "image_attention_mask, image_hidden_states"),

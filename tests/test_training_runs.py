@@ -181,7 +181,14 @@ def test_run_reports_and_loads(world):
     assert all(logged[-1][f"eval_speedup{kind}"] > 0 for kind in ("", "_text", "_image"))
     folder = world / "reported"
     card = (folder / "README.md").read_text()
-    for expected in ("base_model:", "MSDDraftModel.from_pretrained", "| text |", "| image |", "commit:", "4 steps"):
+    for expected in (
+        "a local `LlavaForConditionalGeneration`",
+        "MSDDraftModel.from_pretrained",
+        "| text |",
+        "| image |",
+        "commit:",
+        "4 steps",
+    ):
         assert expected in card
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     loaded = MSDDraftModel.from_pretrained(folder)

@@ -44,7 +44,7 @@ def recipe(folder: Path, output: str, **settings) -> dict:
     """Make a recipe for what `write_world` wrote."""
     return {
         "target_model": str(folder / "target"),
-        "target_dtype": "float32",
+        "dtype": "float32",
         "datasets": [str(folder / "rows")],
         "draft_config": {"intermediate_size": 32},
         "num_eval_prompts": 0,

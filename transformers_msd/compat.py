@@ -91,6 +91,7 @@ NAMES = (
     ),
     Name(f"{_MIXIN}._prefill", "self, input_ids, generation_config, model_kwargs, is_first_iteration"),
     Name(f"{_MIXIN}._optimize_model_for_decode", "self"),
+    Name(f"{_MIXIN}._supports_default_dynamic_cache"),
     Name(f"{_MIXIN}._valid_auto_compile_criteria", "self, model_kwargs, generation_config"),
     Name(
         f"{_MIXIN}.prepare_inputs_for_generation",
@@ -106,6 +107,7 @@ NAMES = (
     Name(f"{_MIXIN}.generate", attribute="_mask_length"),
     Name(f"{_MIXIN}._prepare_special_tokens", attribute="_pad_token_tensor"),
     Name(f"{_MIXIN}._prepare_cache_for_generation", attribute="_is_user_defined"),
+    Name("transformers:GenerationConfig._get_default_generation_params"),
     Name("transformers.generation:CompileConfig._compile_all_devices"),
     Name("transformers:PreTrainedModel._is_stateful"),
     Name("transformers:PreTrainedConfig._attn_implementation"),
@@ -216,6 +218,16 @@ def is_stateful(model: PreTrainedModel) -> bool:
     return model._is_stateful
 
 
+def makes_own_cache(model: PreTrainedModel) -> bool:
+    """Tell whether `generate` leaves it to a model to make its cache."""
+    return not model._supports_default_dynamic_cache()
+
+
+def prefills_itself(model: PreTrainedModel) -> bool:
+    """Tell whether a model runs prompts by a method of its own."""
+    return type(model)._prefill is not GenerationMixin._prefill
+
+
 def keeps_no_cache(model: PreTrainedModel) -> bool:
     """Tell whether a model trains in such a way that it keeps no cache."""
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -230,6 +242,11 @@ def pad_token_id_of(generation_config: GenerationConfig) -> int:
     """Return the token that `generate`, which prepared these settings, puts behind ended rows."""
     pad_token = generation_config._pad_token_tensor
     return 0 if pad_token is None else int(pad_token)
+
+
+def default_settings() -> dict[str, Any]:
+    """Return what `generate` fills in where a setting was not made."""
+    return GenerationConfig._get_default_generation_params()
 
 
 def num_prompt_columns(
@@ -271,3 +288,11 @@ def can_be_compiled(model: PreTrainedModel, generation_config: GenerationConfig)
 
 class _AnyStaticCache:
     is_compileable = True
+
+
+def stock_drafting_error(assistant: Any) -> AttributeError:
+    """Make the error with which a draft of ours lacks what Transformers' own way of drafting asks it for."""
+    return AttributeError(
+        f"{type(assistant).__name__} drafts by `transformers_msd` alone: call `transformers_msd.enable()`, and pass "
+        "it as it is."
+    )

@@ -63,7 +63,6 @@ def tree_decoding(
     """
     cache = model_kwargs[CACHE]
     check_cache(cache)
-    carried = take_carried(cache)
     target = Target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
     emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
@@ -74,6 +73,7 @@ def tree_decoding(
     num_nodes = 0 if tree_config is None else tree_config.num_nodes
     is_fixed = isinstance(cache, StaticCache)
     check_reach(model, model_kwargs, prompt_length, emission.max_steps, num_nodes, is_fixed)
+    carried = take_carried(cache)
 
     unfit = encoded_token_ids(model.config)
     noise = None
@@ -83,9 +83,9 @@ def tree_decoding(
             leaving.callback(lambda: target.leave(emission.num_steps))
         # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
         tree, outputs = target.prefill(input_ids)
-        cache = target.cache
+        cache, vocab_size = target.cache, outputs.logits.shape[-1]
         if generation_config.do_sample:
-            noise = NoiseTape(len(input_ids), outputs.logits.shape[-1], input_ids.device)
+            noise = NoiseTape(len(input_ids), vocab_size, input_ids.device)
             leaving.callback(lambda: noise.leave(emission.num_steps))
             noise.open()
         sampler = Sampler(logits_processor, emission, noise)
@@ -109,7 +109,7 @@ def tree_decoding(
                 committed = committed.keep_sequences(kept)
             if noise is not None:
                 noise.free(min(emission.lengths))
-            tree = candidates.draft(committed).with_roots(committed.root_token_ids, unfit)
+            tree = candidates.draft(committed).with_roots(committed.root_token_ids, unfit, vocab_size)
             tree = target.fit(emission.pad(tree))
             outputs = target.forward_tree(tree)
 

@@ -38,10 +38,12 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     arguments = dict(zip(_PARAMETERS, (self, *args), strict=False)) | kwargs
     assistant_model = arguments.get("assistant_model")
     if assistant_for(assistant_model) is None:
-        if assistant_model is not None and not hasattr(assistant_model, "config"):
+        is_class = isinstance(assistant_model, type)
+        if assistant_model is not None and (is_class or not hasattr(assistant_model, "config")):
+            got = f"the class {assistant_model.__name__}" if is_class else type(assistant_model).__name__
             raise ValueError(
                 "`assistant_model` must be a model, or an object with a method `candidate_generator`, got "
-                f"{type(assistant_model).__name__}. Load a folder by `MSDDraftModel.from_pretrained`."
+                f"{got}. Load a folder by `MSDDraftModel.from_pretrained`."
             )
         return _generate(self, *args, **kwargs)
     del arguments["self"]
@@ -60,8 +62,15 @@ def validate_generation_mode(
     generation_config: GenerationConfig,
     generation_mode_kwargs: dict[str, Any],
 ) -> None:
-    assistant = assistant_for(generation_mode_kwargs.get("assistant_model"))
+    assistant_model = generation_mode_kwargs.get("assistant_model")
+    assistant = assistant_for(assistant_model)
     if assistant is None:
+        is_headless = isinstance(assistant_model, PreTrainedModel) and not assistant_model.can_generate()
+        if is_headless and generation_config.speculation_type is None:
+            raise ValueError(
+                f"`assistant_model` must say tokens, got {type(assistant_model).__name__}, which has no head. Load it "
+                "with one, by `AutoModelForCausalLM` say."
+            )
         return _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
     arguments = _arguments.get()
     if arguments is None:

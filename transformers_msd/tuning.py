@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from statistics import median
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers_msd.costs.rounds import Costs
 from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.model import ModelDrafter
+from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -65,7 +68,28 @@ class _Timed(Ungated):
         return candidates
 
 
-def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 256, batch_size: int = 1) -> Costs:
+def num_calls(batch_size: int) -> int:
+    """Count the calls that [`measure_costs`] makes."""
+    return len(_shapes(batch_size)) * _num_passes(batch_size)
+
+
+def _shapes(batch_size: int) -> list[tuple[int, int]]:
+    """List nodes and depths of the trees that are measured; one without levels is a plain step."""
+    sizes = SIZES[batch_size]
+    return [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[len(sizes) // 2], DEEP)]
+
+
+def _num_passes(batch_size: int) -> int:
+    return 1 + (NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1))
+
+
+def measure_costs(
+    target: PreTrainedModel,
+    assistant: Any,
+    prompt_length: int = 256,
+    batch_size: int = 1,
+    on_call: Callable[[], None] | None = None,
+) -> Costs:
     """
     Run rounds with trees of several shapes, and plain steps, on prompts of random tokens.
 
@@ -78,25 +102,33 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
             Tokens of each prompt.
         batch_size (`int`, *optional*, defaults to 1):
             Prompts that are answered together, one of `SIZES`.
+        on_call (`Callable`, *optional*):
+            Called after each of [`num_calls`] calls.
 
     Raises:
-        ValueError: If the assistant can't draft for this target.
+        ValueError: If the assistant can't draft for this target, or a size can't be measured.
     """
+    if batch_size not in SIZES:
+        raise ValueError(f"`batch_size` must be one of {list(SIZES)}, got {batch_size!r}.")
+    if type(prompt_length) is not int or prompt_length < 1:
+        raise ValueError(f"`prompt_length` must be a whole number, 1 at least, got {prompt_length!r}.")
+    found = assistant_for(assistant)
+    if not isinstance(found, MSDDrafter | ModelDrafter):
+        raise ValueError(
+            f"`assistant` must be an `MSDDraftModel` or `VLMDrafter`, got {type(assistant).__name__}. Wrap a model in "
+            "`VLMDrafter`, and measure what a `StaticRuntime` wraps."
+        )
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(target.config.get_text_config().vocab_size, 1000)
     ids = torch.randint(3, vocab_size, (batch_size, prompt_length), generator=generator).to(target.device)
-    drafter = copy.copy(assistant_for(assistant))  # the caller's keeps its tree
+    drafter = copy.copy(found)  # the caller's keeps its tree
     drafter.check_target(target, {"input_ids": ids})
     config = drafter.tree_config
 
-    # A shape without levels is a plain step.
-    sizes = SIZES[batch_size]
-    middle = len(sizes) // 2
-    shapes = [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[middle], DEEP)]
+    sizes, shapes = SIZES[batch_size], _shapes(batch_size)
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     # In turn, so that what else the machine does slows all of them; the first pass warms up.
-    num_passes = NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1)
-    for number in range(num_passes + 1):
+    for number in range(_num_passes(batch_size)):
         for num_nodes, depth in shapes:
             if depth:
                 # Wide enough to fill the tree.
@@ -111,8 +143,10 @@ def measure_costs(target: PreTrainedModel, assistant: Any, prompt_length: int = 
             if number:
                 # The first round pays for what is made once.
                 seconds[num_nodes, depth] += [end - start for start, end in pairwise(timed.times[1:])]
+            if on_call is not None:
+                on_call()
     step, *rounds, deep = (median(values) for values in seconds.values())
-    level = max((deep - rounds[middle]) / (DEEP - SHALLOW), 0.0)
+    level = max((deep - rounds[len(sizes) // 2]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])

@@ -72,7 +72,7 @@ def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, nu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -2,8 +2,7 @@
 A world in which a draft must see: pictures of random glyphs, read out one token a cell.
 
 Nothing tells the next glyph but the picture, and a target that reads one glyph a token has decided on no other yet. So
-what a draft says two tokens ahead can only be right by looking, along the rows, down the columns or backwards, as was
-asked. Beside them stands text that is easy: lists of glyphs repeated, and names in their order.
+what a draft says two tokens ahead can only be right by looking, forwards or backwards, as was asked. Beside them stands text that is easy: lists of glyphs repeated, and names in their order.
 """
 
 from collections.abc import Iterator
@@ -19,11 +18,10 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 CELL_SIZE, CELLS = 16, 6  # pixels of a cell, a patch of the tower; cells in a row and in a column
 PICTURE_SIZE = CELL_SIZE * CELLS
 NAMES = tuple(consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio")
-PICTURES, TEXTS = ("rows", "columns", "backwards"), ("copy", "order")
+PICTURES, TEXTS = ("forwards", "backwards"), ("copy", "order")
 KINDS = PICTURES + TEXTS
 REQUESTS = {
-    "rows": "read it .",
-    "columns": "read down .",
+    "forwards": "read it .",
     "backwards": "read back .",
     "copy": "repeat :",
     "order": "go on from",
@@ -87,12 +85,7 @@ def make_row(kind: str, random: Random) -> dict:
     glyphs = [random.randrange(len(NAMES)) for _ in range(random.choice((24, 30, 36)))]
     if kind == "order":
         glyphs = [(glyphs[0] + step) % len(NAMES) for step in range(len(glyphs))]
-    cells = list(range(len(glyphs)))
-    if kind == "columns":
-        cells.sort(key=lambda cell: (cell % CELLS, cell))
-    elif kind == "backwards":
-        cells.reverse()
-    names = " ".join(NAMES[glyphs[cell]] for cell in cells)
+    names = " ".join(NAMES[glyph] for glyph in (reversed(glyphs) if kind == "backwards" else glyphs))
     said = {"copy": f" {names} .", "order": f" {NAMES[glyphs[0]]} to {NAMES[glyphs[-1]]} ."}.get(kind, "")
     content = [{"type": "text", "text": REQUESTS[kind] + said}]
     if kind in PICTURES:

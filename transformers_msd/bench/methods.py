@@ -178,4 +178,4 @@ def draft_names(paths: list[str]) -> list[str]:
         names = ["/".join(Path(path).parts[-num_parts:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"`drafts` must differ, got {paths}. Name each once; give several `trees` instead.")
+    raise ValueError(f"`draft_models` must differ, got {paths}. Name each once; give several `trees` instead.")

@@ -15,7 +15,6 @@ from transformers import (
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import auto_class, is_multimodal
 
 
@@ -38,7 +37,6 @@ SHAPES = {
 
 def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     """Load a target or a draft by what its config says it is."""
-    check_place(name, "model")
     config = AutoConfig.from_pretrained(name)
     return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
 
@@ -89,7 +87,7 @@ def named_config(name: str) -> PreTrainedConfig:
     if is_multimodal(config) and not isinstance(config, LlavaConfig):
         raise ValueError(
             f"Random prompts are made for LLaVA-1.5 and language models, got a config of {config.model_type!r}. "
-            "Benchmark a checkpoint of it with `target_model` and `prompts`."
+            "Benchmark a checkpoint of it with `target_model` and `datasets`."
         )
     return config
 

@@ -1,6 +1,7 @@
 """Plots of a benchmark."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ PHASE_COLOURS = {"draft": "#56b4e9", "verify": "#0072b2", "commit": "#009e73", "
 
 def plot_speedups(report: dict[str, Any], path: Path) -> None:
     """Draw the speed-up of decoding by τ, one panel for each temperature and batch size."""
-    figure, panels = _panels(report)
+    figure, panels = _panels(report, "Speed-up of decoding by acceptance length; bars: range over the passes")
     styles = _styles(report)
     for cell, axes in panels:
         for method in cell["methods"]:
@@ -30,15 +31,15 @@ def plot_speedups(report: dict[str, Any], path: Path) -> None:
             spread = [[max(speedup - low, 0)], [max(high - speedup, 0)]]
             axes.errorbar(tau, speedup, yerr=spread, capsize=3, linestyle="none", **styles[method["name"]])
         axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
-        axes.set(xlabel="acceptance length τ", ylabel="speed-up of decoding")
+        axes.set(xlabel="acceptance length τ, tokens per round", ylabel="speed-up, times plain generate")
         axes.margins(0.1)
-        axes.set_ylim(bottom=0)
+        axes.set(xlim=(0, None), ylim=(0, None))
     _save(figure, panels, path)
 
 
 def plot_acceptance(report: dict[str, Any], path: Path) -> None:
     """Draw the share of rounds that accept tokens to each depth."""
-    figure, panels = _panels(report)
+    figure, panels = _panels(report, "Drafted tokens that are accepted, by their depth")
     styles = _styles(report)
     for cell, axes in panels:
         curves = [(method["name"], method["acceptance_by_depth"]) for method in cell["methods"]]
@@ -56,7 +57,8 @@ def plot_acceptance(report: dict[str, Any], path: Path) -> None:
 def plot_split(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a round by its phases beside that of a plain step, eager and compiled."""
     rows = max(len(_split_methods(cell)) + len(_steps(cell)) for cell in report["cells"])
-    figure, panels = _panels(report, height=1.2 + 0.42 * rows, width=7.5)
+    title = "Time of a round by its phases; in plain steps beside the bars"
+    figure, panels = _panels(report, title, height=1.2 + 0.42 * rows, width=7.5)
     for cell, axes in panels:
         steps, methods = _steps(cell), _split_methods(cell)
         bars = [({"plain step": 1.0}, {"plain step": "#d55e00"}) for _ in steps]
@@ -76,7 +78,7 @@ def plot_split(report: dict[str, Any], path: Path) -> None:
         names = [method["name"] for method in (*steps, *methods)]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set(xlabel="ms per round")
+        axes.set(xlabel="time of a round or plain step, ms")
         # Room for the text behind the longest bar.
         axes.set_xlim(0, 1.3 * axes.dataLim.x1)
     _save(figure, panels, path)
@@ -91,14 +93,17 @@ def _split_methods(cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _panels(
-    report: dict[str, Any], height: float = 4.0, width: float = 5.5
+    report: dict[str, Any], title: str, height: float = 4.0, width: float = 5.5
 ) -> tuple[Figure, list[tuple[dict[str, Any], Axes]]]:
-    """Make a figure with a panel for each cell, in rows of one temperature."""
+    """Make a figure of a title, and of a panel for each cell, in rows of one temperature."""
     cells = report["cells"]
     num_columns = len({cell["batch_size"] for cell in cells})
     num_rows = -(-len(cells) // num_columns)
-    size = (width * num_columns, height * num_rows + 1.2)
+    size = (width * num_columns, height * num_rows + 1.6)
     figure = Figure(figsize=size, layout="constrained")
+    about = f"{report['target']}, {report['dtype']}, {report['hardware']}"
+    num_letters = int(14 * size[0])  # of a line, at this size
+    figure.suptitle("\n".join(fill(text, num_letters) for text in (title, about)), fontsize=9)
     all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
     panels = list(zip(cells, all_axes, strict=True))
     for cell, axes in panels:

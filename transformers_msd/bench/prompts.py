@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlavaConfig, PreTrainedConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from transformers_msd.bench.settings import BenchArguments
@@ -29,21 +29,30 @@ QUESTIONS = (
 COLOURS = ("crimson", "royalblue", "seagreen", "gold", "darkorange", "purple", "teal", "black")
 
 
-def load_prompts(arguments: BenchArguments, target: PreTrainedModel) -> list[list[dict[str, Any]]]:
+def load_prompts(arguments: BenchArguments, config: PreTrainedConfig) -> list[list[dict[str, Any]]]:
     """
-    Load the prompts of a benchmark, each as its messages.
+    Load the prompts of a benchmark, each as its messages, for the target of a config.
 
     Raises:
         ValueError: If there are none.
     """
-    multimodal = is_multimodal(target.config)
-    if arguments.prompts is None:
-        return builtin_prompts(multimodal)[: arguments.num_prompts]
-    source = DraftArguments(target_model=str(arguments.target_model), datasets=[arguments.prompts])
+    multimodal = is_multimodal(config)
+    if not arguments.datasets:
+        return builtin_prompts(multimodal)[: arguments.num_rows]
+    source = DraftArguments(
+        target_model=str(arguments.target_model),
+        datasets=arguments.datasets,
+        dataset_split=arguments.dataset_split,
+        image_folder=arguments.image_folder,
+    )
+    source.check_places()
     rows = load_rows(source, multimodal)
     if len(rows) == 0:
-        raise ValueError(f"{arguments.prompts} must hold a prompt at least, got none that the target can read.")
-    return [prompt_of(row) for row in rows.select(range(min(arguments.num_prompts, len(rows))))]
+        raise ValueError(
+            f"`datasets` must hold a prompt at least, got none that the target can read in {arguments.datasets}. Name "
+            "others."
+        )
+    return [prompt_of(row) for row in rows.select(range(min(arguments.num_rows, len(rows))))]
 
 
 def builtin_prompts(multimodal: bool) -> list[list[dict[str, Any]]]:

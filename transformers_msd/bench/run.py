@@ -1,12 +1,14 @@
 """One benchmark from its settings to its report."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import transformers_msd
 from transformers_msd.bench.divergence import find_divergences
@@ -18,6 +20,7 @@ from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import attention_of
 from transformers_msd.costs.provenance import commit, hardware
+from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import encode_prompts, load_processor
 
 
@@ -64,6 +67,8 @@ def run_benchmark(
     }
     if arguments.memory_bandwidth is not None:
         report["floor_seconds"] = report["num_bytes_per_step"] / (arguments.memory_bandwidth * 1e9)
+    num_runs = sum(_num_runs(arguments, methods, size, num_prompts) for size in arguments.batch_sizes)
+    on_run = _counter(on_run, len(arguments.temperatures) * num_runs)
     for temperature in arguments.temperatures:
         settings = _call_settings(arguments, temperature)
         for batch_size in arguments.batch_sizes:
@@ -90,17 +95,16 @@ def _run_cell(
     settings: dict[str, Any],
     batch_size: int,
     floor_seconds: float | None,
-    on_run: Callable[[str, int, int], None] | None,
+    on_run: Callable[[str], None],
 ) -> dict[str, Any]:
     """Compare all methods at one temperature and batch size."""
-    own = [method for method in methods if batch_size == 1 or method.is_batched]
+    own = _methods_of_cell(methods, batch_size)
     left_out = [
         (method.name, "Transformers answers one prompt at a time there") for method in methods if method not in own
     ]
     mode = f"T = {settings['temperature']:g}" if settings["do_sample"] else "greedy"
     label = f"{mode}, batch size {batch_size}"
-    num_runs = (arguments.repeats + 1) * sum(1 + method.drafts_trees for method in own)
-    notify = _counter(on_run, label, num_runs * len(batches))
+    notify = partial(on_run, label)
     results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
     compiled_plain = next((result for result in results if result.method.name == COMPILED_PLAIN), None)
     rows = [summarize(result, results[0], compiled_plain, floor_seconds) for result in results]
@@ -118,6 +122,16 @@ def _run_cell(
     }
 
 
+def _methods_of_cell(methods: list[Method], batch_size: int) -> list[Method]:
+    return [method for method in methods if batch_size == 1 or method.is_batched]
+
+
+def _num_runs(arguments: BenchArguments, methods: list[Method], batch_size: int, num_prompts: int) -> int:
+    """Count the runs of a cell: of each method for each batch and pass, and again with its phases timed."""
+    for_a_batch = sum(1 + method.drafts_trees for method in _methods_of_cell(methods, batch_size))
+    return (arguments.repeats + 1) * for_a_batch * math.ceil(num_prompts / batch_size)
+
+
 def _prepare(
     arguments: BenchArguments,
 ) -> tuple[PreTrainedModel, dict[str, PreTrainedModel], Callable[[int], list[Inputs]], int]:
@@ -129,7 +143,7 @@ def _prepare(
         torch.manual_seed(seed)
         target = random_target(config, dtype, device)
         drafts = {"random MSD draft": random_draft(config, dtype, device)}
-        prompts = random_prompts(config, arguments.num_prompts, arguments.prompt_length, dtype, device, seed)
+        prompts = random_prompts(config, arguments.num_rows, arguments.prompt_length, dtype, device, seed)
 
         def make_batches(batch_size: int) -> list[Inputs]:
             return [
@@ -138,13 +152,17 @@ def _prepare(
             ]
 
         return target, drafts, make_batches, len(prompts)
-    names = draft_names(arguments.drafts)
+    names = draft_names(arguments.draft_models)
+    check_place(arguments.target_model, "target_model")
+    for path in arguments.draft_models:
+        check_place(path, "draft_models")
+    processor = load_processor(arguments.target_model)
+    prompts = load_prompts(arguments, AutoConfig.from_pretrained(arguments.target_model))
     target = load_model(arguments.target_model, arguments.dtype, device)
     drafts = {
-        name: load_model(path, arguments.dtype, device) for name, path in zip(names, arguments.drafts, strict=True)
+        name: load_model(path, arguments.dtype, device)
+        for name, path in zip(names, arguments.draft_models, strict=True)
     }
-    processor = load_processor(arguments.target_model)
-    prompts = load_prompts(arguments, target)
 
     def make_batches(batch_size: int) -> list[Inputs]:
         return [encode_prompts(processor, rows).to(device) for rows in batched(prompts, batch_size)]
@@ -159,10 +177,10 @@ def _call_settings(arguments: BenchArguments, temperature: float) -> dict[str, A
     return settings
 
 
-def _counter(on_run: Callable[[str, int, int], None] | None, label: str, total: int) -> Callable[[], None]:
+def _counter(on_run: Callable[[str, int, int], None] | None, total: int) -> Callable[[str], None]:
     number = 0
 
-    def count() -> None:
+    def count(label: str) -> None:
         nonlocal number
         number += 1
         if on_run is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers_msd.drafters.ensemble.views import VIEWS
+from transformers_msd.trainer.fields import check_least, check_types
 from transformers_msd.trainer.loading import check_dtype, device_of
 from transformers_msd.trees.tree import TreeConfig
 
@@ -19,7 +20,7 @@ class BenchArguments:
     Args:
         target_model (`str`, *optional*):
             Folder or Hub repository of the target.
-        drafts (`list[str]`, *optional*):
+        draft_models (`list[str]`, *optional*):
             Folders or Hub repositories of drafts: MSD drafts, or VLMs and language models of the target's tokens.
         trees (`list[str]`, *optional*):
             Trees to draft, each `num_nodes,depth,top_k` or `num_nodes,depth,top_k,min_probability`; by default each
@@ -35,12 +36,17 @@ class BenchArguments:
             random weights, and an MSD draft for it.
         simulate_acceptance (`list[float]`, *optional*):
             Probabilities with which a simulated draft is right at each depth.
-        prompts (`str`, *optional*):
-            JSONL file, saved dataset or Hub dataset of `messages` and `images`; a built-in set by default.
+        datasets (`list[str]`, *optional*):
+            Where the prompts come from, as in recipes ([`DraftArguments`]): folders, files or Hub datasets; a built-in
+            set by default.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split of Hub datasets.
+        image_folder (`str`, *optional*):
+            Folder that the paths of pictures are relative to, instead of their file's.
         prompt_length (`int`, *optional*, defaults to 64):
             Text tokens of prompts for random weights, beside those of one picture.
-        num_prompts (`int`, *optional*, defaults to 8):
-            Prompts that are answered.
+        num_rows (`int`, *optional*, defaults to 8):
+            Rows whose prompts are answered, the first of all datasets.
         batch_sizes (`list[int]`, *optional*, defaults to `[1]`):
             Prompts answered together.
         temperatures (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
@@ -70,7 +76,7 @@ class BenchArguments:
     """
 
     target_model: str | None = field(default=None, metadata={"help": "Folder or Hub repository of the target."})
-    drafts: list[str] = field(default_factory=list, metadata={"help": "MSD drafts, VLMs or language models."})
+    draft_models: list[str] = field(default_factory=list, metadata={"help": "MSD drafts, VLMs or language models."})
     trees: list[str] = field(default_factory=list, metadata={"help": "Trees, each `num_nodes,depth,top_k`."})
     views: list[str] = field(default_factory=list, metadata={"help": "Ensembles, as `multimodal,text_only`."})
     runtimes: list[str] = field(
@@ -78,9 +84,11 @@ class BenchArguments:
     )
     random_weights: str | None = field(default=None, metadata={"help": "llava-1.5-7b, llava-1.5-13b, or a config."})
     simulate_acceptance: list[float] = field(default_factory=list, metadata={"help": "Probabilities per depth."})
-    prompts: str | None = field(default=None, metadata={"help": "JSONL of `messages` and `images`."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub datasets of prompts."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of Hub datasets."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that picture paths are relative to."})
     prompt_length: int = field(default=64, metadata={"help": "Text tokens of prompts for random weights."})
-    num_prompts: int = field(default=8, metadata={"help": "Prompts that are answered."})
+    num_rows: int = field(default=8, metadata={"help": "Rows whose prompts are answered."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts answered together."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "0 is greedy."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
@@ -97,19 +105,23 @@ class BenchArguments:
     output: str | None = field(default=None, metadata={"help": "Folder for JSON, Markdown and plots."})
 
     def __post_init__(self):
+        check_types(self)
+        check_least(self, num_divergences=0)
         if (self.target_model is None) == (self.random_weights is None):
             raise ValueError(
                 "Either `target_model` or `random_weights` must be given, got "
                 f"{'neither' if self.target_model is None else 'both'}. Name a target, or the shapes of one."
             )
-        if self.random_weights and (self.drafts or self.prompts or self.views):
+        if self.random_weights and (self.draft_models or self.datasets or self.views):
             raise ValueError(
-                "`random_weights` makes its own draft and prompts, got `drafts`, `views` or `prompts`. Drop them, or "
-                "name a `target_model`."
+                "`random_weights` makes its own draft and prompts, got `draft_models`, `views` or `datasets`. Drop "
+                "them, or name a `target_model`."
             )
-        if self.simulate_acceptance and not (self.drafts or self.random_weights):
-            raise ValueError("`simulate_acceptance` needs a draft whose time is paid, got none. Name one in `drafts`.")
-        for name in ("prompt_length", "num_prompts", "repeats"):
+        if self.simulate_acceptance and not (self.draft_models or self.random_weights):
+            raise ValueError(
+                "`simulate_acceptance` needs a draft whose time is paid, got none. Name one in `draft_models`."
+            )
+        for name in ("prompt_length", "num_rows", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.max_new_tokens < 3:
@@ -147,5 +159,5 @@ def parse_tree(text: str) -> TreeConfig:
             raise ValueError
         sizes, probabilities = [int(part) for part in parts[:3]], [float(part) for part in parts[3:]]
     except ValueError:
-        raise ValueError(f"A tree must be `num_nodes,depth,top_k`, as 60,6,10, got {text!r}.") from None
+        raise ValueError(f"`trees` must each be `num_nodes,depth,top_k`, as 60,6,10, got {text!r}.") from None
     return TreeConfig(*sizes, *probabilities)

@@ -82,7 +82,8 @@ class Sampler:
             noise = self.noise_of_round(tree.depth)
             if tree.num_nodes > 1:
                 rows = torch.arange(len(logits), device=noise.device)
-                noise = noise[rows[:, None], tree.depths.to(noise.device)]  # (batch, num_nodes, vocab)
+                depths = tree.depths.clamp(max=tree.depth).to(noise.device)
+                noise = noise[rows[:, None], depths]  # (batch, num_nodes, vocab)
         choices = _pick(scores, noise)
         pad_rows = self._emission.pad_rows
         pad_rows = [pad_rows[row] for row in self._emission.rows]

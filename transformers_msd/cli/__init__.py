@@ -8,6 +8,7 @@ import transformers
 
 from transformers_msd import __version__
 from transformers_msd.cli import bench, check_parity, convert, generate_data, train, tune
+from transformers_msd.cli.options import CommandParser
 
 
 # What commands need besides the package itself.
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the sub-command named by the arguments, those of the process by default."""
     parser = argparse.ArgumentParser(prog="transformers-msd", description="Drafts for vision-language models.")
     parser.add_argument("--version", action="version", version=_versions())
-    subparsers = parser.add_subparsers(required=True, metavar="command", dest="command")
+    subparsers = parser.add_subparsers(required=True, metavar="command", dest="command", parser_class=CommandParser)
     for command in (train, generate_data, check_parity, convert, tune, bench):
         command.add_parser(subparsers)
     parsed, parsed.rest = parser.parse_known_args(

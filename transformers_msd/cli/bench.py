@@ -3,9 +3,10 @@
 import argparse
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-from transformers.utils import logging
+from transformers_msd.cli.options import check_fields
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,24 +18,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and save."""
     from rich.console import Console
-    from rich.progress import Progress
-    from trl import TrlParser
 
     from transformers_msd.bench.report import print_report, save_report
     from transformers_msd.bench.run import run_benchmark
     from transformers_msd.bench.settings import BenchArguments
+    from transformers_msd.trainer.progress import Progress, keep_bars_out_of_logs
+    from transformers_msd.trainer.run import RecipeParser
 
-    parser = TrlParser([BenchArguments], prog="transformers-msd bench", allow_abbrev=False)
+    parser = RecipeParser([BenchArguments], prog="transformers-msd bench", allow_abbrev=False)
+    check_fields(arguments.rest, [BenchArguments], "field of `BenchArguments`")
     (settings,) = parser.parse_args_and_config(arguments.rest)
     command = f"transformers-msd bench {shlex.join(arguments.rest)}"
-    logging.disable_progress_bar()
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("loading", total=None)
-        report = run_benchmark(
-            settings,
-            command,
-            lambda label, number, total: progress.update(task, description=label, completed=number, total=total),
-        )
+    keep_bars_out_of_logs()
+    with ExitStack() as stack:
+        progress: list[Progress] = []
+
+        def on_run(label: str, number: int, total: int) -> None:
+            if not progress:  # what is compared is known when the models are loaded
+                progress.append(stack.enter_context(Progress("run", total, start=number)))
+            progress[0].update(number, label)
+
+        report = run_benchmark(settings, command, on_run)
     if settings.output:
         save_report(report, Path(settings.output))
     # A file has no width.

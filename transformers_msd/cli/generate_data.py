@@ -1,12 +1,11 @@
 """`transformers-msd generate-data`: let the target answer the prompts of a dataset."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from transformers_msd.cli.values import positive
+from transformers_msd.cli.options import positive
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,13 +22,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
     parser.add_argument("--output", type=Path, required=True, help="folder to save the dataset to")
     parser.add_argument("--num_rows", type=positive, help="answer only so many rows")
-    parser.add_argument("--target_dtype", default="auto", help="dtype the target is loaded in")
+    parser.add_argument("--dtype", default="auto", help="dtype the target is loaded in")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--rows_per_chunk", type=int, default=256, help="rows saved together")
-    parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
+    parser.add_argument("--device", help="device it runs on, CUDA by default if there is one")
     parser.set_defaults(run=run)
 
 
@@ -38,10 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
+    from transformers_msd.trainer.loading import device_of
+    from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments, load_target
     from transformers_msd.trainer.rows import load_rows
 
-    logging.basicConfig(level=logging.INFO)
+    keep_bars_out_of_logs()
     settings = GenerationSettings(
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
@@ -49,13 +50,19 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         rows_per_chunk=arguments.rows_per_chunk,
     )
-    state = PartialState(cpu=arguments.use_cpu)
-    names = ("target_model", "datasets", "dataset_split", "image_folder", "target_dtype")
+    state = PartialState(cpu=arguments.device == "cpu")
+    if state.num_processes > 1 and arguments.device not in (None, "cpu"):
+        raise ValueError(
+            f"`device` must be left out or `cpu` where processes share the rows, got {arguments.device!r}: each has a "
+            "device of its own. Remove it."
+        )
+    device = state.device if arguments.device is None else device_of(arguments.device)
+    names = ("target_model", "datasets", "dataset_split", "image_folder", "dtype")
     recipe = DraftArguments(**{name: getattr(arguments, name) for name in names})
     target, processor = load_target(recipe)
     rows = load_rows(recipe, isinstance(processor, ProcessorMixin))
     if arguments.num_rows:
         rows = rows.select(range(min(arguments.num_rows, len(rows))))
-    dataset = generate_data(target.to(state.device).eval(), processor, rows, arguments.output, settings)
+    dataset = generate_data(target.to(device).eval(), processor, rows, arguments.output, settings)
     if dataset is not None:
         print(f"Wrote {len(dataset):,} rows to {arguments.output}.")

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from transformers_msd.cli.options import check_fields
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
@@ -25,7 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from transformers_msd.trainer import run as training
-    from transformers_msd.trainer.recipe import check_hub_recipe, find_recipe
+    from transformers_msd.trainer.configuration import MSDTrainingConfig
+    from transformers_msd.trainer.progress import keep_bars_out_of_logs
+    from transformers_msd.trainer.recipe import DraftArguments, check_hub_recipe, find_recipe
 
     if arguments.help:
         arguments.print_help()
@@ -37,6 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
         if path != arguments.config:
             check_hub_recipe(path, options)
         options = ["--config", path, *options]
+    check_fields(
+        options,
+        [DraftArguments, MSDTrainingConfig],
+        "field of `DraftArguments` or `MSDTrainingConfig`, and no option of `accelerate launch`",
+        others=["accelerate_config", *vars(launch_command_parser().parse_args(["module"]))],
+    )
     *parsed, of_recipe, of_line = training.make_parser().parse_args_and_config(
         options, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -44,11 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
     launch, unknown = launch_command_parser().parse_known_args([*launch_options, "module"])
     if unknown or launch.training_script != "module":
         raise ValueError(
-            "The recipe and the command line must hold fields of `DraftArguments` and `MSDTrainingConfig`, or options "
-            f"of `accelerate launch`, got {unknown or launch_options}. Check the spelling."
+            f"Options of `accelerate launch` must have values it can read, got {unknown or launch_options}."
         )
     parsed[0].check_places()
     if arguments.dry_run:
+        keep_bars_out_of_logs()
         print(training.plan(*parsed, num_processes=launch.num_processes or 1))
         return
     if launch.num_cpu_threads_per_process is None:

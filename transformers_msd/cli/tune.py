@@ -1,11 +1,13 @@
 """`transformers-msd tune`: measure what rounds cost here, so that trees are sized by it."""
 
 import argparse
+from itertools import count
 
 from transformers_msd import MSDDraftModel, VLMDrafter
-from transformers_msd.cli.values import positive
+from transformers_msd.cli.options import positive
 from transformers_msd.costs.calibration import save_costs
-from transformers_msd.tuning import SIZES, measure_costs
+from transformers_msd.models.places import check_place
+from transformers_msd.tuning import SIZES, measure_costs, num_calls
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,13 +30,26 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, save, and print."""
     from transformers_msd.bench.models import load_model
     from transformers_msd.trainer.loading import check_dtype, device_of
+    from transformers_msd.trainer.progress import Progress, keep_bars_out_of_logs
 
     check_dtype(arguments.dtype, "dtype")
     device = device_of(arguments.device)
+    for name in ("target_model", "draft_model"):
+        check_place(getattr(arguments, name), name)
+    keep_bars_out_of_logs()
     target = load_model(arguments.target_model, arguments.dtype, device)
     draft = load_model(arguments.draft_model, arguments.dtype, device)
     assistant = draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft)
-    measured = [measure_costs(target, assistant, arguments.prompt_length, batch_size) for batch_size in SIZES]
+    measured, numbers = [], count(1)
+    with Progress("call", sum(map(num_calls, SIZES))) as progress:
+        for batch_size in SIZES:
+            about = f"batch size {batch_size}"
+            measured.append(
+                measure_costs(
+                    *(target, assistant, arguments.prompt_length, batch_size),
+                    on_call=lambda about=about: progress.update(next(numbers), about),
+                )
+            )
     path = save_costs(measured, [draft], target)
     for costs in measured:
         print(f"With {costs.batch_size} prompts at a time:" if costs.batch_size > 1 else "With one prompt:")

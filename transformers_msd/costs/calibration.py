@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from transformers_msd.compat import attention_of
 from transformers_msd.costs.rounds import Costs
 from transformers_msd.costs.sizing import Sizing
+
+
+logger = logging.get_logger(__name__)
 
 
 def costs_path(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Path:
@@ -35,13 +39,23 @@ def save_costs(measured: Sequence[Costs], drafts: Sequence[PreTrainedModel], tar
     """Save what was measured with several batch sizes, 1 among them, and return the file."""
     path = costs_path(drafts, target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(costs) for costs in measured], indent=1) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps([asdict(costs) for costs in measured], indent=1) + "\n")
+    unfinished.replace(path)  # whole or not there
     return path
 
 
 def load_sizing(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Sizing | None:
-    """Make the sizing of a call from what was measured; None where nothing was."""
+    """Make the sizing of a call from what was measured; None where nothing was, or the file is broken."""
     if not _folder().exists():  # names and sizes of models need not be looked up
         return None
     path = costs_path(drafts, target)
-    return Sizing([Costs(**costs) for costs in json.loads(path.read_text())]) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Sizing([Costs(**costs) for costs in json.loads(path.read_text())])
+    except (IndexError, TypeError, ValueError) as error:
+        logger.warning_once(
+            f"{path} holds no costs ({error}), and is not read. Measure again: `transformers-msd tune`."
+        )
+        return None

@@ -16,7 +16,7 @@ def assistant_for(assistant_model: Any) -> TreeAssistant | None:
     Return the assistant that drafts for what was passed as `assistant_model`: itself if it is one, the drafter of a
     draft model, and `None` for whatever belongs to Transformers.
     """
-    if isinstance(assistant_model, TreeAssistant):
+    if isinstance(assistant_model, TreeAssistant) and not isinstance(assistant_model, type):
         return assistant_model
     for draft_class, drafter in DRAFTERS.items():
         if isinstance(assistant_model, draft_class):

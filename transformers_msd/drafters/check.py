@@ -18,9 +18,9 @@ from transformers.generation.configuration_utils import (
 )
 
 from transformers_msd.caches.check import check_cache
-from transformers_msd.compat import cache_of
+from transformers_msd.compat import cache_of, default_settings
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.traits.support import check_padding, unsupported_fact
+from transformers_msd.traits.support import check_padding, features_fact, unsupported_fact
 
 
 # These remember earlier calls, or run the model themselves, and so would be wrong at the nodes of a tree.
@@ -29,6 +29,17 @@ STATEFUL_PROCESSORS = (
     ClassifierFreeGuidanceLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+# Other ways to draft, each of which would take the place of the assistant.
+OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+# What Transformers' own assistants are set by.
+OTHER_SETTINGS = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "max_matching_ngram_size",
+    "assistant_lookbehind",
+    "target_lookbehind",
 )
 WAY_OUT = "generate without `assistant_model`."
 
@@ -60,10 +71,11 @@ def check_call(
             f"Drafting serves greedy decoding and sampling, got {generation_mode.value}. Set `num_beams=1` and "
             f"leave `penalty_alpha` and `dola_layers` unset, or {WAY_OUT}"
         )
-    fact = unsupported_fact(model)
+    fact = unsupported_fact(model) or features_fact(model)
     if fact is not None:
         raise ValueError(f"{type(model).__name__} {fact}. Otherwise, {WAY_OUT}")
     check_padding(model, arguments)
+    _check_ways(generation_config, arguments)
     _check_settings(generation_config, arguments, generation_mode_kwargs)
     _check_processors(arguments.get("logits_processor") or ())
     if generation_config.cache_implementation not in (None, "dynamic", "static"):
@@ -113,6 +125,26 @@ def check_device(draft: PreTrainedModel) -> None:
             f"A draft must have its weights on a device, got {type(draft).__name__} that is offloaded. Load it "
             "without `device_map` or `cpu_offload`: it is small."
         )
+
+
+def _check_ways(generation_config: GenerationConfig, arguments: dict[str, Any]) -> None:
+    for name in OTHER_WAYS:
+        value = getattr(generation_config, name)
+        if value not in (None, False):
+            raise ValueError(
+                f"A call drafts in one way, got `assistant_model` and `{name}={value!r}`. Drop one of them."
+            )
+    # As passed, without the defaults that some models fill in before they call `generate`.
+    given, defaults = arguments.get("generation_config"), default_settings()
+    for name in OTHER_SETTINGS:
+        value, settled = arguments.get(name), getattr(given, name, None)
+        if value is None and settled != defaults.get(name):
+            value = settled
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for Transformers' own assistants, and a draft of trees has a `tree_config`, got "
+                f"`{name}={value!r}`. Drop it, and set `draft.tree_config = TreeConfig(num_nodes=..., depth=...)`."
+            )
 
 
 def _check_settings(

@@ -52,6 +52,12 @@ class Gate:
             self._missed.append(committed)
             return TokenTree.root(committed.root_token_ids)
         tree = self._candidates.draft(self._catch_up(committed))
+        if not isinstance(tree, TokenTree) or len(tree.token_ids) != len(committed.lengths):
+            found = f"{len(tree.token_ids)} trees" if isinstance(tree, TokenTree) else type(tree).__name__
+            raise ValueError(
+                f"`draft` of {type(self._candidates).__name__} must return a `TokenTree` of {len(committed.lengths)} "
+                f"rows, got {found}. Draft one tree for each row of `committed`."
+            )
         self._cost = self._candidates.round_cost(tree)
         return tree
 

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from transformers_msd.caches.carried import Owner
+from transformers_msd.compat import stock_drafting_error
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_draft
 from transformers_msd.drafters.draft_model import DraftModel
-from transformers_msd.drafters.prompts import prompt_ids, prompt_of
+from transformers_msd.drafters.prompts import check_batch, check_pictures, check_prompt, prompt_ids, prompt_of
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -45,9 +46,18 @@ class ModelDrafter:
         draft_inputs: Mapping[str, Any] | None = None,
         tree_config: TreeConfig | None = None,
     ) -> None:
+        if not models:
+            raise ValueError("`draft_vlm` must be a model or several, got none. Pass the small model that drafts.")
         self.models = tuple(unwrapped(model) for model in models)
+        if draft_inputs is not None:
+            check_prompt(draft_inputs)
         self.draft_inputs = draft_inputs
         self.tree_config = TreeConfig.checked(tree_config or {"num_nodes": 32, "depth": 6, "top_k": 4})
+
+    @property
+    def config(self) -> NoReturn:
+        """None: Transformers' own way of drafting asks for it first."""
+        raise stock_drafting_error(self)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "ModelCandidateGenerator":
         """Make the candidate generator of one `generate` call."""
@@ -65,6 +75,8 @@ class ModelDrafter:
         """
         theirs = target.config.get_text_config().vocab_size
         ids = prompt_ids(arguments if self.draft_inputs is None else self.draft_inputs)
+        if self.draft_inputs is not None:
+            check_batch(self.draft_inputs, arguments)
         for model in self.models:
             check_draft(model, 0 if ids is None else ids.shape[1])
             ours = model.config.get_text_config().vocab_size
@@ -73,6 +85,8 @@ class ModelDrafter:
                     f"The draft must have the target's vocabulary, got {ours} tokens for the draft and {theirs} for "
                     f"{type(target).__name__}. Choose a draft of the same tokenizer."
                 )
+            if self.draft_inputs is None:
+                check_pictures(model, target, arguments)
         if ids is None:
             raise ValueError(
                 "A draft model can't read `inputs_embeds` of the target, got no `input_ids`. Pass them, too, or what "
@@ -132,13 +146,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         for model in self._drafter.models:
             inputs = self._drafter.draft_inputs
             if inputs is None:
-                inputs = prompt_of(model, self._target.model, self._inputs.arguments)
-            num_prompts = len(inputs["input_ids"])
-            copies, rest = divmod(batch_size, num_prompts)
-            if rest:
-                raise ValueError(
-                    f"`draft_inputs` must hold as many prompts as the call, got {num_prompts} for {batch_size} rows."
-                )
+                inputs = prompt_of(model, self._target.model, self._inputs.arguments, self._target.num_prompt_rows)
+            copies = batch_size // len(inputs["input_ids"])
             with capturing(model):
                 drafts.append(DraftModel.start(model, self.read(model, inputs), copies, self._inputs.captures))
         return drafts

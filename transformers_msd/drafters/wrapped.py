@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
+from transformers_msd.compat import stock_drafting_error
 from transformers_msd.drafters.assistants import assistant_for
 from transformers_msd.drafters.base import CallInputs, ChecksTarget, TreeCandidateGenerator, models_of, tree_config_of
 from transformers_msd.target.target import Target
@@ -42,6 +43,11 @@ class Wrapped:
     def models(self) -> tuple[PreTrainedModel, ...]:
         """Models of what drafts, where it has any."""
         return models_of(self.assistant)
+
+    @property
+    def config(self) -> NoReturn:
+        """None: Transformers' own way of drafting asks for it first."""
+        raise stock_drafting_error(self)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         """Make the candidate generator of one call, which the call alone holds."""

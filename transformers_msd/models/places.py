@@ -1,6 +1,9 @@
-"""Where models, drafts and data are loaded from: a place on this machine, or a repository on the Hub."""
+"""Where models, drafts and data are loaded from, a place here or a repository on the Hub, and what must be there."""
 
+import json
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 
 # Of files; no repository ends in one.
@@ -20,3 +23,30 @@ def check_place(name: str, what: str) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _SUFFIXES
     if is_path and not Path(name).exists():
         raise ValueError(f"`{what}` must be a path or a repository on the Hub, got {name!r}, where nothing is.")
+
+
+def check_folder(name: str, subfolder: str = "") -> None:
+    """Raise a `ValueError` for the name of a place on this machine that holds no draft."""
+    check_place(name, "pretrained_model_name_or_path")
+    folder = Path(name, subfolder)
+    if not folder.is_dir():
+        return
+    names = sorted(file.name for file in folder.iterdir())
+    adapter = folder / "adapter_config.json"
+    if adapter.name in names and not json.loads(adapter.read_text()).get("base_model_name_or_path"):
+        raise ValueError(
+            f"An adapter must name its draft, got no `base_model_name_or_path` in {adapter}. Save the draft with the "
+            "adapter merged into it: `merge_and_unload()`."
+        )
+    if not {"config.json", adapter.name} & set(names):
+        raise ValueError(f"The folder of a draft must hold `config.json`, got {names} in {folder}. Copy it again.")
+
+
+def check_finite(draft: PreTrainedModel, name: str) -> None:
+    """Raise a `ValueError` if weights that were loaded from `name` are NaN or infinite."""
+    wrong = [key for key, value in draft.named_parameters() if not value.is_meta and not value.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"Weights of a draft must be finite, got NaN or inf in {', '.join(wrong[:3])} of {name}. Load an earlier "
+            "checkpoint, or train it again."
+        )

@@ -80,6 +80,7 @@ class Target:
             torch.cat([output.hidden_states[layer].to(self.device) for output in recorder.outputs], dim=1)
             for layer in (0, -1)
         )
+        self.num_prompt_rows = features.shape[1]  # columns that the cache lacked
         self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, features)
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(torch.zeros(len(features), dtype=torch.long, device=self.device)), outputs
@@ -122,8 +123,7 @@ class Target:
             visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
         else:
             token_ids = input_ids.new_full((batch_size, num_rows), -1)
-            is_token = _is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight)
-            visual_mask = ~is_token.to(self.device)
+            visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight).to(self.device)
         real = self._prompt_mask[:, -num_rows:]
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)

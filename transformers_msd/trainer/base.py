@@ -25,7 +25,7 @@ from transformers_msd.trainer.checkpoints import (
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
-from transformers_msd.trainer.dataset import split_rows, usable_rows
+from transformers_msd.trainer.dataset import rows_of_stage, usable_rows
 from transformers_msd.trainer.health import UNSUPERVISED, check_means, check_weights
 from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
 from transformers_msd.trainer.parallel import prepare_target, reshard
@@ -63,7 +63,7 @@ class DraftTrainer(SFTTrainer):
 
     # The loss is a mean over the global batch, and training divides it no further.
     loss_is_scaled_for_ga = True
-    # What a model card says of the draft: `imports`, the `loading` of it, its `method`.
+    # What a model card says of the draft: `imports`, the `loading` of it, its `method`, its `relation` to the target.
     _card: dict[str, str]
 
     def __init__(
@@ -81,14 +81,9 @@ class DraftTrainer(SFTTrainer):
                 "such as `AcceptanceLengthCallback`."
             )
         train_dataset = usable_rows(train_dataset, processing_class, args.max_length)
-        self._text_rows, self._visual_rows = split_rows(train_dataset)
+        self._text_rows, self._visual_rows = rows_of_stage(train_dataset, args.stage)
         if args.stage == "text":
             train_dataset = train_dataset.select(self._text_rows)
-        if (args.stage != "multimodal" and not self._text_rows) or (args.stage == "ramp" and not self._visual_rows):
-            raise ValueError(
-                f"`stage={args.stage!r}` needs rows without pictures, and `ramp` also some with, got "
-                f"{len(self._text_rows)} without and {len(self._visual_rows)} with. Add rows or choose another stage."
-            )
         if "messages" not in train_dataset.column_names:
             # Completions are supervised instead, or whole texts.
             args = copy.copy(args)
@@ -267,14 +262,14 @@ class DraftTrainer(SFTTrainer):
         name = args.hub_model_id or model_name or Path(args.output_dir).name
         draft_class = type(self.accelerator.unwrap_model(self.model)).__name__
         values = {key: text.format(name=name, draft_class=draft_class) for key, text in self._card.items()} | {
-            "base_model": config.name_or_path or config.model_type,
+            "target": config.name_or_path,
             "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
             "target_class": (config.architectures or [type(self.target).__name__])[0],
             "tags": sorted({*self._tag_names, *tags}),
             "tree": self.assistant().tree_config,
-            "hardware": hardware(self.accelerator.device),
+            "hardware": hardware(self.accelerator.device, self.accelerator.num_processes),
             "dtype": str(self.target.dtype).removeprefix("torch."),
-            "dataset": ", ".join(datasets),
+            "datasets": datasets,
             "num_steps": self.state.global_step,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "stage": args.stage,

@@ -1,5 +1,6 @@
 """How fast the draft will be, seen while it is trained."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,12 @@ class AcceptanceLengthCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: "DraftTrainer", prompts: Dataset, max_new_tokens: int = 64, temperature: float = 0.0):
+        if not len(prompts):
+            raise ValueError("`prompts` must hold a row at least, got none. Hold some rows out.")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be a whole number, 1 at least, got {max_new_tokens!r}.")
+        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+            raise ValueError(f"`temperature` must be a number, 0 at least, got {temperature!r}. 0 is greedy.")
         self.trainer = trainer
         self.prompts = [prompt_of(row) for row in prompts]
         self.max_new_tokens = max_new_tokens

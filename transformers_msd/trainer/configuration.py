@@ -1,13 +1,17 @@
 """Settings of a training run."""
 
-import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from transformers_msd.trainer.fields import check_least, check_types
+
 
 STAGES = ("text", "multimodal", "ramp")
 _NOT_NEGATIVE = ("learning_rate", "feature_noise", "weight_decay", "max_grad_norm", "num_train_epochs")
+_AT_LEAST_1 = ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens", "max_length", "per_device_train_batch_size")
+# Of Transformers, which takes anything for them.
+_BASE_FIELDS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "seed", "weight_decay")
 _LOSS_WEIGHTS = ("feature_loss_weight", "token_loss_weight", "top_k_loss_weight", "probability_loss_weight")
 
 
@@ -41,8 +45,10 @@ class MSDTrainingConfig(SFTConfig):
             Forwards of the draft per step. From the second on it reads its own features, as in decoding (HASS, arXiv
             2408.15766, uses 3). MSD trains with 1.
         stage (`str`, *optional*, defaults to `"ramp"`):
-            `"text"` trains on the rows without pictures, `"multimodal"` on all rows as they come, `"ramp"` on text in
-            the first half, then on ever more rows with pictures, and on those alone at the end (MSD).
+            `"text"` trains on the rows of text alone. `"multimodal"` trains on all rows, with and without pictures,
+            shuffled together. `"ramp"` trains on rows of text in the first half of the steps; in the second half each
+            row is one with pictures by a probability that rises from 0 to 1 (MSD), and an epoch is as long as the
+            fewer of the two kinds.
         head_chunk_size (`int`, *optional*, defaults to 512):
             Rows whose logits are in memory at a time.
     """
@@ -60,6 +66,10 @@ class MSDTrainingConfig(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters that a step does not use."}
     )
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "Leave accelerators alone. There is no `device`: the launcher deals devices to processes."},
+    )
     feature_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."})
     token_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."})
     top_k_loss_weight: float = field(
@@ -76,25 +86,30 @@ class MSDTrainingConfig(SFTConfig):
         default=1, metadata={"help": "Forwards of the draft per step; from the second on it reads its own features."}
     )
     stage: str = field(
-        default="ramp", metadata={"help": "Rows to train on: `text`, `multimodal` or `ramp`.", "choices": STAGES}
+        default="ramp",
+        metadata={
+            "help": "`text` alone, all rows (`multimodal`), or text, then pictures (`ramp`).",
+            "choices": STAGES,
+        },
     )
     head_chunk_size: int = field(default=512, metadata={"help": "Rows whose logits are in memory at a time."})
 
     def __post_init__(self):
         super().__post_init__()
+        check_types(self, (*MSDTrainingConfig.__annotations__, *_BASE_FIELDS))
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
         for name in (*_LOSS_WEIGHTS, *_NOT_NEGATIVE):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            if value < 0:
                 raise ValueError(f"`{name}` must be a number that is not negative, got {value}.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"`adam_beta2` must be at least 0 and less than 1, got {self.adam_beta2}.")
         if self.max_steps == 0:
             raise ValueError("`max_steps` must be at least 1, or -1 for all of `num_train_epochs`, got 0.")
         if not any(getattr(self, name) for name in _LOSS_WEIGHTS):
             raise ValueError(f"Nothing would be learned: all of {', '.join(_LOSS_WEIGHTS)} are 0. Set one of them.")
-        for name in ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_least(self, **dict.fromkeys(_AT_LEAST_1, 1))
         if self.activation_checkpointing and self.num_unroll_steps > 1:
             raise ValueError(
                 "`activation_checkpointing` drops the cache that unrolled steps read, got "

@@ -1,4 +1,4 @@
-"""MSD's curriculum: text first, then ever more pictures."""
+"""Which rows come when: all in a new order every epoch, or MSD's ramp from text to rows with pictures."""
 
 from collections.abc import Iterator
 

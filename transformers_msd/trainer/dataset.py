@@ -1,6 +1,7 @@
 """Which rows of a dataset can be trained on, told without decoding a picture."""
 
 import logging
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -13,6 +14,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 
 logger = logging.getLogger(__name__)
+_KINDS = {"image", "text"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -34,6 +36,17 @@ def split_rows(dataset: Dataset) -> tuple[list[int], list[int]]:
     return [row for row in rows if not counts[row]], [row for row in rows if counts[row]]
 
 
+def rows_of_stage(dataset: Dataset, stage: str) -> tuple[list[int], list[int]]:
+    """Tell the rows without pictures from those with, and raise a `ValueError` where a stage lacks what it needs."""
+    text_rows, visual_rows = split_rows(dataset)
+    if (stage != "multimodal" and not text_rows) or (stage == "ramp" and not visual_rows):
+        raise ValueError(
+            f"`stage={stage!r}` needs rows without pictures, and `ramp` also some with, got {len(text_rows)} without "
+            f"and {len(visual_rows)} with. Add rows or choose another stage."
+        )
+    return text_rows, visual_rows
+
+
 def check_messages(dataset: Dataset) -> None:
     """
     Raise a `ValueError`, with the number of the row, for messages that can't be trained on, or if none of them is of
@@ -46,11 +59,17 @@ def check_messages(dataset: Dataset) -> None:
     for number, (row, num_pictures) in enumerate(rows):
         num_places = 0
         for message in row["messages"] or ():
-            role, content = message["role"], message["content"]
+            role, content = message.get("role"), message.get("content")
             if role not in _ROLES:
                 raise ValueError(f"Roles must be some of {_ROLES}, got {role!r} in row {number}. Rename it.")
             has_answer |= role == "assistant"
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            kinds = {part.get("type") for part in parts}
+            if not kinds <= _KINDS:
+                found = sorted(map(str, kinds - _KINDS))
+                raise ValueError(
+                    f"Parts of messages must be some of {sorted(_KINDS)}, got {found} in row {number}. Take it out."
+                )
             if any(part["type"] == "text" and part.get("text") is None for part in parts):
                 raise ValueError(f"Messages must hold text, got null in row {number}. Fill it in or take the row out.")
             num_places += sum(part["type"] == "image" for part in parts)
@@ -148,10 +167,13 @@ def row_length(row: dict[str, Any], number: int, processing_class: ProcessorMixi
 
 def _picture_size(picture: dict, row: int) -> tuple[int, int]:
     """Return height and width of a picture, from its header."""
+    if picture is None:
+        raise ValueError(f"A picture of row {row} can't be read: it is null. Repair it or take the row out.")
     try:
         with PIL.Image.open(picture["path"] if picture["bytes"] is None else BytesIO(picture["bytes"])) as opened:
+            opened.verify()  # where a format has sums to check
             return opened.height, opened.width
-    except OSError as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(
             f"A picture of row {row} can't be read ({picture['path'] or 'stored in the dataset'}): {error}. Repair it "
             "or take the row out."
@@ -172,21 +194,27 @@ def token_counts(
         text_config ([`~transformers.PreTrainedConfig`]):
             Config of the draft's text model.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     counts = torch.zeros(text_config.vocab_size, dtype=torch.long)
-    name = next(name for name in ("messages", "completion", "text", "input_ids") if name in dataset.column_names)
-    for value in dataset.select_columns([name])[name]:
-        if name == "input_ids":
-            token_ids = value
-        else:
-            texts = [value] if isinstance(value, str) else _answers(value)
-            token_ids = [
-                token_id for text in texts for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
-            ]
+    for token_ids in answer_token_ids(dataset, processing_class):
         counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(counts))
     eos = text_config.eos_token_id
     counts[[*eos] if isinstance(eos, list) else [eos] if eos is not None else []] = int(counts.sum()) + 1
     return counts
+
+
+def answer_token_ids(
+    dataset: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """Yield the tokens of each row that a draft learns from, but for those that end a turn."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    name = next(name for name in ("messages", "completion", "text", "input_ids") if name in dataset.column_names)
+    for value in dataset.select_columns([name])[name]:
+        if name == "input_ids":
+            yield value
+        else:
+            texts = [value] if isinstance(value, str) else _answers(value)
+            tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            yield [token_id for part in tokens for token_id in part]
 
 
 def _answers(messages: list[dict[str, Any]]) -> list[str]:

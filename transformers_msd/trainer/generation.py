@@ -1,8 +1,9 @@
 """Training data in the target's own words: it answers the prompts of a dataset itself."""
 
-import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from transformers_msd.trainer.fields import check_least, check_types
 from transformers_msd.trainer.loading import encode_prompts
-
-
-logger = logging.getLogger(__name__)
+from transformers_msd.trainer.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,8 @@ class GenerationSettings:
     rows_per_chunk: int = 256
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "rows_per_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
+        check_types(self)
+        check_least(self, batch_size=1, max_new_tokens=1, temperature=0, rows_per_chunk=1)
 
 
 def generate_data(
@@ -96,17 +93,26 @@ def generate_data(
     state.wait_for_everyone()
     starts = range(0, len(rows), settings.rows_per_chunk)
     chunks = [parts / f"{number:05}" for number in range(len(starts))]
-    for number in range(state.process_index, len(chunks), state.num_processes):
-        if chunks[number].exists():
-            continue
-        chunk = rows.select(range(starts[number], min(starts[number] + settings.rows_per_chunk, len(rows))))
-        torch.manual_seed(settings.seed * 1_000_003 + number)
-        answered = answer_rows(target, processing_class, chunk, settings)
-        unfinished = chunks[number].with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        answered.save_to_disk(unfinished)
-        unfinished.rename(chunks[number])  # whole or not there
-        logger.info("chunk %d of %d", number + 1, len(chunks))
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    waiting = [number for number in mine if not chunks[number].exists()]
+    selected = [range(start, min(start + settings.rows_per_chunk, len(rows))) for start in starts]
+    num_rows, num_done = {number: len(selected[number]) for number in waiting}, 0
+    # Processes have equal shares: the first tells how far all are.
+    unit, is_shown = "row of its own" if state.num_processes > 1 else "row", state.is_main_process and bool(waiting)
+    with Progress(unit, sum(num_rows.values()), is_shown=is_shown) as progress:
+
+        def on_batch(number: int, share: float) -> None:
+            progress.update(num_done + int(share * num_rows[number]))
+
+        for number in waiting:
+            torch.manual_seed(settings.seed * 1_000_003 + number)
+            chunk = rows.select(selected[number])
+            answered = answer_rows(target, processing_class, chunk, settings, partial(on_batch, number))
+            num_done += num_rows[number]
+            unfinished = chunks[number].with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            answered.save_to_disk(unfinished)
+            unfinished.rename(chunks[number])  # whole or not there
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -124,9 +130,19 @@ def answer_rows(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     rows: Dataset,
     settings: GenerationSettings,
+    on_batch: Callable[[float], None] | None = None,
 ) -> Dataset:
-    """Answer all user turns of some rows. Rows without a user turn are left out."""
+    """
+    Answer all user turns of some rows. Rows without a user turn are left out.
+
+    Args:
+        target, processing_class, rows, settings:
+            As [`generate_data`] has them.
+        on_batch (`Callable`, *optional*):
+            Called with the share of the turns that are answered after each batch.
+    """
     waiting = [[turn for turn in messages if turn["role"] != "assistant"] for messages in rows["messages"]]
+    num_answered, num_turns = 0, sum(turn["role"] == "user" for turns in waiting for turn in turns)
     talks: list[list[dict[str, Any]]] = [[] for _ in waiting]
     images = [row.get("images") or [] for row in rows]
     while pending := [row for row, turns in enumerate(waiting) if any(turn["role"] == "user" for turn in turns)]:
@@ -147,6 +163,9 @@ def answer_rows(
                     [{"type": "text", "text": answer}] if isinstance(processing_class, ProcessorMixin) else answer
                 )
                 talks[row].append({"role": "assistant", "content": content})
+            num_answered += len(batch)
+            if on_batch is not None:
+                on_batch(num_answered / num_turns)
     kept = [row for row, talk in enumerate(talks) if talk]
     features = rows.features
     return rows.select(kept).map(

@@ -28,7 +28,9 @@ class AcceptanceLength(evaluate.Metric):
         num_tokens = sum(sum(rounds) for rounds in predictions)
         num_rounds = sum(len(rounds) for rounds in predictions)
         if num_rounds == 0:
-            raise ValueError("Predictions must hold a round at least, got none. Generate more than one token.")
+            raise ValueError("`predictions` must hold a round at least, got none. Generate more than one token.")
+        if min(min(rounds, default=1) for rounds in predictions) < 1:
+            raise ValueError("`predictions` must hold rounds of 1 token at least, got fewer. Leave out the zeros.")
         return {"acceptance_length": num_tokens / num_rounds, "num_tokens": num_tokens, "num_rounds": num_rounds}
 
 
@@ -52,5 +54,7 @@ class ExactMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        if not predictions:
+            raise ValueError("`predictions` must hold an answer at least, got none.")
         pairs = zip(predictions, references, strict=True)
         return {"exact_match": sum(ours.strip() == theirs.strip() for ours, theirs in pairs) / len(references)}

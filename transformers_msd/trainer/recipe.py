@@ -16,6 +16,7 @@ from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.fields import check_types
 from transformers_msd.trainer.loading import auto_class, check_dtype, is_multimodal, load_processor
 
 
@@ -45,7 +46,7 @@ class DraftArguments:
             Rows of text, and as many with pictures, that are held out to evaluate on.
         eval_max_new_tokens (`int`, *optional*, defaults to 64):
             Length of the answers that the acceptance length is measured on.
-        target_dtype (`str`, *optional*, defaults to `"auto"`):
+        dtype (`str`, *optional*, defaults to `"auto"`):
             Dtype the target is loaded in.
         target_adapter (`str`, *optional*):
             PEFT adapter of the target.
@@ -65,7 +66,7 @@ class DraftArguments:
     image_folder: str | None = field(default=None, metadata={"help": "Folder that picture paths are relative to."})
     num_eval_prompts: int = field(default=8, metadata={"help": "Rows of text, and with pictures, held out."})
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers to held-out prompts."})
-    target_dtype: str = field(default="auto", metadata={"help": "Dtype the target is loaded in."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype the target is loaded in."})
     target_adapter: str | None = field(default=None, metadata={"help": "PEFT adapter of the target."})
     draft_model: str | None = field(default=None, metadata={"help": "Draft to go on from."})
     draft_config: dict[str, Any] | None = field(default=None, metadata={"help": "Overrides for a new draft."})
@@ -80,11 +81,12 @@ class DraftArguments:
             check_place(dataset.partition(":")[0], "datasets")
 
     def __post_init__(self):
+        check_types(self, {field.name for field in fields(self)} - {"datasets"})
         if not isinstance(self.datasets, list) or not all(isinstance(name, str) for name in self.datasets):
             raise ValueError(f"`datasets` must be a list of names, got {self.datasets!r}. Write `[name, other]`.")
         if not self.datasets:
             raise ValueError("`datasets` must name a dataset at least, got none. Set it in the recipe.")
-        check_dtype(self.target_dtype, "target_dtype")
+        check_dtype(self.dtype, "dtype")
         for name, least in (("num_eval_prompts", 0), ("eval_max_new_tokens", 1), ("max_rows_per_dataset", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -105,7 +107,7 @@ HUB_FIELDS = frozenset(
         *("eval_strategy", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps"),
         *("logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type", "max_steps", "num_train_epochs", "optim"),
         *("per_device_eval_batch_size", "per_device_train_batch_size", "save_steps", "save_strategy"),
-        *("save_total_limit", "seed", "tf32", "use_cpu", "warmup_steps", "weight_decay"),
+        *("save_total_limit", "seed", "tf32", "warmup_steps", "weight_decay"),
     }
 )
 
@@ -180,7 +182,7 @@ def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMi
     """Load the target of a recipe and its processor."""
     arguments.check_places()
     config = AutoConfig.from_pretrained(arguments.target_model)
-    target = auto_class(config).from_pretrained(arguments.target_model, dtype=arguments.target_dtype)
+    target = auto_class(config).from_pretrained(arguments.target_model, dtype=arguments.dtype)
     if arguments.target_adapter:
         from peft import PeftModel
 

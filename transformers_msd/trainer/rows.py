@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from transformers_msd.trainer.dataset import split_rows, undecoded
 from transformers_msd.trainer.recipe import DraftArguments
@@ -39,14 +40,9 @@ def hold_out(dataset: Dataset, num_prompts: int, seed: int) -> tuple[Dataset, Da
 
 def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Dataset:
     path, folder = Path(name), arguments.image_folder
-    if path.is_dir() and (path / "dataset_info.json").exists():
-        dataset = load_from_disk(name)
-    elif path.is_file():
-        kind = {"jsonl": "json", "json": "json", "parquet": "parquet"}.get(path.suffix[1:])
-        if kind is None:
-            raise ValueError(f"A dataset file must be JSON, JSONL or Parquet, got {name!r}. Convert it.")
-        dataset = load_dataset(kind, data_files=name, split="train")
-        folder = folder or str(path.parent)
+    if path.exists():
+        dataset = _load_local(path, arguments.dataset_split)
+        folder = folder or (str(path.parent) if path.is_file() else None)
     else:
         repo_id, _, config = name.partition(":")
         dataset = load_dataset(repo_id, config or None, split=arguments.dataset_split)
@@ -60,6 +56,8 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
         )
     if not is_multimodal and names & {"images", "image"}:
         dataset = dataset.select(split_rows(dataset)[0])
+    if not len(dataset):
+        raise ValueError(f"{name} must hold rows{'' if is_multimodal else ' of text alone'}, got none. Leave it out.")
     dataset = undecoded(dataset)
     content = _PARTS if is_multimodal else Value("string")
     features = {"messages": [{"role": Value("string"), "content": content}]}
@@ -67,18 +65,48 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
         features["images"] = List(Image())
     return dataset.map(
         _normalise,
-        fn_kwargs={"folder": folder, "is_multimodal": is_multimodal},
+        with_indices=True,
+        fn_kwargs={"name": name, "folder": folder, "is_multimodal": is_multimodal},
         remove_columns=dataset.column_names,
         features=Features(features),
     )
 
 
-def _normalise(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> dict[str, Any]:
+def _load_local(path: Path, split: str) -> Dataset:
+    """Load a file, or a folder: one saved by `datasets`, or one of files."""
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
+    if path.is_file() and kind is None:
+        raise ValueError(f"A dataset file must be JSON, JSONL or Parquet, got {str(path)!r}. Convert it.")
+    try:
+        if path.is_file():
+            return load_dataset(kind, data_files=str(path), split="train")
+        if (path / "dataset_info.json").exists():
+            return load_from_disk(str(path))
+        return load_dataset(str(path), split=split)
+    except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
+        raise ValueError(f"The dataset {path} can't be read: {reason}. Repair or convert it.") from error
+
+
+def _normalise(row: dict[str, Any], number: int, name: str, folder: str | None, is_multimodal: bool) -> dict[str, Any]:
     """Write a row as `messages`, of parts where the target is multimodal, and `images`."""
+    try:
+        return _written(row, folder, is_multimodal)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Row {number} of {name} must hold `messages` with `role` and `content`, `conversations` with `from` and "
+            f"`value`, or `prompt` and `completion`, and `images` as paths, got {str(row)[:200]} ({error}). Repair it "
+            "or take it out."
+        ) from error
+
+
+def _written(row: dict[str, Any], folder: str | None, is_multimodal: bool) -> dict[str, Any]:
     messages = _messages(row)
     if not is_multimodal:
         return {"messages": [{"role": turn["role"], "content": _text(turn["content"])} for turn in messages]}
     pictures = row.get("images") or ([row["image"]] if row.get("image") else [])
+    if not isinstance(pictures, list):
+        raise TypeError("`images` is no list")
     messages = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in messages]
     num_places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     if num_places == 0 and pictures:
@@ -119,6 +147,8 @@ def _located(picture: Any, folder: str | None) -> Any:
     """Make the path of a picture one that can be opened from here."""
     if isinstance(picture, str):
         return str(Path(folder or ".", picture))
+    if not isinstance(picture, bytes | dict):
+        raise TypeError(f"a picture is {picture!r}")
     if isinstance(picture, dict) and picture.get("bytes") is None and folder:
         return {"bytes": None, "path": str(Path(folder, picture["path"]))}
     return picture

@@ -6,16 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, ProcessorMixin
+from transformers import AutoConfig, PrinterCallback, ProcessorMixin
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import TrlParser
 
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.dataset import usable_rows
-from transformers_msd.trainer.loading import check_template, load_processor
-from transformers_msd.trainer.plan import Plan, make_plan, sample_lengths
+from transformers_msd.trainer.dataset import answer_token_ids, rows_of_stage, usable_rows
+from transformers_msd.trainer.loading import check_template, device_of, load_processor
+from transformers_msd.trainer.plan import Plan, lengths_of, make_plan, sample_rows
+from transformers_msd.trainer.progress import ProgressCallback, keep_bars_out_of_logs
 from transformers_msd.trainer.recipe import (
     DraftArguments,
     draft_config,
@@ -41,7 +42,10 @@ class RecipeParser(TrlParser):
 
 def make_parser() -> RecipeParser:
     """Make the parser of recipes and command lines."""
-    return RecipeParser([DraftArguments, MSDTrainingConfig], prog="transformers-msd train", allow_abbrev=False)
+    parser = RecipeParser([DraftArguments, MSDTrainingConfig], prog="transformers-msd train", allow_abbrev=False)
+    if not sys.stderr.isatty():
+        parser.set_defaults(disable_tqdm=True)  # in a log lines are read, not bars
+    return parser
 
 
 def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
@@ -65,6 +69,9 @@ def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     )
     if len(prompts):
         trainer.add_callback(AcceptanceLengthCallback(trainer, prompts, arguments.eval_max_new_tokens))
+    if args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ProgressCallback())
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model()
@@ -86,14 +93,22 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     if args.assistant_only_loss:
         check_template(processor)
     rows = usable_rows(rows, processor, args.max_length)
-    dtype = config.dtype if arguments.target_dtype == "auto" else getattr(torch, arguments.target_dtype)
+    dtype = config.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     draft = draft_config(arguments, config)
-    lengths = sample_lengths(rows, processor)
-    return make_plan(config, draft, args, dtype or torch.float32, rows, lengths, num_processes)
+    text_rows, _ = rows_of_stage(rows, args.stage)
+    trained = rows.select(text_rows) if args.stage == "text" else rows
+    sample = sample_rows(trained)
+    lengths = lengths_of(sample, processor)
+    num_supervised = sum(lengths) / len(lengths)
+    if args.assistant_only_loss:
+        num_supervised = sum(map(len, answer_token_ids(sample, processor))) / len(sample)
+    device = device_of("cpu" if args.use_cpu else None)
+    return make_plan(config, draft, args, dtype or torch.float32, rows, lengths, num_supervised, device, num_processes)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
+    keep_bars_out_of_logs()
     # What remains are options of the launcher.
     draft_arguments, training_config, _ = make_parser().parse_args_and_config(return_remaining_strings=True)
     train(draft_arguments, training_config)

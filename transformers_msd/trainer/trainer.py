@@ -40,6 +40,7 @@ class MSDTrainer(DraftTrainer):
         "imports": "from transformers_msd import MSDDraftModel",
         "loading": 'MSDDraftModel.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)',
         "method": "The method is MSD (arXiv 2505.14260), the tree EAGLE-2 (arXiv 2406.16858).",
+        "relation": "adapter",  # it has no embeddings of its own, and runs beside its target alone
     }
 
     def __init__(

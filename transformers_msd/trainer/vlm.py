@@ -44,6 +44,7 @@ class VLMDraftTrainer(DraftTrainer):
         "imports": "from transformers import {draft_class}\nfrom transformers_msd import VLMDrafter",
         "loading": 'VLMDrafter({draft_class}.from_pretrained("{name}", dtype=target.dtype, device_map=target.device))',
         "method": "The draft is a model of its own (Spec-LLaVA, arXiv 2509.11961), distilled from its target.",
+        "relation": "",  # it is a model of its own
     }
 
     def __init__(

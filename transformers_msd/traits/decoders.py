@@ -1,6 +1,7 @@
 """Which kind of decoder layer a draft on a target's features is made of."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers_msd.compat import CACHE
 
 # What `MSDDraftModel` takes out of a decoder, and passes to it.
 _PARTS = ("embed_tokens", "layers", "norm")
+# Sizes that a model may take below 1 without a word.
+_SIZES = ("num_hidden_layers", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
 _ARGUMENTS = {"inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
 
 
@@ -51,6 +54,35 @@ def decoder_layer_of(text_config: PreTrainedConfig) -> tuple[type[PreTrainedConf
         initializer_range=fields.get("initializer_range") or 0.02,
     )
     return LlamaConfig, {name: value for name, value in config.to_dict().items() if name != "dtype"}
+
+
+def check_decoder(
+    config_class: type[PreTrainedConfig], fields: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """
+    Raise a `ValueError` for overrides of which no decoder can be made; trying takes no memory.
+
+    Args:
+        config_class (`type[PreTrainedConfig]`):
+            Class of the decoder's config.
+        fields (`dict[str, Any]`):
+            Its fields.
+        overrides (`dict[str, Any]`):
+            What a user sets instead of some of them.
+    """
+    try:
+        config = config_class(**{**fields, **overrides})
+        with torch.device("meta"):
+            AutoModel.from_config(config)
+        wrong = [name for name in _SIZES if isinstance(size := overrides.get(name), int) and size < 1]
+        num_heads, num_shared = (_number(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
+        reason = f"{', '.join(wrong)} must be at least 1" if wrong else None
+        if not wrong and num_heads and num_shared and num_heads % num_shared:
+            reason = f"{num_heads} heads can't share {num_shared} of keys and values"
+    except Exception as error:  # whatever a config or a model has against them
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if reason is not None:
+        raise ValueError(f"Overrides must make a decoder, got {dict(overrides)} ({reason}). Leave out what differs.")
 
 
 def _can_draft(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> bool:

@@ -15,6 +15,8 @@ from transformers_msd.compat import (
     attention_of,
     is_stateful,
     keeps_no_cache,
+    makes_own_cache,
+    prefills_itself,
     update_model_kwargs_of,
 )
 from transformers_msd.traits.tokens import visual_token_ids
@@ -43,6 +45,10 @@ def unsupported_fact(model: PreTrainedModel) -> str | None:
         return "is set up as no decoder (`is_decoder=False`), and keeps no cache"
     if not any(name in parameters for name in CACHE_NAMES):
         return "takes no cache in its forward"
+    if makes_own_cache(model):
+        return "makes a cache of its own, in which nothing is known to be taken back"
+    if prefills_itself(model):
+        return "runs its prompt by a method of its own (`_prefill`)"
     if "position_ids" not in parameters:
         return "takes no `position_ids` in its forward, and counts columns of the cache instead"
     if not any(_ropes(config)) and _makes_own_positions(model):
@@ -55,6 +61,13 @@ def unsupported_fact(model: PreTrainedModel) -> str | None:
     if grown:
         return f"makes more of its inputs after each token than drafting knows of: {', '.join(grown)}"
     return unready_fact(model)
+
+
+def features_fact(model: PreTrainedModel) -> str | None:
+    """State what keeps a target from having a feature for each token, as [`unsupported_fact`] does."""
+    if getattr(model.config.get_text_config(), "altup_num_inputs", 1) > 1:
+        return "has several hidden states for each token (`altup_num_inputs`), and drafting reads one"
+    return None
 
 
 def unready_fact(model: PreTrainedModel) -> str | None:
@@ -86,7 +99,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 )
             inner = model.get_base_model()
         if inner is None:
-            raise ValueError(f"A draft must be a `PreTrainedModel`, got {type(model).__name__}.")
+            raise ValueError(f"`draft_vlm` must be a `PreTrainedModel`, got {type(model).__name__}.")
         model = inner
     return model
 

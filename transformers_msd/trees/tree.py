@@ -110,13 +110,27 @@ class TokenTree:
         scores (`torch.Tensor` of shape `(batch_size, num_nodes)`):
             Log-probability that the draft gives the path from the root to each node.
         depth (`int`):
-            Most drafted tokens on one path.
+            Most drafted tokens on one path; deeper nodes are never accepted.
     """
 
     token_ids: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
     depth: int
+
+    def __post_init__(self) -> None:
+        shape = self.token_ids.shape
+        if len(shape) != 2 or not shape[1] or self.parents.shape != shape or self.scores.shape != shape:
+            raise ValueError(
+                "`token_ids`, `parents` and `scores` of a `TokenTree` must have one shape `(batch_size, num_nodes)`, "
+                f"got {tuple(shape)}, {tuple(self.parents.shape)} and {tuple(self.scores.shape)}. Pad them with "
+                "parents of -1."
+            )
+        for name in ("token_ids", "parents"):
+            if getattr(self, name).is_floating_point():
+                raise ValueError(f"`TokenTree.{name}` must hold integers, got {getattr(self, name).dtype}.")
+        if self.depth < 0:
+            raise ValueError(f"`TokenTree.depth` must not be negative, got {self.depth}. A root alone has 0.")
 
     @property
     def num_nodes(self) -> int:
@@ -151,7 +165,9 @@ class TokenTree:
             return self
         return TokenTree(self.token_ids.to(device), self.parents.to(device), self.scores.to(device), self.depth)
 
-    def with_roots(self, token_ids: torch.Tensor, unfit: Sequence[int] = ()) -> "TokenTree":
+    def with_roots(
+        self, token_ids: torch.Tensor, unfit: Sequence[int] = (), vocab_size: int | None = None
+    ) -> "TokenTree":
         """
         Stand the trees on the tokens emitted last, whatever roots they were drafted with.
 
@@ -163,14 +179,16 @@ class TokenTree:
                 The roots.
             unfit (`Sequence[int]`, *optional*, defaults to `()`):
                 Tokens that are not to be tried.
+            vocab_size (`int`, *optional*):
+                Tokens there are; others can't be tried.
         """
         nodes = torch.arange(self.num_nodes, device=self.parents.device)
         parents, drafted = torch.where(self.parents < nodes, self.parents, -1), self.token_ids
-        for token_id in unfit:
-            parents, drafted = (
-                parents.masked_fill(drafted == token_id, -1),
-                drafted.masked_fill(drafted == token_id, 0),
-            )
+        wrong = [drafted == token_id for token_id in unfit]
+        if vocab_size is not None:
+            wrong.append((drafted < 0) | (drafted >= vocab_size))
+        for mask in wrong:
+            parents, drafted = parents.masked_fill(mask, -1), drafted.masked_fill(mask, 0)
         roots = torch.where(nodes == 0, token_ids.to(drafted)[:, None], drafted)
         return TokenTree(roots, parents, self.scores, self.depth)
 

@@ -43,7 +43,7 @@ def verify(tree: TokenTree, choices: torch.Tensor) -> Acceptance:
     chosen[:, 0] = True
     # A node stands when it and all its ancestors were chosen. As siblings differ, these nodes form one path.
     accepted = (chosen[:, None] | ~tree.ancestor_mask).all(-1)
-    num_accepted = accepted.sum(-1) - 1
+    num_accepted = (accepted.sum(-1) - 1).clamp(max=tree.depth)
     # Sorted stably, the accepted nodes come first and in order: parents stand before their children.
     path = accepted.int().sort(descending=True, stable=True).indices[:, : tree.depth + 1]
     path = path.masked_fill(torch.arange(path.shape[1], device=path.device) > num_accepted[:, None], 0)

@@ -8,16 +8,16 @@ from math import inf
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from transformers_msd.drafters.base import CallInputs
 from transformers_msd.drafters.draft_model import DraftModel
-from transformers_msd.drafters.ensemble.views import VIEWS, Prompts, View, check_pictures, left_pad
+from transformers_msd.drafters.ensemble.views import VIEWS, Pooled, Prompts, View, check_no_video, left_pad
 from transformers_msd.drafters.model import ModelCandidateGenerator, ModelDrafter
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -60,28 +60,40 @@ class EnsembleDrafter(ModelDrafter):
         draft_inputs: Mapping[str, Any] | None = None,
         tree_config: TreeConfig | None = None,
     ) -> None:
-        super().__init__([draft_vlm] if isinstance(draft_vlm, nn.Module) else draft_vlm, draft_inputs, tree_config)
-        unknown = [view for view in views if isinstance(view, str) and view not in VIEWS]
-        if unknown or not views:
-            raise ValueError(f"`views` must be some of {sorted(VIEWS)}, or objects, got {list(views)}.")
+        super().__init__(draft_vlm if isinstance(draft_vlm, Sequence) else [draft_vlm], draft_inputs, tree_config)
+        if not isinstance(views, list | tuple) or not views or not all(map(_is_view, views)):
+            raise ValueError(
+                f"`views` must be some of {sorted(VIEWS)}, or objects that are called with a `Prompts`, got {views!r}."
+            )
         self.views = tuple(VIEWS[view]() if isinstance(view, str) else view for view in views)
         num_weights = len(self.models) * len(self.views)
         if isinstance(weights, str):
             if weights not in WEIGHTINGS:
                 raise ValueError(f"`weights` must be numbers or one of {WEIGHTINGS}, got {weights!r}.")
-        elif len(weights) != num_weights or not all(0 <= weight < inf for weight in weights) or not sum(weights):
+        elif (
+            not isinstance(weights, list | tuple)
+            or len(weights) != num_weights
+            or not all(isinstance(weight, int | float) and 0 <= weight < inf for weight in weights)
+            or not sum(weights)
+        ):
             raise ValueError(
-                f"`weights` must be {num_weights} numbers, none negative, not all 0, got {tuple(weights)}. Give one "
-                "for each view of each model."
+                f"`weights` must be {num_weights} numbers, none negative, not all 0, got {weights!r}. Give one for "
+                "each view of each model."
             )
-        if not isinstance(window, int) or window < 0:
+        if not isinstance(window, int) or isinstance(window, bool) or window < 0:
             raise ValueError(f"`window` must not be negative, and a whole number, got {window!r}. 0 takes all tokens.")
         self.weights = weights
         self.window = window
 
     def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         super().check_target(target, arguments)
-        check_pictures(arguments if self.draft_inputs is None else self.draft_inputs)
+        inputs = arguments if self.draft_inputs is None else self.draft_inputs
+        check_no_video(inputs)
+        if inputs.get("pixel_values") is not None:
+            for view in self.views:
+                for model in self.models:
+                    if isinstance(view, Pooled) and visual_token_ids(model.config):
+                        view.check_model(model)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "EnsembleCandidateGenerator":
         return EnsembleCandidateGenerator(self, target, inputs)
@@ -203,6 +215,10 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
             return simplex(num_views)[int(divergence.argmin())].to(measured)
         inverse = 1 / (measured[:, 0] + _EPSILON)
         return inverse / inverse.sum()
+
+
+def _is_view(view: Any) -> bool:
+    return view in VIEWS if isinstance(view, str) else callable(view) and not isinstance(view, type)
 
 
 @cache

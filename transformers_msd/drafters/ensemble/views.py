@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -28,10 +29,16 @@ class ViewPrompt:
     position_ids: torch.Tensor | None = None
 
 
-def check_pictures(inputs: Mapping[str, Any]) -> None:
+def check_no_video(inputs: Mapping[str, Any]) -> None:
     """Raise a `ValueError` for what views can't read."""
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
+
+
+def check_ids(ids: Any, name: str) -> None:
+    """Raise a `ValueError` for what is no sequence of tokens."""
+    if not isinstance(ids, list | tuple) or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"`{name}` must hold ids of tokens, got {ids!r}. Encode the text by the draft's tokenizer.")
 
 
 class Prompts:
@@ -46,13 +53,14 @@ class Prompts:
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> None:
-        check_pictures(inputs)
+        check_no_video(inputs)
         self.model = model
         self.inputs = {name: value.to(model.device) for name, value in inputs.items() if torch.is_tensor(value)}
         ids = self.inputs["input_ids"]
         mask = self.inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        self.ids = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
+        self.real = mask.bool()
+        self.ids = [row[real] for row, real in zip(ids, self.real, strict=True)]
         # Where there are no pictures, tokens that would stand for them are read as any other.
         self.image_token_id = next(iter(visual_token_ids(model.config)), None) if self.num_pictures else None
 
@@ -90,41 +98,45 @@ class Prompts:
             replacements (`list[torch.Tensor]`):
                 What stands for each picture, of shape `(num_tokens, hidden_size)`, in the order of the pictures.
         """
-        runs = [self._runs(ids) for ids in self.ids]
-        lengths = [len(run) for prompt in runs for run in prompt if self._is_picture(run)]
+        runs = [self._runs(*row) for row in zip(self.inputs["input_ids"], self.real, strict=True)]
+        lengths = [len(run) for prompt in runs for run, _ in prompt if self._is_picture(run)]
         counts, rest, embedded = iter(self._pictures_per_run(lengths)), list(replacements), []
         for prompt in runs:
-            pieces = []
-            for run in prompt:
+            pieces = [self.embed(())]
+            for run, real in prompt:
                 if self._is_picture(run):
-                    count = next(counts)
-                    pieces += rest[:count]
-                    del rest[:count]
+                    own = [rest.pop(0) for _ in range(next(counts))]
+                    # A picture all of whose tokens are masked is not seen.
+                    seen = real.tensor_split(len(own)) if own else ()
+                    pieces += [picture for picture, is_seen in zip(own, seen, strict=True) if is_seen.any()]
                 else:
-                    pieces.append(self.embed(run))
+                    pieces.append(self.embed(run[real]))
             embedded.append(torch.cat(pieces))
         return embedded
 
     def _is_picture(self, run: torch.Tensor) -> bool:
         return self.image_token_id is not None and bool(run[0] == self.image_token_id)
 
-    def _runs(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Split ids where text ends and pictures begin, and the other way round."""
+    def _runs(self, ids: torch.Tensor, real: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Split ids, and which of them are real, where text ends and pictures begin, and the other way round."""
         is_picture = ids == (-1 if self.image_token_id is None else self.image_token_id)
         ends = (is_picture[1:] != is_picture[:-1]).nonzero()[:, 0] + 1
-        return list(torch.tensor_split(ids, ends.cpu()))
+        return list(zip(*(torch.tensor_split(each, ends.cpu()) for each in (ids, real)), strict=True))
 
     def _pictures_per_run(self, lengths: list[int]) -> list[int]:
         """Tell how many pictures each run of image tokens holds."""
         if len(lengths) == self.num_pictures:
             return [1] * len(lengths)
-        size, rest = divmod(sum(lengths), max(self.num_pictures, 1))
-        if rest or any(length % size for length in lengths):
-            raise ValueError(
-                f"Pictures of different sizes must have text between them, got {self.num_pictures} pictures in "
-                f"{len(lengths)} places. Put a word between them, or use `VLMDrafter`."
-            )
-        return [length // size for length in lengths]
+        # By the sizes that the draft makes of them, or, where the target has others, as if all were of one size.
+        ends, size = list(accumulate(lengths)), sum(lengths) // self.num_pictures
+        for sizes in ([len(picture) for picture in self.pictures], [size] * self.num_pictures):
+            places = [0, *accumulate(sizes)]
+            if set(ends) <= set(places):
+                return [stop - start for start, stop in pairwise([0, *map(places.index, ends)])]
+        raise ValueError(
+            f"Pictures of different sizes must have text between them, got {self.num_pictures} pictures in "
+            f"{len(lengths)} places. Put a word between them, or use `VLMDrafter`."
+        )
 
 
 class View(Protocol):
@@ -140,18 +152,19 @@ class Multimodal:
 
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
         embeds = prompts.replace_pictures(prompts.pictures)
-        if not hasattr(prompts.model.model, "get_rope_index") or not prompts.num_pictures:
+        inputs = prompts.inputs
+        # Without types of tokens a model counts positions.
+        is_counted = not prompts.num_pictures or "mm_token_type_ids" not in inputs
+        if is_counted or not hasattr(prompts.model.model, "get_rope_index"):
             return [ViewPrompt(rows) for rows in embeds]
         # Pictures have positions on three axes.
-        inputs = prompts.inputs
         positions, _ = prompts.model.model.get_rope_index(
             inputs["input_ids"],
-            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+            mm_token_type_ids=inputs["mm_token_type_ids"],
             image_grid_thw=inputs["image_grid_thw"],
             attention_mask=inputs.get("attention_mask"),
         )
-        masks = inputs["attention_mask"].bool() if "attention_mask" in inputs else [slice(None)] * len(embeds)
-        return [ViewPrompt(rows, positions[:, i, masks[i]]) for i, rows in enumerate(embeds)]
+        return [ViewPrompt(rows, positions[:, i, prompts.real[i]]) for i, rows in enumerate(embeds)]
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,9 @@ class TextOnly:
     """
 
     replacement_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ids(self.replacement_ids, "TextOnly.replacement_ids")
 
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
         replacement = prompts.embed(self.replacement_ids)
@@ -187,8 +203,18 @@ class Pooled:
     width: int = 12
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < 1:
-            raise ValueError(f"`Pooled` pictures must have rows and columns, got {self.height} and {self.width}.")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`Pooled.{name}` must be a whole number, 1 at least, got {value!r}.")
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise a `ValueError` for a model whose pictures can't be pooled."""
+        if not (hasattr(model.model, "vision_tower") and hasattr(model.model, "multi_modal_projector")):
+            raise ValueError(
+                f"Pictures can be pooled in models of the LLaVA family, got {type(model).__name__}. Leave the view "
+                "`pooled` out."
+            )
 
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
         return [ViewPrompt(rows) for rows in prompts.replace_pictures(self._pool(prompts))]
@@ -197,11 +223,6 @@ class Pooled:
         if prompts.num_pictures == 0:
             return []
         base, config = prompts.model.model, prompts.model.config
-        if not (hasattr(base, "vision_tower") and hasattr(base, "multi_modal_projector")):
-            raise ValueError(
-                f"Pictures can be pooled in models of the LLaVA family, got {type(prompts.model).__name__}. Leave the "
-                "view `pooled` out."
-            )
         pixels = prompts.inputs["pixel_values"].to(prompts.model.dtype)
         pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
         layers = config.vision_feature_layer
@@ -228,6 +249,10 @@ class Caption:
 
     ids: tuple[int, ...] | Callable[[Mapping[str, Any]], Sequence[Sequence[int]]]
 
+    def __post_init__(self) -> None:
+        if not callable(self.ids):
+            check_ids(self.ids, "Caption.ids")
+
     def __call__(self, prompts: Prompts) -> list[ViewPrompt]:
         captions = [self.ids] * prompts.num_pictures
         if callable(self.ids) and captions:
@@ -246,7 +271,7 @@ VIEWS: dict[str, Callable[[], View]] = {"multimodal": Multimodal, "text_only": T
 def left_pad(rows: list[ViewPrompt]) -> dict[str, torch.Tensor]:
     """Put prompts into one left-padded batch."""
     lengths = [len(row.inputs_embeds) for row in rows]
-    longest = max(lengths)
+    longest = max(*lengths, 1)
     embeds = [F.pad(row.inputs_embeds, (0, 0, longest - length, 0)) for row, length in zip(rows, lengths, strict=True)]
     mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
     batch = {"inputs_embeds": torch.stack(embeds), "attention_mask": mask.to(embeds[0].device)}

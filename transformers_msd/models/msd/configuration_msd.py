@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from transformers_msd.traits.decoders import decoder_layer_of
+from transformers_msd.traits.decoders import check_decoder, decoder_layer_of
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 from transformers_msd.trees.tree import TreeConfig
 
@@ -73,13 +73,16 @@ class MSDConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MSDConfig":
-        found = config_dict.get("model_type", cls.model_type)
+        found = config_dict.get("model_type")
         if found != cls.model_type:
             raise ValueError(
                 f"Expected the config of a draft, of `model_type` {cls.model_type!r}, got {found!r}. Load the folder "
                 "of a draft; for a target there is `MSDConfig.from_target(target.config)`."
             )
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "MSDConfig":
@@ -97,6 +100,7 @@ class MSDConfig(PreTrainedConfig):
                 `visual_pool_size`, `visual_token_ids`) or of its text config (`num_hidden_layers`,
                 `intermediate_size`, ...).
         """
+        check_target_config(target_config)
         text_config = target_config.get_text_config()
         config_class, fields = decoder_layer_of(text_config)
         # One layer (MSD, section 3).
@@ -112,16 +116,35 @@ class MSDConfig(PreTrainedConfig):
                 f"Overrides must be fields of `MSDConfig` or `{config_class.__name__}`, got {unknown}. "
                 "Check the spelling, or set them on the returned config."
             )
-        if overrides.get("hidden_size", text_config.hidden_size) != text_config.hidden_size:
+        for name in ("hidden_size", "vocab_size"):
+            if name in overrides and overrides[name] != getattr(text_config, name):
+                raise ValueError(
+                    f"`{name}` must be the target's, {getattr(text_config, name)}, got {overrides[name]}: the draft "
+                    "reads its features and says its tokens. Make a draft smaller with `intermediate_size` or "
+                    "`draft_vocab_size`."
+                )
+        visual = overrides.get("visual_token_ids") or ()
+        if isinstance(visual, list | tuple) and any(token_id < 0 for token_id in visual if isinstance(token_id, int)):
             raise ValueError(
-                f"`hidden_size` must be the target's, {text_config.hidden_size}, got {overrides['hidden_size']}: the "
-                "draft reads and predicts the target's features. Make a draft smaller with `intermediate_size`."
+                f"`visual_token_ids` must be tokens of the target, got {visual}. Pass those that stand for pictures "
+                "in what its processor makes of a prompt."
             )
         own.update({name: overrides.pop(name) for name in own_names if name in overrides})
         try:
+            if overrides:
+                check_decoder(config_class, fields, overrides)
             return cls(text_config=config_class(**{**fields, **overrides}), **own)
         except StrictDataclassError as error:
             raise ValueError(" ".join(str(error).split())) from None
 
 
-__all__ = ["MSDConfig"]
+def check_target_config(target_config: Any) -> None:
+    """Raise a `ValueError` for what is no config of a target."""
+    if not isinstance(target_config, PreTrainedConfig) or isinstance(target_config, MSDConfig):
+        raise ValueError(
+            f"`target_config` must be the config of a target, got {type(target_config).__name__}. Pass "
+            "`target.config`, or what `AutoConfig.from_pretrained` gives."
+        )
+
+
+__all__ = ["MSDConfig", "check_target_config"]

@@ -2,16 +2,18 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
-from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel, check_finite
-from transformers_msd.models.places import check_place
+from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.places import check_finite, check_place
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -41,12 +43,13 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
         target_config (`PreTrainedConfig`):
             Config of the target.
     """
+    check_target_config(target_config)
     folder = Path(path_or_repo_id)
     if not folder.is_dir():
         check_place(str(path_or_repo_id), "checkpoint")
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
         folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
-    published = json.loads((folder / "config.json").read_text())
+    published = _load_config(folder / "config.json")
     weights = {key: value for key, value in _load_weights(folder).items() if not _DROPPED.fullmatch(key)}
 
     draft = MSDDraftModel(_draft_config(published, weights, target_config))
@@ -56,6 +59,13 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     draft.load_state_dict(weights)
     check_finite(draft, str(path_or_repo_id))
     return draft.eval()
+
+
+def _load_config(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} must hold the config of the draft: {error}. Copy the folder again.") from None
 
 
 def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_config: PreTrainedConfig) -> MSDConfig:
@@ -82,7 +92,10 @@ def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
                 raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
             files = [folder / shard for shard in shards]
         if files[0].exists():
-            return {key: value for file in files for key, value in load(file).items()}
+            try:
+                return {key: value for file in files for key, value in load(file).items()}
+            except (OSError, SafetensorError, zipfile.BadZipFile) as error:
+                raise ValueError(f"The weights in {folder} can't be read: {error}. Copy the folder again.") from None
     raise ValueError(
         f"Expected `model.safetensors` or `pytorch_model.bin` in {folder}, got "
         f"{sorted(file.name for file in folder.iterdir())}. Point to the folder of a published MSD checkpoint."

@@ -6,14 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import pad
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from transformers_msd.compat import CACHE, cache_of
+from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
 from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.places import check_finite, check_folder
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -71,16 +73,6 @@ def _average(states: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return (total / sizes[..., None]).to(states.dtype)
 
 
-def check_finite(draft: PreTrainedModel, name: str) -> None:
-    """Raise a `ValueError` if weights that were loaded from `name` are NaN or infinite."""
-    wrong = [key for key, value in draft.named_parameters() if not value.is_meta and not value.isfinite().all()]
-    if wrong:
-        raise ValueError(
-            f"Weights of a draft must be finite, got NaN or inf in {', '.join(wrong[:3])} of {name}. Load an earlier "
-            "checkpoint, or train it again."
-        )
-
-
 class MSDDraftModel(PreTrainedModel):
     """
     Draft model of MSD (arXiv 2505.14260): predicts the target's next feature from a token and the feature before it.
@@ -119,9 +111,22 @@ class MSDDraftModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded, str(pretrained_model_name_or_path))
-        return loaded
+        name, settings = str(pretrained_model_name_or_path), {"ignore_mismatched_sizes": True} | kwargs
+        if not {"config", "state_dict"} & kwargs.keys():
+            check_folder(name, kwargs.get("subfolder") or "")
+        try:
+            draft, loaded = super().from_pretrained(
+                pretrained_model_name_or_path, *args, **settings | {"output_loading_info": True}
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {name} can't be read: {error}. Copy the folder again.") from None
+        wrong = {kind: sorted(map(str, loaded[kind])) for kind in ("missing_keys", "unexpected_keys")}
+        if "ignore_mismatched_sizes" not in kwargs:
+            wrong["mismatched_keys"] = sorted(map(str, loaded["mismatched_keys"]))
+        if any(wrong.values()):
+            raise ValueError(f"The weights in {name} must be those of its config, got {wrong}. Copy the folder again.")
+        check_finite(draft, name)
+        return (draft, loaded) if kwargs.get("output_loading_info") else draft
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -129,6 +134,11 @@ class MSDDraftModel(PreTrainedModel):
         if module is self.fc:
             # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generation_config":  # Transformers' own way of drafting asks for it first
+            raise stock_drafting_error(self)
+        return super().__getattr__(name)
 
     @property
     def tree_config(self) -> TreeConfig:

@@ -1,0 +1,178 @@
+"""Folders of drafts that are not whole, or hold something else: told by what is wrong, and left as they are."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_convert import TEXT_CONFIG, llava_config, published_weights, write_checkpoint
+from transformers import AutoModel
+from zoo import make_target
+
+from transformers_msd import MSDConfig, MSDDraftModel, convert_msd_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def make_draft() -> MSDDraftModel:
+    torch.manual_seed(0)
+    return MSDDraftModel(MSDConfig.from_target(make_target("llava").config))
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Change the weights in a folder."""
+
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    """Change the config in a folder."""
+
+    def write(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return write
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * share)])
+
+    return write
+
+
+def instead(model: Callable[[], Any]) -> Callable[[Path], None]:
+    """Save another model there."""
+
+    def write(folder: Path) -> None:
+        shutil.rmtree(folder)
+        model().save_pretrained(folder)
+
+    return write
+
+
+def peft_draft() -> Any:
+    return get_peft_model(make_draft(), LoraConfig(target_modules=["q_proj"], r=2))
+
+
+# What is wrong with a draft's folder, and what is said.
+DRAFTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a key is missing": (weights(lambda tensors: tensors.pop("fc.weight")), "'missing_keys': .'fc.weight'"),
+    "a key too many": (weights(lambda tensors: tensors.update(z=torch.ones(1))), "'unexpected_keys': .'z'"),
+    "a wrong shape": (
+        weights(lambda tensors: tensors.update({"fc.weight": torch.ones(3, 3)})),
+        "'mismatched_keys'.*fc.weight",
+    ),
+    "keys of PEFT": (
+        weights(lambda tensors: tensors.update({f"base_model.model.{key}": tensors.pop(key) for key in [*tensors]})),
+        "'unexpected_keys': .'base_model",
+    ),
+    "NaN": (weights(lambda tensors: tensors["fc.weight"].fill_(float("nan"))), "NaN or inf in fc.weight"),
+    "weights cut in the middle": (cut("model.safetensors", 0.5), "can't be read"),
+    "weights cut at the end": (cut("model.safetensors", 0.99), "can't be read"),
+    "empty weights": (cut("model.safetensors", 0), "can't be read"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "must hold `config.json`"),
+    "an adapter of no draft": (instead(peft_draft), "merge_and_unload"),
+    "a target": (instead(lambda: make_target("llava")), "'msd_draft', got 'llava'"),
+    "another tree": (config(tree_config={"nodes": 3}), "tree_config"),
+    "a tree that is none": (config(tree_config=3), "tree_config"),
+    "a flag that is none": (config(decoupled="no"), "decoupled"),
+    "less than nothing": (config(visual_pool_size=-1), "visual_pool_size"),
+    "a head that was not saved": (config(draft_vocab_size=5), "'missing_keys': .*head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_folder_that_holds_no_whole_draft_is_told_and_left_alone(name: str, tmp_path: Path) -> None:
+    breaks, message = DRAFTS[name]
+    folder = tmp_path / "draft"
+    make_draft().save_pretrained(folder)
+    MSDDraftModel.from_pretrained(folder)
+    breaks(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    # Where there is a draft's config, `AutoModel` finds the way here.
+    for loader in (MSDDraftModel, AutoModel)[
+        : 1 if name in ("no config", "an adapter of no draft", "a target") else 2
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loader.from_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "draft.safetensors"])
+def test_a_path_where_nothing_is_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` must be a path .* where nothing is"):
+        MSDDraftModel.from_pretrained(name)
+
+
+def test_what_transformers_loads_besides_is_loaded(tmp_path: Path) -> None:
+    draft = make_draft()
+    draft.save_pretrained(tmp_path / "draft")
+    get_peft_model(MSDDraftModel.from_pretrained(tmp_path / "draft"), LoraConfig(target_modules=["q_proj"], r=2))
+    loaded = [
+        MSDDraftModel.from_pretrained(tmp_path, subfolder="draft"),
+        MSDDraftModel.from_pretrained(str(tmp_path / "draft"), config=draft.config),
+        MSDDraftModel.from_pretrained(None, config=draft.config, state_dict=draft.state_dict()),
+        MSDDraftModel.from_pretrained(tmp_path / "draft", output_loading_info=True)[0],
+    ]
+    assert all(torch.equal(each.fc.weight, draft.fc.weight) for each in loaded)
+    # Another size, if it is asked for.
+    weights(lambda tensors: tensors.update({"fc.bias": torch.ones(3)}))(tmp_path / "draft")
+    MSDDraftModel.from_pretrained(tmp_path / "draft", ignore_mismatched_sizes=True)
+
+
+def test_an_adapter_that_names_its_draft_is_loaded_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("peft.utils.transformers_weight_conversion", reason="Transformers loads no adapter without it")
+    make_draft().save_pretrained(tmp_path / "draft")
+    draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
+    settings = LoraConfig(target_modules=["q_proj"], r=2, base_model_name_or_path=str(tmp_path / "draft"))
+    get_peft_model(draft, settings).save_pretrained(tmp_path / "adapter")
+    assert isinstance(MSDDraftModel.from_pretrained(tmp_path / "adapter"), MSDDraftModel)
+
+
+# What is wrong with a published checkpoint, and what is said.
+PUBLISHED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json must hold"),
+    "half a config": (cut("config.json", 0.5), "config.json must hold"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[3]"), "config.json must hold"),
+    "weights cut in the middle": (cut("model.safetensors", 0.5), "can't be read"),
+    "empty weights": (cut("model.safetensors", 0), "can't be read"),
+    "a size that is none": (config(intermediate_size="48"), "intermediate_size"),
+    "a size of nothing": (config(num_hidden_layers=0), "num_hidden_layers"),
+    "another size": (config(intermediate_size=40), "do not have the sizes"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_checkpoint_that_is_not_whole_is_told_and_left_alone(name: str, tmp_path: Path) -> None:
+    breaks, message = PUBLISHED[name]
+    write_checkpoint(tmp_path, published_weights(), "model.safetensors")
+    convert_msd_checkpoint(tmp_path, llava_config())
+    breaks(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        convert_msd_checkpoint(tmp_path, llava_config())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("wrong", [None, "folder", TEXT_CONFIG], ids=lambda wrong: type(wrong).__name__)
+def test_a_checkpoint_is_converted_for_a_config(wrong: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, published_weights(), rope_theta=1e4)
+    with pytest.raises(ValueError, match="`target_config` must be the config of a target"):
+        convert_msd_checkpoint(tmp_path, wrong)

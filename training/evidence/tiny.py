@@ -1,0 +1,205 @@
+"""Tiny models of random weights of any architecture of the installed Transformers, and prompts for them."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from training.evidence.tiny_fields import (
+    FIELDS,
+    FRAMES,
+    IDS,
+    KINDS,
+    LEFT_OUT,
+    NUM_ROWS,
+    ONES,
+    PATCHES,
+    SIZES,
+    TOWERS,
+)
+
+
+SIZE_OF = {name: size for size, names in SIZES.items() for name in names}
+TOWER_SIZE_OF = SIZE_OF | {name: size for size, names in TOWERS.items() for name in names}
+FIRST_SPECIAL = min(token_id for token_id in IDS.values() if token_id is not None and token_id > 2)
+
+
+def model_types() -> dict[str, str]:
+    """Map the types of all models that answer in text to the names of their classes."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return {name: found if isinstance(found, str) else found[0] for name, found in sorted(names.items())}
+
+
+def cut(fields: dict[str, Any], size_of: dict[str, int] = SIZE_OF) -> dict[str, Any]:
+    """Cut the sizes of a config, and of those inside it, by their names."""
+    small = {}
+    for name, value in fields.items():
+        if name == "layer_types" and value:
+            # One layer of each of two kinds, where there are two.
+            kinds = list(dict.fromkeys(value))
+            small[name] = [kinds[0], kinds[-1]]
+        if name in LEFT_OUT:
+            continue
+        if isinstance(value, dict) and ("model_type" in value or name.endswith("config")):
+            is_tower = any(part in name for part in ("vision", "vit", "vq", "image"))
+            small[name] = cut(value, TOWER_SIZE_OF if is_tower else SIZE_OF)
+            if "model_type" in value:
+                small[name]["model_type"] = value["model_type"]
+        elif name in IDS:
+            small[name] = IDS[name]
+        elif name == "num_key_value_heads" and "kv_lora_rank" in fields:
+            small[name] = SIZE_OF["num_attention_heads"]  # latent attention: as many as of queries
+        elif name in size_of and isinstance(value, int) and not isinstance(value, bool):
+            small[name] = size_of[name]
+        elif name in size_of and isinstance(value, list | tuple) and name.endswith("_size"):
+            small[name] = [size_of[name]] * len(value)
+        else:
+            small[name] = value
+    return small
+
+
+def change(fields: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Change fields of a config, and of those inside it; `...` leaves one out."""
+    for name, value in changes.items():
+        if value is ...:
+            fields.pop(name, None)
+        elif isinstance(value, dict) and isinstance(fields.get(name), dict) and name.endswith("config"):
+            change(fields[name], value)
+        else:
+            fields[name] = copy.deepcopy(value)
+
+
+def make_model(model_type: str) -> PreTrainedModel:
+    """Make a tiny model of random weights, large enough that an answer depends on all tokens."""
+    model_class = getattr(transformers, model_types()[model_type])
+    if not issubclass(model_class, GenerationMixin):
+        raise ValueError("it has no `generate`")
+    config_class = model_class.config_class or CONFIG_MAPPING[model_type]
+    fields = cut(config_class().to_dict())
+    change(fields, FIELDS.get(model_type, {}))
+    config = config_class(**fields)
+    with torch.device("meta"):
+        num_weights = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
+    if num_weights > 3e8:
+        raise ValueError(f"its config has sizes that are not cut here, {num_weights} weights")
+    torch.manual_seed(0)
+    model = model_class(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.3)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model
+
+
+def inputs_of(model: PreTrainedModel) -> set[str]:
+    """Names of what a model takes."""
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+def sees_pictures(model: PreTrainedModel) -> bool:
+    """Tell whether a model takes pictures."""
+    return any("pixel_values" in name or name == "image_patches" for name in inputs_of(model))
+
+
+def make_pictures(model: PreTrainedModel, num_pictures: int) -> dict[str, torch.Tensor]:
+    """Make pictures of 16 x 16 pixels, or of 4 x 4 patches, as a model takes them: the names of its inputs tell."""
+    names, config, n = inputs_of(model), model.config, num_pictures
+    vision = getattr(config, "vision_config", None)
+    patch = PATCHES.get(config.model_type, (48 * getattr(vision, "temporal_patch_size", 1),))
+    generator = torch.Generator().manual_seed(11)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    kinds: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+        "image_patches": lambda: {"image_patches": noise(n, 4, 48)},
+        "pixel_values_images": lambda: {"pixel_values_images": noise(n, 3, 16, 16)},
+        "image_pixel_values": lambda: {
+            "image_pixel_values": noise(n, 2, 3, 16, 16),
+            "image_sizes": torch.tensor([[16, 16]] * n),
+            "image_attention_mask": torch.ones(n, 2, 4, 4, dtype=torch.long),
+        },
+        "image_token_pooling": lambda: {
+            "pixel_values": noise(n, 16, 48),
+            "image_token_pooling": torch.arange(n * 16).view(n * 4, 4),
+            "image_grids": torch.tensor([[2, 2, 0, 0]] * n),
+            "image_num_crops": torch.ones(n, dtype=torch.long),
+        },
+        "high_res_pixel_values": lambda: {
+            "pixel_values": noise(n, 3, 16, 16),
+            "high_res_pixel_values": noise(n, 3, 64, 64),
+        },
+        "spatial_shapes": lambda: {
+            "pixel_values": noise(n, 16, 48),
+            "spatial_shapes": torch.tensor([[4, 4]] * n),
+            "pixel_attention_mask": torch.ones(n, 16, dtype=torch.long),
+        },
+        "image_grid_thw": lambda: {
+            "pixel_values": noise(n * 16, *patch),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * n),
+        },
+        "pixel_attention_mask": lambda: {"pixel_values": noise(n, 1, 3, 16, 16)},
+        "qformer_input_ids": lambda: {
+            "pixel_values": noise(n, *FRAMES.get(config.model_type, ()), 3, 16, 16),
+            "qformer_input_ids": torch.tensor([[1, 2, 3]] * n),
+            "qformer_attention_mask": torch.ones(n, 3, dtype=torch.long),
+        },
+        "image_sizes": lambda: (
+            {"pixel_values": noise(n, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 32]] * n)}
+            if hasattr(config, "image_grid_pinpoints")
+            else {"pixel_values": noise(n, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * n)}
+        ),
+        "pixel_values": lambda: {"pixel_values": noise(n, 3, 16, 16)},
+    }
+    told = {KINDS[config.model_type]} if config.model_type in KINDS else names
+    made = next(make for name, make in kinds.items() if name in told)()
+    made |= {name: torch.ones(n, *shape, dtype=torch.bool) for name, shape in ONES.get(config.model_type, {}).items()}
+    if "image_merge_sizes" in names:
+        made["image_merge_sizes"] = torch.tensor([2] * n)
+    return made
+
+
+def num_rows_of(model: PreTrainedModel, pictures: dict[str, torch.Tensor]) -> int:
+    """Count the rows that a picture becomes."""
+    if model.config.model_type in NUM_ROWS:
+        return NUM_ROWS[model.config.model_type]
+    owner = model if hasattr(model, "get_image_features") else model.model
+    names = inspect.signature(getattr(model, "model", owner).get_image_features).parameters
+    with torch.no_grad():
+        found = owner.get_image_features(**{name: value for name, value in pictures.items() if name in names})
+    found = getattr(found, "pooler_output", found)
+    parts = found if isinstance(found, list | tuple) else [found]
+    return sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts)
+
+
+def make_prompts(model: PreTrainedModel, has_pictures: bool = False) -> dict[str, torch.Tensor]:
+    """Two prompts, the first of them shorter, with a picture each or of text alone."""
+    generator = torch.Generator().manual_seed(3)
+    config, block = model.config, []
+    if has_pictures:
+        levels = (config, getattr(config, "vision_config", None))
+        found = [getattr(level, name, None) for name in ("image_token_id", "video_token_id") for level in levels]
+        image_id = next((token_id for token_id in found if token_id is not None), None)
+        block = [image_id] * num_rows_of(model, make_pictures(model, 1))
+        if getattr(config, "vision_start_token_id", None) is not None:
+            block = [config.vision_start_token_id, *block, config.vision_end_token_id]
+    texts = [torch.randint(3, FIRST_SPECIAL, (length,), generator=generator).tolist() for length in (8, 12)]
+    ids = torch.tensor([[0] * (12 - len(text)) + [text[0], *block, *text[1:]] for text in texts])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    prompts = {"input_ids": ids, "attention_mask": mask}
+    if has_pictures:
+        prompts |= make_pictures(model, 2)
+        types = {name for name in inputs_of(model) if name.endswith("token_type_ids")}
+        prompts |= {name: (ids == image_id).int() for name in types}
+    return prompts
