@@ -2,7 +2,8 @@
 A world in which a draft must see: pictures of random glyphs, read out one token a cell.
 
 Nothing tells the next glyph but the picture, and a target that reads one glyph a token has decided on no other yet. So
-what a draft says two tokens ahead can only be right by looking, forwards or backwards, as was asked. Beside them stands text that is easy: lists of glyphs repeated, and names in their order.
+what a draft says two tokens ahead can only be right by looking, forwards or backwards, as was asked. Beside pictures
+stands text that is easy: lists of glyphs repeated, and names in their order.
 """
 
 from collections.abc import Iterator
