@@ -107,17 +107,14 @@ ROWS: list[Row] = [
     (callback, "temperature", NUMBERS, 0),
     (callback, "prompts", [Dataset.from_list([])], None),
     (AcceptanceLength().compute, "predictions", [[], [[]], [[0, 2]], [[-1]]], [[1], []]),
-]
-# Fields that have other names before long stand apart.
-RENAMED: list[Row] = [
-    (recipe, "target_dtype", ["float33", "int8", None, 3], "float32"),
-    (bench, "drafts", ["draft", [1], None], ["draft"]),
-    (bench, "prompts", [3, ["a"]], None),
-    (bench, "num_prompts", WHOLE, 1),
+    (recipe, "dtype", ["float33", "int8", None, 3], "float32"),
+    (bench, "draft_models", ["draft", [1], None], ["draft"]),
+    (bench, "datasets", [3, "a", [1]], ["a"]),
+    (bench, "num_rows", WHOLE, 1),
 ]
 
 
-@pytest.mark.parametrize("row", ROWS + RENAMED, ids=lambda row: f"{getattr(row[0], '__name__', 'metric')}-{row[1]}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{getattr(row[0], '__name__', 'metric')}-{row[1]}")
 def test_what_cannot_be_is_told_and_its_neighbour_taken(row: Row) -> None:
     make, field, wrong, right = row
     assert len(wrong) <= 5
