@@ -4,7 +4,7 @@ Must a draft see, and which design sees best? Drafts of several designs in the g
     python -m training.glyph_world.train_target --output TARGET
     python -m training.evidence.looking --target TARGET
 
-Every design is trained from three seeds on the same rows, for three budgets. τ is measured, greedy, in trees of 6 and
+Every design is trained from three seeds on the same rows, for two budgets. τ is measured, greedy, in trees of 6 and
 of 10 levels, on held-out prompts of text and of pictures, on these also with the draft alone shown another picture and
 none. A run that is broken off goes on where it stopped.
 """
@@ -12,13 +12,14 @@ none. A run that is broken off goes on where it stopped.
 import argparse
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from training.evidence.runs import BATCH_SIZE, ask, collect, measure, table, train_draft
 from training.glyph_world.world import ordered_dataset, prompts_by_kind
 from training.tiny_world.build.target import load_target
 from training.tiny_world.measure.evaluate import PICTURES
-from transformers_msd import TreeConfig
+from transformers_msd import MSDDraftModel, TreeConfig
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -29,7 +30,7 @@ DESIGNS = {
     "visual rows left out (HiViS)": {"visual_pool_size": 0},
 }
 SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False), TreeConfig(40, 10, 4, gate=False)
-BUDGETS = ("100", "400", "1600")
+BUDGETS = ("600", "1800")
 SEEDS = ("0", "1", "2")
 NUM_PROMPTS = 20  # of a kind
 
@@ -39,8 +40,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--steps", nargs="+", default=BUDGETS, help="of 16 rows, half of them with pictures")
     parser.add_argument("--seeds", nargs="+", default=SEEDS)
-    parser.add_argument("--keep", action="store_true", help="save the drafts in the work folder")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/glyph_world"))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/glyph_world/drafts"), help="where drafts are kept")
     parser.add_argument("--output", type=Path, default=DOCS / "looking.json")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -48,10 +48,13 @@ def main() -> None:
     asked = ask(target, processor, prompts_by_kind(NUM_PROMPTS))
 
     def run(design: str, steps: str, seed: str) -> dict[str, float]:
-        rows = ordered_dataset([0.5] * (int(steps) * BATCH_SIZE), seed=11)
-        draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design])
-        if arguments.keep:
-            draft.save_pretrained(arguments.work / f"{design} {steps} {seed}".replace(" ", "-"))
+        folder = arguments.work / f"{design} {steps} {seed}".replace(" ", "-")
+        if (folder / "config.json").exists():
+            draft = MSDDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
+        else:
+            rows = ordered_dataset([0.5] * (int(steps) * BATCH_SIZE), seed=11)
+            draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design])
+            draft.save_pretrained(folder)
         found = measure(target, draft, SHALLOW, asked)
         deep = measure(target, draft, DEEP, asked, PICTURES[:1])
         return found | {f"{kind}, {DEEP.depth} levels": tau for kind, tau in deep.items()}
