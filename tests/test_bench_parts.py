@@ -22,6 +22,7 @@ from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.trees.topology import EAGLE
 
 
 def test_a_baseline_that_fails_is_left_out_and_a_draft_that_fails_is_not():
@@ -206,11 +207,12 @@ def test_tokens_are_counted_to_the_end_of_each_row():
 def test_trees_of_one_draft_share_its_weights_and_leave_it_as_it_was():
     target = make_target("llama")
     draft = MSDDraftModel(MSDConfig.from_target(target.config))
-    arguments = BenchArguments(target_model="target", draft_models=["a"], trees=["8,3,2", "8,3,2", "4,2,1,0.1"])
+    trees = {"8,3,2": TreeConfig(8, 3, 2), "4,2,1,0.1": TreeConfig(4, 2, 1, 0.1), "eagle": TreeConfig(topology=EAGLE)}
+    arguments = BenchArguments(target_model="target", draft_models=["a"], trees=["8,3,2", *trees])
     methods, _ = make_methods(arguments, target, {"a": draft})
     assistants = [method.call["assistant_model"] for method in methods if method.drafts_trees]
-    assert [method.name for method in methods if method.drafts_trees] == ["a 8/3/2", "a 4/2/1/0.1"]
-    assert [assistant.tree_config for assistant in assistants] == [TreeConfig(8, 3, 2), TreeConfig(4, 2, 1, 0.1)]
+    assert [method.name for method in methods if method.drafts_trees] == ["a 8/3/2", "a 4/2/1/0.1", "a static 26/5/4"]
+    assert [assistant.tree_config for assistant in assistants] == list(trees.values())
     assert all(assistant.draft is draft for assistant in assistants)
     assert draft.tree_config == TreeConfig()
 

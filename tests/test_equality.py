@@ -13,6 +13,7 @@ from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_d
 
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
+from transformers_msd.trees.topology import EAGLE
 
 
 NUM_TOKENS = 20
@@ -188,6 +189,11 @@ def check_tokens(
         fewer.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
         drafted = generate(target, inputs, **kwargs, assistant_model=fewer)
         assert torch.equal(drafted.sequences, plain.sequences)
+        static_tree = TreeConfig(topology=EAGLE, gate=False)
+        draft.tree_config = static_tree
+        for assistant in (draft, VLMDrafter(make_draft_model(architecture, device), tree_config=static_tree)):
+            drafted = generate(target, inputs, **kwargs, assistant_model=assistant)
+            assert torch.equal(drafted.sequences, plain.sequences)
 
     # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)

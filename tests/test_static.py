@@ -24,6 +24,7 @@ from transformers_msd.compat import CACHE
 
 
 TREE = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
+SHAPED = TreeConfig(topology=[[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0]], gate=False)
 PRUNED = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02, gate=False)
 
 
@@ -51,8 +52,8 @@ def make_msd(target: torch.nn.Module, tree: TreeConfig = TREE) -> MSDDraftModel:
 def make_drafter(name: str, target: torch.nn.Module, architecture: str) -> Any:
     if name == "msd":
         return make_msd(target)
-    if name == "msd_pruned":
-        return make_msd(target, PRUNED)
+    if name in ("msd_pruned", "msd_shaped"):
+        return make_msd(target, PRUNED if name == "msd_pruned" else SHAPED)
     if name == "vlm":
         return VLMDrafter(make_draft_model(architecture), tree_config=PRUNED)
     return EnsembleDrafter(make_draft_model(architecture), tree_config=TREE)
@@ -72,7 +73,7 @@ def compiled_by(backend: Any) -> CompileConfig:
     ("architecture", "drafter"),
     [
         *((architecture, "msd") for architecture in ARCHITECTURES),
-        *(("llava", drafter) for drafter in ("msd_pruned", "vlm", "ensemble")),
+        *(("llava", drafter) for drafter in ("msd_pruned", "msd_shaped", "vlm", "ensemble")),
         ("qwen2_vl", "vlm"),
     ],
 )

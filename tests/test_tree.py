@@ -1,11 +1,15 @@
 """Trees, drawn: how they grow, who sees whom, and which node stands on which."""
 
+from dataclasses import asdict, replace
+from typing import Any
+
 import pytest
 import torch
 
 from transformers_msd import TokenTree, TreeConfig
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.trees.masks import tree_attention_mask
+from transformers_msd.trees.topology import EAGLE
 
 
 def make_tree(token_ids: list[list[int]], parents: list[list[int]], depth: int) -> TokenTree:
@@ -25,7 +29,7 @@ class Table:
         self.asked.append((token_ids[0].tolist(), slots[0].tolist(), visible[0].int().tolist()))
         return self.log_probs.expand(*token_ids.shape, -1)
 
-    def grow(self, **settings: int) -> TokenTree:
+    def grow(self, **settings: Any) -> TokenTree:
         return grow_tree(TreeConfig(**settings), torch.tensor([7]), self.log_probs[None], self)
 
 
@@ -81,6 +85,30 @@ def test_a_parent_wins_a_tie_against_its_child() -> None:
 
 def test_a_tree_that_cannot_fill_its_nodes_is_smaller() -> None:
     assert Table().grow(num_nodes=60, depth=1, top_k=10).token_ids.tolist() == [[7, 1, 3, 2, 0]]
+
+
+def test_a_topology_is_grown_as_it_is() -> None:
+    table = Table()
+    tree = table.grow(topology=[[0], [1], [0, 1], [1, 0], [1, 2], [1, 0, 0]])
+    # Choices of the draft in their order: 1, 3, 2, 0.
+    assert tree.token_ids.tolist() == [[7, 1, 3, 3, 1, 2, 1]]
+    assert tree.parents.tolist() == [[-1, 0, 0, 1, 2, 2, 4]]
+    torch.testing.assert_close(tree.scores.exp(), torch.tensor([[1.0, 0.4, 0.3, 0.12, 0.12, 0.06, 0.048]]))
+    assert table.asked == [([1, 3], [0, 0], [[1, 0], [0, 1]]), ([1], [1], [[0, 1, 1]])]
+
+
+def test_a_topology_gives_the_tree_its_sizes_and_is_cut_at_the_depth() -> None:
+    tree = TreeConfig(topology=EAGLE)
+    assert (tree.num_nodes, tree.depth, tree.top_k) == (26, 5, 4)
+    assert replace(tree, gate=False) == TreeConfig(topology=EAGLE, gate=False)
+    assert TreeConfig(depth=2, topology=EAGLE).num_nodes == 13
+    assert TreeConfig.checked(asdict(tree)) == tree
+
+
+@pytest.mark.parametrize("topology", [[], [0], [[0], []], [[0], [-1]], [[0], ["1"]], [[0, 0]], "eagle"], ids=str)
+def test_a_topology_is_paths_of_ranks(topology: list) -> None:
+    with pytest.raises(ValueError, match="topology"):
+        TreeConfig(topology=topology)
 
 
 @pytest.mark.parametrize("settings", [{"num_nodes": 1}, {"depth": 0}, {"top_k": 0}, {"depth": 2.5}])

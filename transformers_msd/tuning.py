@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -20,7 +19,7 @@ from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
-from transformers_msd.trees.tree import TokenTree
+from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
 # Batch sizes, and the trees that are measured with each; single prompts choose their trees by these.
@@ -134,7 +133,7 @@ def measure_costs(
             if depth:
                 # Wide enough to fill the tree.
                 top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
-                drafter.tree_config = replace(config, num_nodes=num_nodes, depth=depth, top_k=top_k)
+                drafter.tree_config = TreeConfig(num_nodes, depth, top_k, config.min_probability, config.gate)
             timed = _Timed(drafter if depth else _Nothing())
             length = 1 + NUM_ROUNDS * (depth + 1)  # never reached: the call ends before
             with suppress(_EnoughRounds):

@@ -164,12 +164,15 @@ def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) ->
         tree = assistant.tree_config
         if arguments.random_weights:
             assistant.tree_config = tree = replace(tree, gate=False)
-        assistants.append((assistant, f"{label} {tree.num_nodes}/{tree.depth}/{tree.top_k}{_minimum(tree)}"))
+        assistants.append((assistant, f"{label} {_shape(tree)}"))
     return assistants
 
 
-def _minimum(tree: TreeConfig) -> str:
-    return f"/{tree.min_probability:g}" if tree.min_probability else ""
+def _shape(tree: TreeConfig) -> str:
+    sizes = f"{tree.num_nodes}/{tree.depth}/{tree.top_k}"
+    if tree.topology is not None:
+        return f"static {sizes}"
+    return f"{sizes}/{tree.min_probability:g}" if tree.min_probability else sizes
 
 
 def draft_names(paths: list[str]) -> list[str]:

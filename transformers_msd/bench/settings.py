@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers_msd.drafters.ensemble.views import VIEWS
 from transformers_msd.trainer.fields import check_least, check_types
 from transformers_msd.trainer.loading import check_dtype, device_of
+from transformers_msd.trees.topology import EAGLE
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -23,8 +24,8 @@ class BenchArguments:
         draft_models (`list[str]`, *optional*):
             Folders or Hub repositories of drafts: MSD drafts, or VLMs and language models of the target's tokens.
         trees (`list[str]`, *optional*):
-            Trees to draft, each `num_nodes,depth,top_k` or `num_nodes,depth,top_k,min_probability`; by default each
-            draft's own.
+            Trees to draft, each `num_nodes,depth,top_k`, `num_nodes,depth,top_k,min_probability`, or `eagle` for the
+            static tree of EAGLE (arXiv 2401.15077); by default each draft's own.
         views (`list[str]`, *optional*):
             Views joined by commas, as `multimodal,text_only`: with each, every draft that is no MSD draft also runs as
             an ensemble.
@@ -77,7 +78,7 @@ class BenchArguments:
 
     target_model: str | None = field(default=None, metadata={"help": "Folder or Hub repository of the target."})
     draft_models: list[str] = field(default_factory=list, metadata={"help": "MSD drafts, VLMs or language models."})
-    trees: list[str] = field(default_factory=list, metadata={"help": "Trees, each `num_nodes,depth,top_k`."})
+    trees: list[str] = field(default_factory=list, metadata={"help": "Each `num_nodes,depth,top_k`, or `eagle`."})
     views: list[str] = field(default_factory=list, metadata={"help": "Ensembles, as `multimodal,text_only`."})
     runtimes: list[str] = field(
         default_factory=lambda: ["eager"], metadata={"help": f"Some of {', '.join(RUNTIMES)}: what is compiled."}
@@ -152,12 +153,14 @@ class BenchArguments:
 
 
 def parse_tree(text: str) -> TreeConfig:
-    """Read a tree from `num_nodes,depth,top_k` or `num_nodes,depth,top_k,min_probability`."""
+    """Read a tree from `num_nodes,depth,top_k` or `num_nodes,depth,top_k,min_probability`, or by its name."""
+    if text == "eagle":
+        return TreeConfig(topology=EAGLE)
     parts = text.split(",")
     try:
         if len(parts) not in (3, 4):
             raise ValueError
         sizes, probabilities = [int(part) for part in parts[:3]], [float(part) for part in parts[3:]]
     except ValueError:
-        raise ValueError(f"`trees` must each be `num_nodes,depth,top_k`, as 60,6,10, got {text!r}.") from None
+        raise ValueError(f"`trees` must be `num_nodes,depth,top_k`, as 60,6,10, or `eagle`, got {text!r}.") from None
     return TreeConfig(*sizes, *probabilities)

@@ -8,6 +8,7 @@ import torch
 
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.trees.masks import take_rows
+from transformers_msd.trees.topology import grow_topology
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -20,7 +21,8 @@ def grow_tree(
     fixed: bool = False,
 ) -> TokenTree:
     """
-    Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858).
+    Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858), or grow
+    the one whose `topology` the settings name.
 
     Args:
         config (`TreeConfig`):
@@ -40,6 +42,15 @@ def grow_tree(
             Whether the device is asked nothing and all shapes follow from the settings: every level is grown, and what
             is too unlikely to be verified becomes fillers behind the other nodes.
     """
+    if config.topology is not None:
+        roots = root_token_ids[:, None]
+        grown = grow_topology(config.topology, log_probs, expand)
+        return TokenTree(
+            token_ids=torch.cat([roots, grown["token_ids"]], dim=1),
+            parents=torch.cat([torch.full_like(roots, -1), grown["parents"]], dim=1),
+            scores=torch.cat([grown["scores"].new_zeros(roots.shape), grown["scores"]], dim=1),
+            depth=grown["depth"],
+        )
     top_k = min(config.top_k, log_probs.shape[-1])
     scores, token_ids = log_probs.topk(top_k)  # (batch, top_k)
     # Candidates are numbered in the order they were tried; 0 is the root, so the first level starts at 1.

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from transformers_msd.trees.topology import Topology, read_topology
+
 
 @dataclass(frozen=True)
 class TreeConfig:
@@ -28,6 +30,10 @@ class TreeConfig:
             place of its raw logits). 0 always fills the tree.
         gate (`bool`, *optional*, defaults to `True`):
             Whether to decode plainly for a while where few drafted tokens are accepted of late.
+        topology (`Sequence[Sequence[int]]`, *optional*):
+            The tree's shape, the same in every round, in place of one that follows the draft: for every drafted node
+            the ranks on the path to it, `[[0], [1], [0, 0]]` for two choices and one after the first (Medusa, arXiv
+            2401.10774). Paths longer than `depth` are left out; `num_nodes`, `depth` and `top_k` become its own.
 
     The defaults are MSD's (arXiv 2505.14260): its `total_token=59, depth=5, top_k=10`.
     """
@@ -37,6 +43,7 @@ class TreeConfig:
     top_k: int = 10
     min_probability: float = 0.0
     gate: bool = True
+    topology: Topology | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("num_nodes", 2), ("depth", 1), ("top_k", 1)):
@@ -53,6 +60,18 @@ class TreeConfig:
             )
         if not isinstance(self.gate, bool):
             raise ValueError(f"`TreeConfig.gate` must be `True` or `False`, got {self.gate!r}.")
+        if self.topology is not None:
+            self._take_shape(read_topology(self.topology, self.depth))
+
+    def _take_shape(self, topology: Topology) -> None:
+        if self.min_probability:
+            raise ValueError(
+                "`TreeConfig.topology` gives every round the same tree, got `min_probability="
+                f"{self.min_probability}` beside it. Drop one of them."
+            )
+        shape = {"num_nodes": len(topology) + 1, "depth": len(topology[-1]), "top_k": 1 + max(map(max, topology))}
+        for name, value in ({"topology": topology} | shape).items():
+            object.__setattr__(self, name, value)  # frozen for all others
 
     @classmethod
     def checked(cls, tree_config: Any) -> "TreeConfig":

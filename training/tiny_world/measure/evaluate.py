@@ -34,7 +34,7 @@ PICTURES = ("its own", "another", "none")
 
 class Blinkered(Ungated):
     """
-    A draft that is shown other visual rows than the target's.
+    A draft that is shown other visual rows, embeddings and features, than the target's.
 
     Args:
         draft ([`MSDDraftModel`]):
@@ -47,7 +47,7 @@ class Blinkered(Ungated):
         super().__init__(draft)
         self.picture = picture
         # Visual rows of earlier prompts by their number, from which the next prompt gets its other picture.
-        self.seen: dict[int, torch.Tensor] = {}
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         candidates = super().candidate_generator(target, inputs)
@@ -60,10 +60,15 @@ class Blinkered(Ungated):
         visual = committed.visual_mask
         if self.picture == "none":
             return committed.pack(~visual)
-        rows = committed.inputs_embeds[visual]
-        shown = self.seen.get(len(rows), rows) if self.picture == "another" else rows
-        self.seen[len(rows)] = rows
-        return replace(committed, inputs_embeds=committed.inputs_embeds.masked_scatter(visual[..., None], shown))
+        # The target's features at a picture tell what it shows, too.
+        rows = committed.inputs_embeds[visual], committed.features[visual]
+        shown = self.seen.get(len(rows[0]), rows) if self.picture == "another" else rows
+        self.seen[len(rows[0])] = rows
+        inputs_embeds, features = (
+            states.masked_scatter(visual[..., None], other)
+            for states, other in zip((committed.inputs_embeds, committed.features), shown, strict=True)
+        )
+        return replace(committed, inputs_embeds=inputs_embeds, features=features)
 
 
 @dataclass(frozen=True)

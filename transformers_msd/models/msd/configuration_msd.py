@@ -49,7 +49,7 @@ class MSDConfig(PreTrainedConfig):
     decoupled: bool = True
     fc_bias: bool = True
     input_layernorm: bool = False
-    tree_config: dict[str, int | float | bool] | None = None
+    tree_config: dict[str, Any] | None = None
     draft_vocab_size: int | None = None
     visual_pool_size: int = 1
     tie_word_embeddings: bool = False

@@ -1,0 +1,87 @@
+"""The worlds in which claims are tried: what they show is what they say, and it comes again from a seed."""
+
+from itertools import islice
+from random import Random
+
+import pytest
+import torch
+
+
+pytest.importorskip("datasets")
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from training.glyph_world.world import (
+    BEFORE,
+    BITMAPS,
+    KINDS,
+    NAMES,
+    PICTURES,
+    build_processor,
+    draw_glyphs,
+    make_row,
+    ordered_dataset,
+    prompts_by_kind,
+    rows,
+)
+from training.real_llava.rows import pack, unpack
+from training.tiny_world.world.rows import FEATURES
+from transformers_msd.trees.topology import EAGLE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_a_word_for_every_glyph(kind):
+    row = make_row(kind, Random(0))
+    answer = row["messages"][1]["content"][0]["text"]
+    assert bool(row["images"]) == (kind in PICTURES)
+    glyphs = [word for word in answer.split() if word in NAMES]
+    assert len(glyphs) in (24, 30, 36)
+    assert answer.startswith(BEFORE)
+    assert row == make_row(kind, Random(0))
+
+
+def test_glyphs_differ_in_what_is_drawn():
+    assert min((one ^ other).bit_count() for one in BITMAPS for other in BITMAPS if one != other) >= 5
+    pictures = {draw_glyphs([glyph], Random(0)).tobytes() for glyph in range(len(NAMES))}
+    assert len(pictures) == len(NAMES)
+
+
+def test_the_processor_gives_back_what_it_read():
+    processor = build_processor()
+    prompt = prompts_by_kind(1)["pictures"][0]
+    text = processor.apply_chat_template(prompt["messages"], add_generation_prompt=True)
+    inputs = processor(text=text, images=prompt["images"], return_tensors="pt")
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 36
+    answer = processor.tokenizer(prompt["answer"])["input_ids"]
+    assert len(answer) == len(prompt["answer"].split())
+    assert processor.decode(answer) == prompt["answer"]
+
+
+def test_rows_come_in_the_order_of_their_shares():
+    shares = [0.0] * 8 + [1.0] * 8
+    dataset = ordered_dataset(shares, seed=1)
+    assert [bool(images) for images in dataset["images"]] == [bool(share) for share in shares]
+    assert dataset["messages"] == ordered_dataset(shares, seed=1)["messages"]
+    assert len({row["kind"] for row in islice(rows(seed=0), 40)}) == len(KINDS)
+
+
+def test_answers_kept_as_token_ids_are_read_back():
+    tokenizer: PreTrainedTokenizerFast = build_processor().tokenizer
+    answers = ["ba be", "go on from ba", "and that is all ."]
+    question = {"role": "user", "content": [{"type": "text", "text": "read it ."}]}
+    answered = [
+        {"messages": [question, {"role": "assistant", "content": [{"type": "text", "text": text}]}], "images": []}
+        for text in answers
+    ]
+    packed = pack(Dataset.from_list(answered, features=FEATURES), tokenizer)
+    assert packed["token_ids"].dtype == np.uint16
+    prompts = [{"messages": [question], "images": []} for _ in answers]
+    unpacked = unpack(packed, prompts, tokenizer)
+    assert [row["messages"][1]["content"][0]["text"] for row in unpacked] == answers
+
+
+def test_the_tree_of_eagle_is_the_published_one():
+    by_level = torch.tensor([len(path) for path in EAGLE]).bincount().tolist()
+    assert by_level == [0, 4, 8, 8, 3, 2]

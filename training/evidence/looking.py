@@ -1,0 +1,67 @@
+"""
+Must a draft see, and which design sees best? Drafts of several designs in the glyph world.
+
+    python -m training.glyph_world.train_target --output TARGET
+    python -m training.evidence.looking --target TARGET
+
+Every design is trained from three seeds on the same rows, for two budgets. τ is measured, greedy, in trees of 6 and
+of 10 levels, on held-out prompts of text and of pictures, on these also with the draft alone shown another picture and
+none. A run that is broken off goes on where it stopped.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from training.evidence.runs import BATCH_SIZE, ask, collect, measure, table, train_draft
+from training.glyph_world.world import ordered_dataset, prompts_by_kind
+from training.tiny_world.build.target import load_target
+from training.tiny_world.measure.evaluate import PICTURES
+from transformers_msd import MSDDraftModel, TreeConfig
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+DESIGNS = {
+    "decoupled (MSD)": {},
+    "fused (EAGLE)": {"decoupled": False},
+    "visual rows averaged by 4": {"visual_pool_size": 4},
+    "visual rows left out (HiViS)": {"visual_pool_size": 0},
+}
+SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False), TreeConfig(40, 10, 4, gate=False)
+BUDGETS = ("600", "1800")
+SEEDS = ("0", "1", "2")
+NUM_PROMPTS = 20  # of a kind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--steps", nargs="+", default=BUDGETS, help="of 16 rows, half of them with pictures")
+    parser.add_argument("--seeds", nargs="+", default=SEEDS)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/glyph_world/drafts"), help="where drafts are kept")
+    parser.add_argument("--output", type=Path, default=DOCS / "looking.json")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    target, processor = load_target(arguments.target)
+    asked = ask(target, processor, prompts_by_kind(NUM_PROMPTS))
+
+    def run(design: str, steps: str, seed: str) -> dict[str, float]:
+        folder = arguments.work / f"{design} {steps} {seed}".replace(" ", "-")
+        if (folder / "config.json").exists():
+            draft = MSDDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
+        else:
+            rows = ordered_dataset([0.5] * (int(steps) * BATCH_SIZE), seed=11)
+            draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design])
+            draft.save_pretrained(folder)
+        found = measure(target, draft, SHALLOW, asked)
+        deep = measure(target, draft, DEEP, asked, PICTURES[:1])
+        return found | {f"{kind}, {DEEP.depth} levels": tau for kind, tau in deep.items()}
+
+    runs = [(design, steps, seed) for steps in arguments.steps for seed in arguments.seeds for design in DESIGNS]
+    print(table(collect(arguments.output, runs, run), "draft, steps"))
+
+
+if __name__ == "__main__":
+    main()
