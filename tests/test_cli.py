@@ -138,6 +138,19 @@ def test_one_process_tells_how_far_a_run_is(capsys: pytest.CaptureFixture) -> No
         )
 
 
+def test_a_command_that_is_wrong_is_told_in_one_line(capsys: pytest.CaptureFixture) -> None:
+    for command in ("train --stage ramps", "train --max_steps twenty", "tune", "bench --num_rows x"):
+        with pytest.raises(SystemExit):
+            main(command.split())
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_is_launched(tmp_path: Path) -> None:
+    missing = tmp_path / "checkpoint-9"
+    with pytest.raises(SystemExit, match="checkpoint-9 is no whole checkpoint"):
+        main(f"train {TARGET} --datasets {ROOT} {CPU} --resume_from_checkpoint {missing}".split())
+
+
 def test_versions_are_told(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

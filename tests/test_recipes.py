@@ -366,6 +366,9 @@ def test_prompts_and_completions_are_read(tmp_path, is_list):
     assert load_rows(arguments, is_multimodal=False)["messages"] == [turns]
     parts = [turn["content"] for turn in load_rows(arguments, is_multimodal=True)["messages"][0]]
     assert [part["text"] for (part,) in parts] == ["Who?", "I."]
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": row["prompt"]}]))
+    arguments = DraftArguments(target_model="none", datasets=[str(tmp_path / "prompts.json")])
+    assert load_rows(arguments, is_multimodal=False)["messages"] == [turns[:1]]
 
 
 def test_a_template_that_marks_no_answer_is_told_before_training(world, tmp_path):
@@ -394,7 +397,7 @@ def test_file_of_another_kind_raises(tmp_path):
     with pytest.raises(ValueError, match="must be JSON, JSONL or Parquet"):
         load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.csv")]), True)
     Dataset.from_list([{"text": "hello"}]).to_json(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="must have a column `messages` or `conversations`"):
+    with pytest.raises(ValueError, match="must have a column `messages`, `conversations` or `prompt`"):
         load_rows(DraftArguments(target_model="none", datasets=[str(tmp_path / "rows.jsonl")]), True)
 
 
@@ -503,12 +506,14 @@ def test_command_launches_a_run(world, make_recipe, draft_class):
     name = draft_class.__name__
     path = write_recipe(world, name, make_recipe, stage="multimodal", num_processes=1)
     path.write_text(path.read_text().replace("disable_tqdm: true\n", ""))
-    printed = finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), "--max_steps", "1"]))
+    options = ["--max_steps", "1", "--num_eval_prompts", "1"]
+    printed = finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), *options]))
     assert re.search(r"^step 1 of 1, loss [\d.]+, took \d+ s$", printed, re.MULTILINE)
     assert "%|" not in printed  # no bar in a log
     card = (world / name / "README.md").read_text()
     assert "1 steps of 4 rows" in card
-    assert f'{name}.from_pretrained("{name}"' in card
+    assert f'{name}.from_pretrained("{world / name}"' in card
+    assert "speed-up on" in printed
     assert draft_class.from_pretrained(world / name).num_parameters() > 0
 
 

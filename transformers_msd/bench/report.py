@@ -156,7 +156,7 @@ def _divergences(cell: dict[str, Any]) -> Iterator[str]:
         for found in method.get("divergences", [])[:1]:
             gap = "no second token" if found["logit_gap"] is None else f"a logit gap of {found['logit_gap']:.4g}"
             yield (
-                f"{method['name']}: {method['num_rows'] - method['num_equal']} rows differ, the first after "
+                f"{method['name']}: {method['num_rows'] - method['num_equal']} answers differ, the first after "
                 f"{found['step']} tokens at {gap}."
             )
 

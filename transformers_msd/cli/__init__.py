@@ -1,6 +1,7 @@
 """The command `transformers-msd`."""
 
 import argparse
+import os
 import sys
 
 import torch
@@ -35,6 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         extra = _EXTRAS.get(parsed.command, "bench")
         sys.exit(f"transformers-msd: {name} is missing: `pip install 'transformers-msd[{extra}]'`.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"transformers-msd: {' '.join(str(error).split())}")
 

@@ -4,7 +4,7 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 
 def positive(text: str) -> int:
@@ -77,6 +77,9 @@ class CommandParser(argparse.ArgumentParser):
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         self._names += names_of(names)
         return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. `--help` lists all options.\n")
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

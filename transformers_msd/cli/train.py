@@ -2,6 +2,9 @@
 
 import argparse
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 from transformers_msd.cli.options import check_fields
 
@@ -27,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from transformers_msd.trainer import run as training
+    from transformers_msd.trainer.checkpoints import check_whole
     from transformers_msd.trainer.configuration import MSDTrainingConfig
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments, check_hub_recipe, find_recipe
@@ -57,20 +61,24 @@ def run(arguments: argparse.Namespace) -> None:
             f"Options of `accelerate launch` must have values it can read, got {unknown or launch_options}."
         )
     parsed[0].check_places()
+    checkpoint = training.checkpoint_of(parsed[1])
+    if isinstance(checkpoint, str):
+        check_whole(Path(checkpoint))
     if arguments.dry_run:
         keep_bars_out_of_logs()
         print(training.plan(*parsed, num_processes=launch.num_processes or 1))
         return
     if launch.num_cpu_threads_per_process is None:
         # Accelerate would give each process one thread, also where it trains on them.
-        threads = max((os.cpu_count() or 1) // (launch.num_processes or 1), 1)
+        every = max((os.cpu_count() or 1) // (launch.num_processes or 1), 1)
+        threads = os.environ.get("OMP_NUM_THREADS", every)
         launch_options = ["--num_cpu_threads_per_process", str(threads), *launch_options]
     script_options = _without(options, of_line)
-    launch_command(
-        launch_command_parser().parse_args(
-            [*launch_options, "--module", "transformers_msd.trainer.run", *script_options]
-        )
-    )
+    command = [*launch_options, "--module", "transformers_msd.trainer.run", *script_options]
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except subprocess.CalledProcessError as error:  # the process has said why
+        sys.exit(error.returncode)
 
 
 def _without(options: list[str], removed: list[str]) -> list[str]:

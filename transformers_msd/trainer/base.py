@@ -17,7 +17,7 @@ from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import (
-    is_whole,
+    check_whole,
     last_checkpoint,
     remove_if_broken,
     tell_what_is_missing,
@@ -228,13 +228,8 @@ class DraftTrainer(SFTTrainer):
             # Transformers would take the newest, whole or not.
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            if not is_whole(checkpoint):
-                raise ValueError(
-                    f"{checkpoint} is no whole checkpoint. Name another, or say `resume_from_checkpoint=True` for the "
-                    "newest whole one."
-                )
-            tell_what_is_missing(checkpoint)
+            check_whole(Path(resume_from_checkpoint))
+            tell_what_is_missing(Path(resume_from_checkpoint))
         # Reporters close at the end of training: what other callbacks log there must come before.
         reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
         self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))
@@ -260,8 +255,9 @@ class DraftTrainer(SFTTrainer):
         tags = [tags] if isinstance(tags, str) else tags or []
         datasets = [dataset_name] if isinstance(dataset_name, str) else dataset_name or [self._dataset_name]
         name = args.hub_model_id or model_name or Path(args.output_dir).name
+        place = name if args.push_to_hub or args.hub_model_id else args.output_dir
         draft_class = type(self.accelerator.unwrap_model(self.model)).__name__
-        values = {key: text.format(name=name, draft_class=draft_class) for key, text in self._card.items()} | {
+        values = {key: text.format(name=place, draft_class=draft_class) for key, text in self._card.items()} | {
             "target": config.name_or_path,
             "is_multimodal": isinstance(self.processing_class, ProcessorMixin),
             "target_class": (config.architectures or [type(self.target).__name__])[0],

@@ -1,5 +1,6 @@
 """How fast the draft will be, seen while it is trained."""
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from transformers_msd.trainer.metrics import AcceptanceLength
 
 if TYPE_CHECKING:
     from transformers_msd.trainer.base import DraftTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,6 +73,7 @@ class AcceptanceLengthCallback(TrainerCallback):
         self.trainer.log(metrics)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logger.info("Measuring the speed-up on %d held-out prompts, with the draft and without.", len(self.prompts))
         self.trainer.log(self.measure(compare=True))
 
     @torch.no_grad()

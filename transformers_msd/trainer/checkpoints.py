@@ -32,6 +32,15 @@ def is_whole(checkpoint: Path) -> bool:
     return all(zipfile.is_zipfile(file) for file in pickles)
 
 
+def check_whole(checkpoint: Path) -> None:
+    """Raise a `ValueError` for a checkpoint that is not there, or was not written to its end."""
+    if not is_whole(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is no whole checkpoint. Name another, or say `resume_from_checkpoint=True` for the newest "
+            "whole one."
+        )
+
+
 def last_checkpoint(output_dir: Path) -> str | None:
     """Return the newest whole checkpoint of a run, or None if there is none."""
     found = [(_NAME.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*") if path.is_dir()]
@@ -39,6 +48,7 @@ def last_checkpoint(output_dir: Path) -> str | None:
         if is_whole(checkpoint):
             return str(checkpoint)
         logger.warning("%s was not written to its end. It is left where it is, and an older one is used.", checkpoint)
+    logger.warning("There is no whole checkpoint in %s: training begins anew.", output_dir)
     return None
 
 

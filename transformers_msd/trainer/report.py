@@ -31,12 +31,17 @@ _CARD = """\
 Draft of {target} for speculative decoding with `transformers-msd`: the same tokens as without it, sooner.
 
 ```python
-from transformers import {target_class}, AutoProcessor
+from transformers import {target_class}, {processor_class}
 {imports}
 
-target = {target_class}.from_pretrained("{target_place}", dtype="auto", device_map="auto")
+processor = {processor_class}.from_pretrained("{target_place}")
+target = {target_class}.from_pretrained("{target_place}", dtype="{dtype}", device_map="auto")
 draft = {loading}
-target.generate(**inputs, assistant_model=draft)
+messages = [{{"role": "user", "content": {question}}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(target.device)
+target.generate(**inputs, assistant_model=draft, max_new_tokens=100)
 ```
 
 ## Measured
@@ -138,6 +143,8 @@ def write_card(path: Path, name: str, values: dict[str, Any], log_history: list[
         name=name,
         target=_told(place, hub_id, values["target_class"]),
         target_place=hub_id or place,
+        processor_class="AutoProcessor" if values["is_multimodal"] else "AutoTokenizer",
+        question='[{"type": "text", "text": "Hello!"}]' if values["is_multimodal"] else '"Hello!"',
         data=", ".join(f"`{dataset}`" for dataset in values["datasets"]),
         measured=_measured(log_history),
         command=_command(),

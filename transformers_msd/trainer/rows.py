@@ -49,10 +49,9 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
     if arguments.max_rows_per_dataset and len(dataset) > arguments.max_rows_per_dataset:
         dataset = dataset.shuffle(seed=0).select(range(arguments.max_rows_per_dataset))
     names = set(dataset.column_names)
-    if not (names & {"messages", "conversations"} or names >= {"prompt", "completion"}):
+    if not names & {"messages", "conversations", "prompt"}:
         raise ValueError(
-            f"{name} must have a column `messages` or `conversations`, or `prompt` and `completion`, got "
-            f"{sorted(names)}. Rename one."
+            f"{name} must have a column `messages`, `conversations` or `prompt`, got {sorted(names)}. Rename one."
         )
     if not is_multimodal and names & {"images", "image"}:
         dataset = dataset.select(split_rows(dataset)[0])
@@ -123,7 +122,8 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         said = row["conversations"]
         return [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in said]
     turns = []
-    for role, said in (("user", row["prompt"]), ("assistant", row["completion"])):
+    said_by = {"user": row["prompt"]} | ({"assistant": row["completion"]} if "completion" in row else {})
+    for role, said in said_by.items():
         turns += said if isinstance(said, list) else [{"role": role, "content": said}]
     return turns
 

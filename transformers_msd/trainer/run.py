@@ -1,9 +1,10 @@
 """One process of a training run, as `transformers-msd train` launches it: `python -m transformers_msd.trainer.run`."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoConfig, PrinterCallback, ProcessorMixin
@@ -32,6 +33,9 @@ from transformers_msd.trainer.vlm import VLMDraftTrainer, check_settings
 
 class RecipeParser(TrlParser):
     """Parses command lines and recipes; a recipe says what to train, and sets nothing else ([`read_recipe`])."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}, on the command line or in `--config`. `--help` lists all options.\n")
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
         args = list(sys.argv[1:] if args is None else args)
@@ -72,13 +76,18 @@ def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ProgressCallback())
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.train(resume_from_checkpoint=checkpoint_of(args))
     trainer.save_model()
     trainer.create_model_card(dataset_name=arguments.datasets)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.datasets)
     return trainer
+
+
+def checkpoint_of(args: MSDTrainingConfig) -> str | bool | None:
+    """Return the checkpoint to go on from; True is the newest."""
+    resume = args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(resume).lower(), resume)
 
 
 def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int) -> Plan:
@@ -108,7 +117,15 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("transformers_msd").setLevel(logging.INFO)
     keep_bars_out_of_logs()
     # What remains are options of the launcher.
     draft_arguments, training_config, _ = make_parser().parse_args_and_config(return_remaining_strings=True)
-    train(draft_arguments, training_config)
+    try:
+        train(draft_arguments, training_config)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        logging.getLogger(__name__).debug("training ended", exc_info=True)
+        sys.exit(f"transformers-msd: {' '.join(str(error).split())}")
