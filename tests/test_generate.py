@@ -21,11 +21,11 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     WatermarkingConfig,
 )
-from transformers.generation import StoppingCriteria
+from transformers.generation import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from zoo import TEXT, VOCAB_SIZE, make_inputs, make_target
+from zoo import TEXT, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
-from transformers_msd import MSDConfig, MSDDraftModel, SpeculativeStats, TreeConfig
+from transformers_msd import MSDConfig, MSDDraftModel, SpeculativeStats, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.call.stats import Rounds
 from transformers_msd.compat import CACHE
 
@@ -260,6 +260,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "offloaded": ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
     "attentions": ({"output_attentions": True}, "output_attentions"),
     "no_cache": ({"use_cache": False}, "use_cache=False"),
+    "no_cache_either": ({"use_cache": 0}, "use_cache=0"),
+    "adapters": ({"adapter_names": ["default"]}, "adapter_names"),
     "ensemble": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "synced": ({"synced_gpus": True}, "synced_gpus"),
     "tokenizer": ({"assistant_tokenizer": make_tokenizer()}, "assistant_tokenizer"),
@@ -351,6 +353,40 @@ def test_a_call_that_ends_with_the_prefill(batch_size: int) -> None:
     turn["attention_mask"] = torch.cat([call["attention_mask"], torch.ones(batch_size, 1, dtype=torch.long)], dim=1)
     expected = target.generate(**turn, **{CACHE: plain[CACHE]})
     assert torch.equal(target.generate(**turn, **{CACHE: ours[CACHE]}, assistant_model=draft), expected)
+
+
+def test_a_length_within_the_prompt_lets_one_token_come() -> None:
+    target, call, _, _ = make_case(3)
+    del call["max_new_tokens"]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(2)])
+    plain = target.generate(**call, stopping_criteria=criteria)  # and warns that the prompt is longer
+    ours = target.generate(**call, stopping_criteria=criteria, assistant_model=make_draft(target))
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+def test_layers_that_are_not_there_have_no_states() -> None:
+    target, call, plain, _ = make_case(1, output_hidden_states=[99, -99, 1])
+    ours = target.generate(**call, assistant_model=make_draft(target))
+    for states, theirs in zip(ours.hidden_states, plain.hidden_states, strict=True):
+        assert [state is None for state in states] == [state is None for state in theirs]
+
+
+def test_arguments_that_are_none_are_not_there() -> None:
+    target, call, plain, _ = make_case(1)
+    drafter = VLMDrafter(make_draft_model("llava"))
+    ids = call.pop("input_ids")
+    ours = target.generate(inputs=ids, input_ids=None, **call, assistant_model=drafter)
+    assert torch.equal(ours.sequences, plain.sequences)
+    ours = target.generate(ids, inputs_embeds=None, prefill_chunk_size=4, **call, assistant_model=drafter)
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+def test_a_runtime_runs_under_autocast() -> None:
+    target, call, _, _ = make_case(1)
+    runtime = StaticRuntime(make_draft(target))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = target.generate(**call, disable_compile=True, assistant_model=runtime)
+    assert ours.speculative_stats.num_rounds > 0
 
 
 def test_the_smallest_tree_and_a_chain_are_plain() -> None:

@@ -278,6 +278,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         prompt(),
         "prompt learning",
     ),
+    "aLoRA": (
+        lambda: get_peft_model(
+            llama(), LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+        ).eval(),
+        prompt(),
+        "aLoRA",
+    ),
 }
 # Neighbours of these that are served.
 SERVED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {

@@ -151,8 +151,9 @@ class _FixedLayer(StaticLayer):
         places = self.starts.to(self.device)[:, None] + torch.arange(key_states.shape[2], device=self.device)
         batch = torch.arange(len(places), device=self.device)[:, None]
         # Not `scatter_`, for which inductor copies the whole tensor.
-        self.keys[batch, :, places] = key_states.transpose(1, 2)
-        self.values[batch, :, places] = value_states.transpose(1, 2)
+        # Under autocast states come in its dtype.
+        self.keys[batch, :, places] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[batch, :, places] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys, self.values
 
 

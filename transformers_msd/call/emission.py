@@ -59,7 +59,8 @@ class Emission:
         self._returns_state = returns_state
         self._rounds = Rounds()
         max_length = stopping_criteria.max_length
-        self.max_steps = None if max_length is None else max_length - input_ids.shape[1]
+        # Plain decoding asks its criteria after a token, and so emits one in any case.
+        self.max_steps = None if max_length is None else max(max_length - input_ids.shape[1], 1)
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         self._eos_token_ids = {token_id for ids in eos for token_id in ids.tolist()}
         # Told by exact type: these are decided on the host, where the tokens are.

@@ -91,7 +91,8 @@ class StepOutputs:
         if self._layers is True:
             return hidden_states
         layers = [self._layers] if isinstance(self._layers, int) else self._layers
-        kept = {layer % len(hidden_states) for layer in layers}
+        num_layers = len(hidden_states)
+        kept = {layer % num_layers for layer in layers if -num_layers <= layer < num_layers}
         return tuple(h if layer in kept else None for layer, h in enumerate(hidden_states))
 
     def truncate(self, row: int, length: int) -> None:

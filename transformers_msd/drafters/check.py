@@ -150,14 +150,22 @@ def _check_ways(generation_config: GenerationConfig, arguments: dict[str, Any]) 
 def _check_settings(
     generation_config: GenerationConfig, arguments: dict[str, Any], generation_mode_kwargs: dict[str, Any]
 ) -> None:
-    if generation_config.use_cache is False:
-        raise ValueError(f"Drafting needs the cache, got `use_cache=False`. Leave it unset, or {WAY_OUT}")
+    if generation_config.use_cache is not None and not generation_config.use_cache:
+        raise ValueError(
+            f"Drafting needs the cache, got `use_cache={generation_config.use_cache}`. Leave it unset, or {WAY_OUT}"
+        )
     if getattr(generation_config, "dola_layers", None) is not None:
         raise ValueError(
             "DoLa contrasts layers, and drafting serves greedy decoding and sampling alone, got "
             f"`dola_layers={generation_config.dola_layers!r}`. Leave it unset, or {WAY_OUT}"
         )
-    if generation_config.prefill_chunk_size is not None and {"input_ids", "inputs_embeds"} <= arguments.keys():
+    if arguments.get("adapter_names") is not None:
+        raise ValueError(
+            "Drafting takes rows that have ended out of the batch, and PEFT's `adapter_names` would stay, got "
+            f"`adapter_names={arguments['adapter_names']!r}`. Generate for each adapter alone, or {WAY_OUT}"
+        )
+    prompts = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    if generation_config.prefill_chunk_size is not None and all(prompt is not None for prompt in prompts):
         raise ValueError(
             "Transformers does not chunk `inputs_embeds` beside `input_ids`, got "
             f"`prefill_chunk_size={generation_config.prefill_chunk_size}`. Leave it unset, or pass one of them."

@@ -20,7 +20,8 @@ _NOT_PROMPT = (*CACHE_NAMES, "inputs_embeds", "position_ids", "labels", "use_cac
 
 def prompt_ids(arguments: Mapping[str, Any]) -> torch.Tensor | None:
     """Return the ids of the prompt among the arguments of `generate`."""
-    ids = arguments.get("input_ids", arguments.get("inputs"))
+    ids = arguments.get("input_ids")
+    ids = arguments.get("inputs") if ids is None else ids
     return ids if torch.is_tensor(ids) and ids.ndim == 2 and ids.shape[1] > 0 and not ids.is_floating_point() else None
 
 

@@ -107,6 +107,8 @@ class MSDTrainingConfig(SFTConfig):
             raise ValueError(f"`adam_beta2` must be at least 0 and less than 1, got {self.adam_beta2}.")
         if self.max_steps == 0:
             raise ValueError("`max_steps` must be at least 1, or -1 for all of `num_train_epochs`, got 0.")
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            raise ValueError("`num_train_epochs` must be above 0, or `max_steps` at least 1, got 0.")
         if not any(getattr(self, name) for name in _LOSS_WEIGHTS):
             raise ValueError(f"Nothing would be learned: all of {', '.join(_LOSS_WEIGHTS)} are 0. Set one of them.")
         check_least(self, **dict.fromkeys(_AT_LEAST_1, 1))

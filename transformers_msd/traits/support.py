@@ -84,6 +84,11 @@ def unready_fact(model: PreTrainedModel) -> str | None:
     owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
     if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
         return "begins with learned rows (PEFT prompt learning), which its cache holds and no token stands for"
+    adapters = getattr(owner, "peft_config", None) or getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
+        return (
+            "is adapted from some tokens on (PEFT's aLoRA), counted from the end of a forward, where a tree has others"
+        )
     return None
 
 
