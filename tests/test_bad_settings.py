@@ -1,6 +1,7 @@
 """Settings of training, benchmarks and measurements: what can't be is told with the field's name, before a run."""
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,7 @@ ROWS: list[Row] = [
     (training, "per_device_train_batch_size", WHOLE, 1),
     *((recipe, name, NAMES, "org/name") for name in ("target_model", "image_folder", "target_adapter", "draft_model")),
     *((recipe, name, NAMES, "name") for name in ("draft_vlm", "dataset_split")),
+    (training, "output_dir", [3, date(2024, 1, 1)], "folder"),
     (recipe, "datasets", ["name", [], [1], None, {"a": 1}], ["name"]),
     (recipe, "max_rows_per_dataset", WHOLE, None),
     (recipe, "num_eval_prompts", [-1, 1.5, "1", None, True], 0),

@@ -49,7 +49,7 @@ from transformers_msd.trainer.recipe import (
     read_recipe,
 )
 from transformers_msd.trainer.report import write_card
-from transformers_msd.trainer.rows import hold_out, load_rows
+from transformers_msd.trainer.rows import draw, hold_out, load_rows
 from transformers_msd.trainer.run import make_parser, plan, train
 
 
@@ -385,6 +385,7 @@ def test_a_template_that_marks_no_answer_is_told_before_training(world, tmp_path
 
 def test_held_out_rows_are_of_both_kinds_and_not_trained_on(world):
     rows = load_rows(DraftArguments(**{"target_model": "none", "datasets": [str(world / "rows")]}), True)
+    assert len(draw(rows, 99, seed=0)) == len(rows)  # where nothing is trained, all may be looked at
     rest, held_out = hold_out(rows, 3, seed=0)
     assert sorted(bool(row["images"]) for row in held_out) == [False] * 3 + [True] * 3
     assert len(rest) == len(rows) - 6

@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         parsed.run(parsed)
     except ModuleNotFoundError as error:
-        name = (error.name or str(error)).partition(".")[0]
+        if error.name is None:  # a package of another's that says itself what it lacks
+            sys.exit(f"transformers-msd: {' '.join(str(error).split())}")
+        name = error.name.partition(".")[0]
         if name == "transformers_msd":
             raise
         extra = _EXTRAS.get(parsed.command, "bench")

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd.trainer.parity import check_parity, has_equal_prompt
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments, load_target, make_draft
-    from transformers_msd.trainer.rows import hold_out, load_rows
+    from transformers_msd.trainer.rows import draw, load_rows
 
     names = ("target_model", "draft_model", "datasets", "dataset_split", "image_folder", "dtype")
     recipe = DraftArguments(**{name: getattr(arguments, name) for name in names})
@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     target, processor = load_target(recipe)
     draft = make_draft(recipe, target.config).to(device, target.dtype).eval()
     target = target.to(device).eval()
-    _, rows = hold_out(load_rows(recipe, isinstance(processor, ProcessorMixin)), arguments.num_rows, seed=0)
+    rows = load_rows(recipe, isinstance(processor, ProcessorMixin))
+    rows = rows.select(draw(rows, arguments.num_rows, seed=0))
     holds = True
     for row in rows:
         inputs = encode_prompts(processor, [prompt_of(row)]).to(device)

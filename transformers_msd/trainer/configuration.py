@@ -1,6 +1,7 @@
 """Settings of a training run."""
 
 from dataclasses import dataclass, field
+from os import PathLike
 
 from trl import SFTConfig
 
@@ -95,6 +96,8 @@ class MSDTrainingConfig(SFTConfig):
     head_chunk_size: int = field(default=512, metadata={"help": "Rows whose logits are in memory at a time."})
 
     def __post_init__(self):
+        if not isinstance(self.output_dir, str | PathLike | None):
+            raise ValueError(f"`output_dir` must be a folder's name, got {self.output_dir!r}. Write it in quotes.")
         super().__post_init__()
         check_types(self, (*MSDTrainingConfig.__annotations__, *_BASE_FIELDS))
         if self.stage not in STAGES:

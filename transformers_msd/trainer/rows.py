@@ -26,16 +26,22 @@ def hold_out(dataset: Dataset, num_prompts: int, seed: int) -> tuple[Dataset, Da
     """Split off `num_prompts` rows of text and as many with pictures, drawn by a seed; return the rest first."""
     if num_prompts == 0:
         return dataset, dataset.select([])
-    generator = torch.Generator().manual_seed(seed)
-    held_out: list[int] = []
     for rows in split_rows(dataset):
         if rows and len(rows) <= num_prompts:
             raise ValueError(
                 f"`num_eval_prompts={num_prompts}` would hold out all {len(rows)} rows of one kind. Lower it."
             )
-        held_out += [rows[i] for i in torch.randperm(len(rows), generator=generator)[:num_prompts].tolist()]
-    chosen = set(held_out)
-    return dataset.select([row for row in range(len(dataset)) if row not in chosen]), dataset.select(sorted(chosen))
+    chosen = draw(dataset, num_prompts, seed)
+    return dataset.select(sorted(set(range(len(dataset))) - set(chosen))), dataset.select(chosen)
+
+
+def draw(dataset: Dataset, num_rows: int, seed: int) -> list[int]:
+    """Draw `num_rows` rows of text and as many with pictures by a seed, or all there are; return where they stand."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    for rows in split_rows(dataset):
+        drawn += [rows[i] for i in torch.randperm(len(rows), generator=generator)[:num_rows].tolist()]
+    return sorted(drawn)
 
 
 def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Dataset:
