@@ -9,15 +9,19 @@ stands text that is easy: lists of glyphs repeated, and names in their order.
 from collections.abc import Iterator
 from random import Random
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset
 from PIL import Image as Pictures
 from PIL import ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaProcessor
+
+from training.tiny_world.build.target import PATCH_SIZE, join_processor
+from training.tiny_world.world.pictures import PICTURE_SIZE
+from training.tiny_world.world.rows import FEATURES
 
 
-CELL_SIZE, CELLS = 16, 6  # pixels of a cell, a patch of the tower; cells in a row and in a column
-PICTURE_SIZE = CELL_SIZE * CELLS
+CELL_SIZE = PATCH_SIZE  # a cell is a patch of the tower
+CELLS = PICTURE_SIZE // CELL_SIZE  # in a row, and in a column
 NAMES = tuple(consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio")
 PICTURES, TEXTS = ("forwards", "backwards"), ("copy", "order")
 KINDS = PICTURES + TEXTS
@@ -29,12 +33,6 @@ REQUESTS = {
 }
 BEFORE, AFTER = "the signs are these :", "and that is all ."
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
-FEATURES = Features(
-    {
-        "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
-        "images": List(Image()),
-    }
-)
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -135,26 +133,4 @@ def build_processor() -> LlavaProcessor:
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": PICTURE_SIZE},
-            crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE},
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.5, 0.5, 0.5],
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            extra_special_tokens={"image_token": "<image>"},
-            padding_side="left",
-            model_max_length=512,
-            chat_template=CHAT_TEMPLATE,
-            clean_up_tokenization_spaces=False,
-        ),
-        patch_size=CELL_SIZE,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-    )
+    return join_processor(tokenizer, CHAT_TEMPLATE, 512)

@@ -64,6 +64,11 @@ def build_processor(num_rows: int = 6000) -> LlavaProcessor:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(num_rows), trainer)
+    return join_processor(tokenizer, CHAT_TEMPLATE, 2048)
+
+
+def join_processor(tokenizer: Tokenizer, chat_template: str, model_max_length: int) -> LlavaProcessor:
+    """Join a tokenizer that has the special tokens `<pad>`, `<s>`, `</s>`, `<image>` with an image processor."""
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": PICTURE_SIZE},
@@ -78,14 +83,14 @@ def build_processor(num_rows: int = 6000) -> LlavaProcessor:
             pad_token="<pad>",
             extra_special_tokens={"image_token": "<image>"},
             padding_side="left",
-            model_max_length=2048,
-            chat_template=CHAT_TEMPLATE,
+            model_max_length=model_max_length,
+            chat_template=chat_template,
             clean_up_tokenization_spaces=False,
         ),
         patch_size=PATCH_SIZE,
         num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
