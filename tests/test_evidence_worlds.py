@@ -1,6 +1,8 @@
 """The worlds in which claims are tried: what they show is what they say, and it comes again from a seed."""
 
+import json
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -11,8 +13,9 @@ pytest.importorskip("datasets")
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from training.evidence.full_size import INDEX, published_name
 from training.glyph_world.world import (
     BEFORE,
     BITMAPS,
@@ -26,9 +29,18 @@ from training.glyph_world.world import (
     prompts_by_kind,
     rows,
 )
+from training.real_llava.first_layers import first_layers
+from training.real_llava.measure import floor
 from training.real_llava.rows import pack, unpack
+from training.tiny_world.build.target import load_target
 from training.tiny_world.world.rows import FEATURES
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd.bench.models import num_bytes_per_step
+from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.trees.topology import EAGLE
+
+
+LLAVA = Path(__file__).parents[2] / "shared" / "data" / "processors" / "llava-1.5-7b-hf"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,3 +97,35 @@ def test_answers_kept_as_token_ids_are_read_back():
 def test_the_tree_of_eagle_is_the_published_one():
     by_level = torch.tensor([len(path) for path in EAGLE]).bincount().tolist()
     assert by_level == [0, 4, 8, 8, 3, 2]
+
+
+def test_the_first_layers_of_a_llava_are_its_own():
+    target = load_target()[0]
+    draft = first_layers(target, 2)
+    assert len(draft.model.language_model.layers) == 2
+    own, theirs = draft.state_dict(), target.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in own.items())
+    ids = torch.arange(4, 20)[None]
+    states = target(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    last = draft(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(last, draft.model.language_model.norm(states))
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_floor_reads_a_draft_once_a_level(depth):
+    target = load_target()[0]
+    drafter = VLMDrafter(target, tree_config=TreeConfig(8, depth, 1))
+    assert floor(target, drafter) == 1 + depth
+    msd = MSDDraftModel(MSDConfig.from_target(target.config))
+    drafter = MSDDrafter(msd, TreeConfig(8, depth, 1))
+    own = sum(weight.nbytes for weight in msd.parameters()) + target.get_output_embeddings().weight.nbytes
+    assert floor(target, drafter) == pytest.approx(1 + depth * own / num_bytes_per_step(target))
+
+
+def test_the_weights_of_a_full_size_checkpoint_are_named_as_published():
+    if not LLAVA.exists():
+        pytest.skip(f"needs the index in {LLAVA}")
+    names = json.loads((LLAVA / INDEX).read_text())["weight_map"]
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(LLAVA))
+    assert {published_name(name) for name, _ in model.named_parameters()} == names.keys()

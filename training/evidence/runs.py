@@ -127,14 +127,14 @@ def measure(
     return found
 
 
-def collect(path: Path, runs: Iterable[tuple[str, ...]], run: Callable[..., dict[str, float]]) -> dict[str, Any]:
+def collect(path: Path, runs: Iterable[tuple[str, ...]], run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Do the runs that a file of results lacks, and save each when it is done."""
     results = json.loads(path.read_text()) if path.exists() else {}
     for names in runs:
         key = " | ".join(names)
         if key not in results:
             results[key] = run(*names)
-            print(key, results[key], flush=True)
+            print(key, {name: value for name, value in results[key].items() if isinstance(value, float)}, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
     return results
