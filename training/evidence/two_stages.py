@@ -83,7 +83,7 @@ def main() -> None:
         draft = train_draft(target, processor, rows, int(seed), arguments.work)
         return measure(target, draft, TREE, asked, PICTURES[:1])
 
-    runs = [(order, budget, seed) for budget in arguments.budgets for seed in arguments.seeds for order in ORDERS]
+    runs = [(order, budget, seed) for seed in arguments.seeds for budget in arguments.budgets for order in ORDERS]
     output = arguments.output or DOCS / f"two_stages_{arguments.world}.json"
     print(table(collect(output, runs, run), "order of training, steps"))
 
