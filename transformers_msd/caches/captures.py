@@ -1,6 +1,6 @@
 """Compiled code, and the tensors of fixed shapes that it works on."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import ModelOutput
 
 from transformers_msd.caches.fixed import FixedRoom
+from transformers_msd.traits.windows import Window
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -71,12 +72,13 @@ class Captures:
         lengths: torch.Tensor,
         host_lengths: list[int],
         is_real: torch.Tensor | None = None,
+        windows: Sequence[Window | None] = (),
     ) -> FixedRoom:
         """Make a [`Room`] for a model on tensors that are kept for it, others for each room of this call."""
         number = self._num_rooms.get(model, 0)
         self._num_rooms[model] = number + 1
         buffers = self._captured.buffers.setdefault((model, number), {})
-        return FixedRoom(cache, lengths, host_lengths, is_real, buffers=buffers, run=self.run)
+        return FixedRoom(cache, lengths, host_lengths, is_real, windows, buffers=buffers, run=self.run)
 
     def num_nodes(self, tree: TokenTree) -> int:
         """Nodes to fill trees up to: a power of two, but no more than the settings ask for."""
@@ -89,8 +91,9 @@ class Captures:
 
     def forward(self, model: PreTrainedModel, model_inputs: dict[str, Any]) -> ModelOutput:
         """Run a model on inputs of fixed shapes."""
-        width = model_inputs["attention_mask"].shape[-1]
-        key = (model, tuple(model_inputs["input_ids"].shape), width)
+        masks = model_inputs["attention_mask"]
+        mask = next(iter(masks.values())) if isinstance(masks, dict) else masks
+        key = (model, tuple(model_inputs["input_ids"].shape), mask.shape[-1])
         outputs = self.run(_forward, key, model, model_inputs)
         if self._settings is None:
             return outputs

@@ -1,7 +1,20 @@
 """Which caches can take rows back."""
 
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+
+# Layers whose rows can be taken back, and those that share the rows of others.
+LAYERS = {
+    DynamicCache: {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer},
+    StaticCache: {StaticLayer, StaticSlidingWindowLayer, DummyLayer},
+}
 
 
 def check_cache(cache: Cache) -> None:
@@ -14,14 +27,14 @@ def check_cache(cache: Cache) -> None:
     layer_types = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         layer_types.add(cache.layer_class_to_replicate)
-    expected = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}.get(type(cache))
-    unsupported = sorted(layer_type.__name__ for layer_type in layer_types if layer_type is not expected)
-    if expected is None or unsupported or cache.offloading:
+    expected = LAYERS.get(type(cache), set())
+    unsupported = sorted(layer_type.__name__ for layer_type in layer_types - expected)
+    if unsupported or not expected or cache.offloading:
         raise ValueError(
-            "Drafting needs a `DynamicCache` or `StaticCache` of full-attention layers that stays on its device, got "
+            "Drafting needs a `DynamicCache` or `StaticCache` of attention layers that stays on its device, got "
             f"{type(cache).__name__}{f' with layers {unsupported}' if unsupported else ''}"
-            f"{' with offloading' if cache.offloading else ''}. Sliding-window, recurrent, quantised and offloaded "
-            "caches can't take back rejected rows: drop `cache_implementation` and the cache, or generate "
+            f"{' with offloading' if cache.offloading else ''}. Recurrent, quantised and offloaded caches "
+            "can't take back rejected rows: drop `cache_implementation` and the cache, or generate "
             "without `assistant_model`."
         )
 
@@ -47,7 +60,7 @@ def check_rows(cache: Cache, batch_size: int, prompt_length: int, num_steps: int
             f"The static cache needs {needed} columns for the prompt and the new tokens, got {most}. Make it with a "
             "larger `max_cache_len`, or ask for fewer tokens."
         )
-    layers = [layer for layer in cache.layers if layer.is_initialized]
+    layers = [layer for layer in cache.layers if layer.is_initialized and layer.keys is not None]
     batch_sizes, lengths = {len(layer.keys) for layer in layers}, {int(layer.get_seq_length()) for layer in layers}
     way_out = "Pass the cache that the turn before returned, or none."
     if batch_sizes - {batch_size}:

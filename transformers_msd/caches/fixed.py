@@ -1,13 +1,14 @@
 """Caches whose tensors never change their shapes, so that forwards on them can be compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from transformers_msd.caches.room import Room
+from transformers_msd.caches.room import Room, first_column, holds_rows
+from transformers_msd.traits.windows import Window
 
 
 # Columns at least; where they run out, there are twice as many.
@@ -33,24 +34,30 @@ class FixedRoom(Room):
         lengths: torch.Tensor,
         host_lengths: list[int],
         is_real: torch.Tensor | None = None,
+        windows: Sequence[Window | None] = (),
         *,
         buffers: dict[Any, torch.Tensor],
         run: Callable[..., Any],
     ) -> None:
         self._buffers, self._run = buffers, run
-        super().__init__(cache, lengths, host_lengths, is_real)
+        super().__init__(cache, lengths, host_lengths, is_real, windows)
 
     def reserve(self, num_rows: int) -> None:
         """Have room for so many rows behind the settled ones."""
         if self.num_columns + num_rows > self.width:
             self.open(num_rows)
 
-    def mask(self, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, visible: torch.Tensor, dtype: torch.dtype, window: Window | None = None) -> torch.Tensor:
         visible = visible.to(self.lengths.device)
         num_rows, num_unsettled = visible.shape[1:]
         self.reserve(num_unsettled)
         self.starts.copy_(self.lengths + (num_unsettled - num_rows))
-        return fixed_attention_mask(self.lengths, visible, self.width, dtype, self._is_open)
+        is_open = None if self._is_open is None else self._is_open[:, None]
+        if window is not None:
+            places = torch.arange(self.width, device=self.lengths.device)
+            seen, near = window.sees(places, visible, self.lengths, self._padding)
+            is_open, visible = seen if is_open is None else seen & is_open, visible & near
+        return fixed_attention_mask(self.lengths, visible, self.width, dtype, is_open)
 
     def open(self, num_rows: int = 0) -> None:
         # Columns, used or not.
@@ -66,16 +73,17 @@ class FixedRoom(Room):
             self._is_open[:, : self.is_real.shape[1]] = self.is_real
         self._tensors: list[torch.Tensor] = []
         for index, layer in enumerate(self.cache.layers):
-            if not layer.is_initialized:
+            if not holds_rows(layer):
                 continue  # it shares the rows of another layer
             tensors = []
             num_held = layer.keys.shape[2] if isinstance(layer, _FixedLayer) else self.num_columns
+            first = first_column(layer)
             for name in ("keys", "values"):
-                rows = getattr(layer, name)[:, :, :num_held]
+                rows = getattr(layer, name)[:, :, : num_held - first]
                 shape = (*rows.shape[:2], self.width, rows.shape[3])
                 tensors.append(self._buffer((index, name), shape, rows.dtype, rows.device))
-                tensors[-1][:, :, :num_held] = rows
-                tensors[-1][:, :, num_held:] = 0  # masked columns count, too, if an earlier call left NaN there
+                tensors[-1].zero_()  # masked columns count, too, if an earlier call left NaN there
+                tensors[-1][:, :, first:num_held] = rows
             self._tensors += tensors
             self.cache.layers[index] = _FixedLayer(*tensors, self.starts)
 
@@ -118,23 +126,27 @@ def fixed_attention_mask(
             Columns of the room.
         dtype (`torch.dtype`):
             Dtype of the model.
-        is_open (`torch.Tensor` of shape `(batch_size, width)`, *optional*):
-            Whether settled columns are no padding.
+        is_open (`torch.Tensor` of shape `(batch_size, num_rows or 1, width)`, *optional*):
+            Whether each row sees a settled column: it may be padding, or too far away.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, num_rows, width)`.
     """
     num_unsettled = visible.shape[2]
     behind = torch.arange(width, device=lengths.device) - lengths[:, None]  # (batch, width)
-    settled = behind < 0 if is_open is None else (behind < 0) & is_open
+    settled = (behind < 0)[:, None]
+    if is_open is not None:
+        settled = settled & is_open
     place = behind.clamp(0, num_unsettled - 1)[:, None].expand(-1, visible.shape[1], -1)
     unsettled = visible.gather(2, place) & ((behind >= 0) & (behind < num_unsettled))[:, None]
-    seen = settled[:, None] | unsettled
+    seen = settled | unsettled
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 class _FixedLayer(StaticLayer):
     """A layer of a [`FixedRoom`]: rows are written where each sequence has come to."""
+
+    is_of_room, first = True, 0
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor) -> None:
         super().__init__(keys.shape[2])

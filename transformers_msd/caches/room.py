@@ -1,18 +1,26 @@
 """Rows of a tree behind a key-value cache, and keeping only the accepted ones."""
 
+from collections.abc import Sequence
 from itertools import compress, groupby
 from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
+from transformers_msd.traits.windows import Window
 from transformers_msd.trees.masks import tree_attention_mask
 
 
 # Columns to spare, and layers that share a tensor: what is copied at a time where these columns run out.
 SPARE_COLUMNS = 256
 LAYERS_PER_BLOCK = 8
+_KEPT_LAYERS = (StaticLayer, StaticSlidingWindowLayer, DynamicSlidingWindowLayer)
 
 
 class Room:
@@ -29,10 +37,17 @@ class Room:
             The same where the device need not be asked.
         is_real (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
             Whether the columns of the prompt hold tokens; all of them do by default.
+        windows (`Sequence[Window | None]`, *optional*):
+            What each layer sees; all columns by default.
     """
 
     def __init__(
-        self, cache: Cache, lengths: torch.Tensor, host_lengths: list[int], is_real: torch.Tensor | None = None
+        self,
+        cache: Cache,
+        lengths: torch.Tensor,
+        host_lengths: list[int],
+        is_real: torch.Tensor | None = None,
+        windows: Sequence[Window | None] = (),
     ) -> None:
         self.cache = cache
         self.lengths = lengths
@@ -40,8 +55,9 @@ class Room:
         # Columns before the unsettled rows.
         self.num_columns = max(host_lengths)
         self.is_real = is_real
-        # They take the new rows in the end: who made them may rely on their tensors.
-        self._static_layers = {index: layer for index, layer in enumerate(cache.layers) if type(layer) is StaticLayer}
+        self._windows = dict(enumerate(windows))
+        # Static ones take the new rows in the end: who made them may rely on their tensors.
+        self._own_layers = {index: layer for index, layer in enumerate(cache.layers) if type(layer) in _KEPT_LAYERS}
 
     @property
     def is_even(self) -> bool:
@@ -53,25 +69,41 @@ class Room:
         """Whether unsettled rows lie right behind the settled ones of their own sequence."""
         return self.is_even
 
-    def mask(self, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, visible: torch.Tensor, dtype: torch.dtype, window: Window | None = None) -> torch.Tensor:
         """
         Let the next forward add rows behind the settled ones.
 
         Args:
             visible (`torch.Tensor` of shape `(batch_size, num_rows, num_unsettled)`):
-                Which of the rows that are not settled, the new ones last, each new row sees.
+                Which of the rows that are not settled, the new ones last, each new row sees: its path, itself last.
             dtype (`torch.dtype`):
                 Dtype of the model.
+            window ([`Window`], *optional*):
+                What the layers see that the mask is for; all by default.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, 1, num_rows, num_columns + num_unsettled)`: Additive mask.
+            `torch.Tensor` of shape `(batch_size, 1, num_rows, num_held + num_unsettled)`: Additive mask, for the
+            columns that these layers hold.
         """
         visible = visible.to(self.lengths.device)
-        columns = torch.arange(self.num_columns, device=self.lengths.device) < self.lengths[:, None]
+        first = self._first.get(window, 0)
+        places = torch.arange(first, self.num_columns, device=self.lengths.device)
+        columns = places < self.lengths[:, None]
         if self.is_real is not None:
-            num_real = self.is_real.shape[1]
-            columns[:, :num_real] &= self.is_real[:, : self.num_columns]
+            is_real = self.is_real[:, first : self.num_columns]
+            columns[:, : is_real.shape[1]] &= is_real
+        columns = columns[:, None]
+        if window is not None:
+            seen, near = window.sees(places, visible, self.lengths, self._padding)
+            columns, visible = columns & seen, visible & near
         return tree_attention_mask(columns, visible, dtype)
+
+    @property
+    def _padding(self) -> torch.Tensor:
+        """Columns before the first token of each sequence, of shape `(batch_size,)`."""
+        if self.is_real is None:
+            return torch.zeros_like(self.lengths)
+        return (self.is_real.cumsum(-1) == 0).sum(-1)
 
     def settle(self, rows: torch.Tensor | None, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         """
@@ -117,7 +149,7 @@ class Room:
         for block in self._blocks:
             block.keep_sequences(kept)
 
-    def leave(self, num_columns: int | None = None) -> None:
+    def leave(self, num_columns: int | None = None, trims: bool = True) -> None:
         """
         Make the cache again what Transformers made it, wherever the call has come to.
 
@@ -125,35 +157,69 @@ class Room:
             num_columns (`int`, *optional*):
                 Columns to keep at most, of those that are settled in every sequence; by default all that are settled
                 in any.
+            trims (`bool`, *optional*, defaults to `True`):
+                Whether layers that see a window drop what no later row will see.
         """
         num_columns = self.num_columns if num_columns is None else min(num_columns, *self.host_lengths)
         for index, layer in enumerate(self.cache.layers):
-            if type(layer) in (DynamicLayer, StaticLayer):
+            if not getattr(layer, "is_of_room", False):
                 continue  # it was not replaced
-            restored = self._static_layers.get(index) or DynamicLayer()
-            num_held = int(restored.get_seq_length())
-            restored.update(*(rows[:, :, num_held:num_columns] for rows in (layer.keys, layer.values)))
+            restored = self._own_layers.get(index) or DynamicLayer()
+            start = max(int(restored.get_seq_length()), layer.first)
+            if type(restored) is DynamicSlidingWindowLayer:
+                start, restored = layer.first, DynamicSlidingWindowLayer(restored.sliding_window)
+                restored.record_past = not trims
+            if start < num_columns or not restored.is_initialized:
+                rows = slice(start - layer.first, num_columns - layer.first)
+                restored.update(layer.keys[:, :, rows], layer.values[:, :, rows])
+            if type(restored) is DynamicSlidingWindowLayer:
+                restored.record_past, restored.cumulative_length = self._own_layers[index].record_past, num_columns
+            elif type(restored) is StaticSlidingWindowLayer:
+                restored.cumulative_length_int = num_columns  # what lay before its window was left out
             self.cache.layers[index] = restored
 
     def open(self) -> None:
         """Replace the layers. Whatever ends this, [`Room.leave`] puts them back."""
         self._blocks: list[_Block] = []
         layers = self.cache.layers
+        self._find_first()
 
-        def shape(index: int) -> list[tuple[Any, ...]]:
+        def shape(index: int) -> list[Any]:
             layer = layers[index]
-            if not layer.is_initialized:
+            if not holds_rows(layer):
                 return []  # it shares the rows of another layer
-            return [(rows.device, rows.dtype, rows.shape) for rows in (layer.keys, layer.values)]
+            tensors = [(rows.device, rows.dtype, rows.shape) for rows in (layer.keys, layer.values)]
+            return [self._windows.get(index), *tensors]
 
         for key, group in groupby(range(len(layers)), shape):
             indices = list(group) if key else []
             for start in range(0, len(indices), LAYERS_PER_BLOCK):
                 part = indices[start : start + LAYERS_PER_BLOCK]
-                block = _Block([layers[index] for index in part], self.num_columns)
+                window = self._windows.get(part[0])
+                block = _Block([layers[index] for index in part], self.num_columns, self._first.get(window, 0), window)
                 self._blocks.append(block)
                 for place, index in enumerate(part):
                     layers[index] = _GrowingLayer(block, place, layers[index], self.num_columns)
+
+    def _find_first(self) -> None:
+        """Find the first column that is held by all layers that see as far."""
+        self._first: dict[Window | None, int] = {}
+        for index, layer in enumerate(self.cache.layers):
+            if holds_rows(layer):
+                window = self._windows.get(index)
+                self._first[window] = max(self._first.get(window, 0), first_column(layer))
+
+    def _forget(self) -> None:
+        """Drop columns that no window reaches any more, many at once."""
+        is_trimmed = {self._windows.get(index) for index, layer in self._own_layers.items() if layer.is_sliding}
+        for window in is_trimmed - {None}:
+            first = min(self.host_lengths) - window.size
+            if first - self._first[window] < SPARE_COLUMNS:
+                continue
+            self._first[window] = first
+            for block in self._blocks:
+                if block.window == window:
+                    block.forget(first, self.num_columns)
 
     def _move(self, rows: torch.Tensor, places: torch.Tensor) -> None:
         for block in self._blocks:
@@ -163,26 +229,55 @@ class Room:
         for layer in self.cache.layers:
             if isinstance(layer, _GrowingLayer):
                 layer.length = self.num_columns
+        self._forget()
+
+
+def first_column(layer: DynamicLayer | StaticLayer) -> int:
+    """Return the first column that a layer of a cache holds: earlier ones are seen no more."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.cumulative_length - layer.keys.shape[2]
+    if type(layer) is StaticSlidingWindowLayer:
+        return max(layer.cumulative_length_int - layer.max_cache_len, 0)
+    return 0
+
+
+def holds_rows(layer: Any) -> bool:
+    """Tell whether a layer of a cache holds rows of its own, and not those of another layer."""
+    return layer.is_initialized and layer.keys is not None
 
 
 class _Block:
     """Keys and values of some layers, with columns to spare: rows are added and moved without copying the others."""
 
-    def __init__(self, layers: list[DynamicLayer | StaticLayer], num_columns: int) -> None:
-        # Of each layer `(batch_size, num_heads, num_columns, head_dim)`.
-        self.keys = [layer.keys[:, :, :num_columns] for layer in layers]
-        self.values = [layer.values[:, :, :num_columns] for layer in layers]
+    def __init__(
+        self, layers: list[DynamicLayer | StaticLayer], num_columns: int, first: int, window: Window | None
+    ) -> None:
+        # The first column that is held, and what the layers see.
+        self.first, self.window = first, window
+        # Of each layer `(batch_size, num_heads, num_columns - first, head_dim)`.
+        self.keys, self.values = [], []
+        for layer in layers:
+            held = slice(first - first_column(layer), num_columns - first_column(layer))
+            self.keys.append(layer.keys[:, :, held])
+            self.values.append(layer.values[:, :, held])
         self._widen(num_columns)
 
     def _widen(self, num_columns: int) -> None:
-        """Copy all rows into tensors of more than so many columns."""
-        self._tensors = [_stack(self.keys, num_columns), _stack(self.values, num_columns)]
+        """Copy all rows into tensors of more than so many columns, those before the first one among them."""
+        self._tensors = [_stack(tensors, num_columns - self.first) for tensors in (self.keys, self.values)]
         self.keys, self.values = (list(tensor) for tensor in self._tensors)
 
     def reserve(self, num_columns: int) -> None:
         """Have at least so many columns."""
-        if num_columns > self.keys[0].shape[2]:
+        if num_columns - self.first > self.keys[0].shape[2]:
             self._widen(num_columns)
+
+    def forget(self, first: int, num_columns: int) -> None:
+        """Drop all columns before the first one to hold."""
+        held = slice(first - self.first, num_columns - self.first)
+        self.keys, self.values = ([rows[:, :, held] for rows in tensors] for tensors in (self.keys, self.values))
+        self.first = first
+        self._widen(num_columns)
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Copy the sequences that stay."""
@@ -193,7 +288,9 @@ class _Block:
         """Copy columns `sources` `(batch_size, num_rows)` to `places`, of the same shape."""
         for tensor in self._tensors:
             shape = (*tensor.shape[:3], sources.shape[1], tensor.shape[4])
-            source, place = (rows.to(tensor.device)[:, None, :, None].expand(shape) for rows in (sources, places))
+            source, place = (
+                (rows.to(tensor.device) - self.first)[:, None, :, None].expand(shape) for rows in (sources, places)
+            )
             tensor.scatter_(3, place, tensor.gather(3, source))
 
 
@@ -209,6 +306,8 @@ def _stack(tensors: list[torch.Tensor], num_columns: int) -> torch.Tensor:
 class _GrowingLayer(DynamicLayer):
     """A layer of a `_Block`."""
 
+    is_of_room = True
+
     def __init__(self, block: _Block, index: int, layer: DynamicLayer | StaticLayer, length: int) -> None:
         self.block = block
         self.length = length
@@ -217,12 +316,16 @@ class _GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
     @property
+    def first(self) -> int:
+        return self.block.first
+
+    @property
     def keys(self) -> torch.Tensor:
-        return self.block.keys[self._index].narrow(2, 0, self.length)
+        return self.block.keys[self._index].narrow(2, 0, self.length - self.first)
 
     @property
     def values(self) -> torch.Tensor:
-        return self.block.values[self._index].narrow(2, 0, self.length)
+        return self.block.values[self._index].narrow(2, 0, self.length - self.first)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -230,7 +333,7 @@ class _GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        start, num_rows = self.length, key_states.shape[2]
+        start, num_rows = self.length - self.first, key_states.shape[2]
         self.length += num_rows
         self.block.reserve(self.length)
         self.block.keys[self._index].narrow(2, start, num_rows).copy_(key_states)

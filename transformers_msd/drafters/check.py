@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import (
     AlternatingCodebooksLogitsProcessor,
     ClassifierFreeGuidanceLogitsProcessor,
@@ -17,7 +16,7 @@ from transformers.generation.configuration_utils import (
     SynthIDTextWatermarkingConfig,
 )
 
-from transformers_msd.caches.check import check_cache
+from transformers_msd.caches.check import LAYERS, check_cache
 from transformers_msd.compat import cache_of, default_settings
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.traits.support import check_padding, features_fact, unsupported_fact
@@ -107,12 +106,9 @@ def check_draft(model: PreTrainedModel, prompt_length: int) -> None:
         )
     fact = unsupported_fact(model)
     if fact is None:
-        for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
-            window = getattr(layer, "sliding_window", None)
-            if window is not None and prompt_length >= window:
-                fact = f"keeps {window} tokens in its cache, got a prompt of {prompt_length}"
-            elif window is None and type(layer) is not DynamicLayer:
-                fact = f"has a cache of {type(layer).__name__}s, which can't take rows back"
+        layers = {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
+        if wrong := sorted(layer.__name__ for layer in layers - LAYERS[DynamicCache]):
+            fact = f"has a cache of {', '.join(wrong)}, which can't take rows back"
     if fact is not None:
         raise ValueError(f"The draft, {name}, {fact}. Choose another draft.")
     check_device(model)

@@ -87,7 +87,7 @@ class DraftModel(Target):
 
     def pause(self) -> None:
         """End a call: what remains are tensors and settings, from which another can go on."""
-        self.room.leave()
+        self.room.leave(trims=False)
         self.model = self.room = self._captures = None
 
     def resume(self, model: PreTrainedModel, lengths: torch.Tensor, captures: Captures | None) -> None:

@@ -14,6 +14,7 @@ from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
+from transformers_msd.traits.windows import layer_windows
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
@@ -48,6 +49,7 @@ class Target:
         self.model = model
         self.cache = model_kwargs[CACHE]
         self._dtype = dtype_of(model)
+        self._layer_types, self._windows = zip(*layer_windows(model.config), strict=True)
         self._generation_config = generation_config
         self._model_kwargs = model_kwargs | {
             "output_hidden_states": _with_ends(generation_config.output_hidden_states)
@@ -105,9 +107,11 @@ class Target:
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         if self._captures is None:
-            self.room = Room(self.cache, lengths, host_lengths, self._prompt_mask)
+            self.room = Room(self.cache, lengths, host_lengths, self._prompt_mask, self._windows)
         else:
-            self.room = self._captures.room(self.model, self.cache, lengths, host_lengths, self._prompt_mask)
+            self.room = self._captures.room(
+                self.model, self.cache, lengths, host_lengths, self._prompt_mask, self._windows
+            )
         self.room.open()
 
     def leave(self, num_steps: int) -> None:
@@ -153,7 +157,7 @@ class Target:
                 and no column of the cache is padding.
         """
         num_rows = token_ids.shape[1]
-        attention_mask = None if visible is None else self.room.mask(visible, self._dtype)
+        masks = None if visible is None else self._masks(visible)
         kwargs = {name: value for name, value in self._model_kwargs.items() if name not in PROMPT_ONLY}
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
@@ -169,19 +173,28 @@ class Target:
         position_ids = self._model_kwargs["position_ids"][..., -1:].to(token_ids.device) + generated
         model_inputs = self.model.prepare_inputs_for_generation(
             token_ids,
-            attention_mask=attention_mask,
+            attention_mask=None if masks is None else next(iter(masks.values())),
             position_ids=self._reachable(position_ids),
             use_cache=True,
             is_first_iteration=False,
             **{CACHE: self.cache},
             **kwargs,
         )
+        if masks is not None and len(masks) > 1:
+            model_inputs["attention_mask"] = masks
         if model_inputs.get("position_ids") is None:
             # A model that drops them counts columns of the cache, padding included.
             model_inputs["position_ids"] = self._prompt_length - 1 + generated
         if self._captures is None:
             return self.model(**model_inputs, return_dict=True)
         return self._captures.forward(self.model, model_inputs)
+
+    def _masks(self, visible: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Make the masks of the next forward: for each type of layers, one alone where all layers see as far."""
+        of_windows = {window: self.room.mask(visible, self._dtype, window) for window in dict.fromkeys(self._windows)}
+        if len(of_windows) == 1:
+            return {"": of_windows[self._windows[0]]}
+        return {name: of_windows[window] for name, window in zip(self._layer_types, self._windows, strict=True)}
 
     def _reachable(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Keep positions to those that the model has."""
@@ -257,8 +270,8 @@ class Target:
 
     @property
     def _is_packed(self) -> bool:
-        """Whether all columns of the cache are real, told on the host."""
-        return self._is_unpadded and self.room.is_even
+        """Whether all columns of the cache are real and seen, told on the host."""
+        return self._is_unpadded and self.room.is_even and set(self._windows) == {None}
 
     @property
     def num_real_rows(self) -> torch.Tensor:

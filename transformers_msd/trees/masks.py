@@ -8,8 +8,8 @@ def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: tor
     Lay tree nodes flat behind a cache: an additive mask by which each node sees the cache and its own ancestors.
 
     Args:
-        columns (`torch.Tensor` of shape `(batch_size, past_length)`):
-            Whether each column of the cache holds a real row.
+        columns (`torch.Tensor` of shape `(batch_size, nodes or 1, past_length)`):
+            Whether each node sees each column of the cache.
         visible (`torch.Tensor` of shape `(batch_size, nodes, rows)`):
             Whether each node sees each of the rows behind the cache.
         dtype (`torch.dtype`):
@@ -18,7 +18,7 @@ def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: tor
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, nodes, past_length + rows)`.
     """
-    seen = torch.cat([columns[:, None].expand(-1, visible.shape[1], -1), visible], dim=-1)
+    seen = torch.cat([columns.expand(-1, visible.shape[1], -1), visible], dim=-1)
     # Not a bool mask: eager attention adds it to the scores as it is.
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
