@@ -114,6 +114,9 @@ NAMES = (
     Name("transformers.cache_utils:DynamicLayer.update", "self, key_states, value_states, args, kwargs"),
     Name("transformers.cache_utils:StaticLayer.update", "self, key_states, value_states, args, kwargs"),
     Name("transformers.cache_utils:StaticLayer.__init__", "self, max_cache_len, kwargs"),
+    Name("transformers.cache_utils:DynamicSlidingWindowLayer.__init__", attribute="cumulative_length"),
+    Name("transformers.cache_utils:StaticSlidingWindowLayer.__init__", attribute="cumulative_length_int"),
+    Name("transformers.cache_utils:get_layer_types_and_kwargs", "config"),
     Name("transformers.utils:output_capturing._hook_installation_lock"),
     Name("transformers.utils:output_capturing.install_all_output_capturing_hooks", "model, prefix"),
     Name(
@@ -226,11 +229,6 @@ def makes_own_cache(model: PreTrainedModel) -> bool:
 def prefills_itself(model: PreTrainedModel) -> bool:
     """Tell whether a model runs prompts by a method of its own."""
     return type(model)._prefill is not GenerationMixin._prefill
-
-
-def keeps_no_cache(model: PreTrainedModel) -> bool:
-    """Tell whether a model trains in such a way that it keeps no cache."""
-    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def update_model_kwargs_of(model_class: type[GenerationMixin]) -> FunctionType:

@@ -7,7 +7,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from transformers_msd.caches.room import Room, first_column, holds_rows
+from transformers_msd.caches.blocks import first_column, holds_rows
+from transformers_msd.caches.room import Room
 from transformers_msd.traits.windows import Window
 
 

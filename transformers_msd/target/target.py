@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -13,7 +12,7 @@ from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
-from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
+from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree
@@ -106,12 +105,8 @@ class Target:
         self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
-        if self._captures is None:
-            self.room = Room(self.cache, lengths, host_lengths, self._prompt_mask, self._windows)
-        else:
-            self.room = self._captures.room(
-                self.model, self.cache, lengths, host_lengths, self._prompt_mask, self._windows
-            )
+        place = (self.cache, lengths, host_lengths, self._prompt_mask, self._windows)
+        self.room = Room(*place) if self._captures is None else self._captures.room(self.model, *place)
         self.room.open()
 
     def leave(self, num_steps: int) -> None:
@@ -127,7 +122,7 @@ class Target:
             visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
         else:
             token_ids = input_ids.new_full((batch_size, num_rows), -1)
-            visual_mask = ~_is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight).to(self.device)
+            visual_mask = ~is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight).to(self.device)
         real = self._prompt_mask[:, -num_rows:]
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
@@ -301,13 +296,3 @@ def _with_ends(output_hidden_states: bool | int | list[int] | None) -> bool | li
     if isinstance(output_hidden_states, int) and not isinstance(output_hidden_states, bool):
         output_hidden_states = [output_hidden_states]
     return sorted({0, -1, *(output_hidden_states or [])})
-
-
-def _is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Parameter) -> torch.Tensor:
-    """Tell which rows of `inputs_embeds` `(batch_size, num_rows, hidden_size)` are rows of an embedding table."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.element_size()]
-    # Rows are compared by a sum over their bits, exact whatever the order of summation.
-    weights = torch.arange(1, 2 * table.shape[1], 2, device=table.device) * 0x1E3779B97F4A7C15
-    hashes = [(rows.contiguous().view(integer).long() * weights).sum(-1) for rows in table.detach().split(1024)]
-    rows = (inputs_embeds.to(table).contiguous().view(integer).long() * weights).sum(-1)
-    return torch.isin(rows, torch.cat(hashes))

@@ -14,12 +14,12 @@ from transformers_msd.compat import (
     PREPARE_INPUTS,
     attention_of,
     is_stateful,
-    keeps_no_cache,
     makes_own_cache,
     prefills_itself,
     update_model_kwargs_of,
 )
 from transformers_msd.traits.tokens import visual_token_ids
+from transformers_msd.traits.windows import layer_windows, takes_masks_by_type
 
 
 # What a row of a tree needs of inputs that grow with the answer.
@@ -57,6 +57,8 @@ def unsupported_fact(model: PreTrainedModel) -> str | None:
         return "has attention biases by columns of the cache (`alibi=True`), and the nodes of a tree lie side by side"
     if getattr(config, "cross_attention_layers", None):
         return "has layers of cross-attention, whose rows in the cache are no tokens"
+    if len({window for _, window in layer_windows(model.config)}) > 1 and not takes_masks_by_type(model):
+        return "has layers that see more of the sequence than others, and takes one mask for all of them"
     grown = _inputs_grown_by(model)
     if grown:
         return f"makes more of its inputs after each token than drafting knows of: {', '.join(grown)}"
@@ -78,7 +80,7 @@ def unready_fact(model: PreTrainedModel) -> str | None:
             f"runs {implementation!r} attention, which can't carry the 4-D mask of a tree: load it with "
             '`attn_implementation="sdpa"`'
         )
-    if keeps_no_cache(model):
+    if _keeps_no_cache(model):
         return "keeps no cache while it trains with gradient checkpointing: call its `eval()`"
     # PEFT puts its own method on a model that it has learned rows for.
     owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
@@ -113,6 +115,11 @@ def _asks_whether_it_decodes(model: PreTrainedModel) -> bool:
     """Tell whether a model, or one inside it, looks at `is_decoder` when it runs: some configs have it for nothing."""
     classes = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel)}
     return any("is_decoder" in inspect.unwrap(one.forward).__code__.co_names for one in classes)
+
+
+def _keeps_no_cache(model: PreTrainedModel) -> bool:
+    """Tell whether a model trains in such a way that it keeps no cache."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _makes_own_positions(model: PreTrainedModel) -> bool:

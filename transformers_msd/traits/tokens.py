@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 
@@ -39,3 +40,13 @@ def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> t
             Ids of the placeholders, as in `MSDConfig.visual_token_ids`.
     """
     return torch.isin(input_ids, torch.tensor(visual_token_ids, dtype=input_ids.dtype, device=input_ids.device))
+
+
+def is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Parameter) -> torch.Tensor:
+    """Tell which rows of `inputs_embeds` `(batch_size, num_rows, hidden_size)` are rows of an embedding table."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.element_size()]
+    # Rows are compared by a sum over their bits, exact whatever the order of summation.
+    weights = torch.arange(1, 2 * table.shape[1], 2, device=table.device) * 0x1E3779B97F4A7C15
+    hashes = [(rows.contiguous().view(integer).long() * weights).sum(-1) for rows in table.detach().split(1024)]
+    rows = (inputs_embeds.to(table).contiguous().view(integer).long() * weights).sum(-1)
+    return torch.isin(rows, torch.cat(hashes))
