@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -80,6 +82,17 @@ def _config(architecture: str) -> PreTrainedConfig:
             video_token_id=VIDEO_ID,
             image_grid_pinpoints=[[8, 16], [16, 8]],
         )
+    if architecture == "gemma3":
+        # Layers that see 8 columns, fewer than a prompt has, and such that see all.
+        windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        return Gemma3Config(
+            text_config=Gemma3TextConfig(**TEXT | windows, head_dim=8, query_pre_attn_scalar=8),
+            vision_config=SiglipVisionConfig(**VISION),
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE_ID,
+            boi_token_index=VISION_START_ID,
+            eoi_token_index=VISION_END_ID,
+        )
     if architecture == "qwen2_vl":
         return Qwen2VLConfig(
             text_config=TEXT | {"rope_parameters": MROPE},
@@ -111,7 +124,7 @@ def _config(architecture: str) -> PreTrainedConfig:
     )
 
 
-ARCHITECTURES = ("llama", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+ARCHITECTURES = ("llama", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "gemma3")
 
 
 @functools.cache
@@ -163,6 +176,7 @@ def make_inputs(
         "llava_onevision": [IMAGE_ID] * (4 + 2 * 5),
         "qwen2_vl": [VISION_START_ID, *[IMAGE_ID] * 4, VISION_END_ID],
         "qwen2_5_vl": [VISION_START_ID, *[IMAGE_ID] * 4, VISION_END_ID],
+        "gemma3": [VISION_START_ID, *[IMAGE_ID] * 4, VISION_END_ID],
     }[architecture]
     rows = []
     for images, length in zip(num_images, lengths, strict=True):
@@ -176,7 +190,7 @@ def make_inputs(
     total = sum(num_images)
     if architecture == "llama" or total == 0:
         return inputs
-    if architecture == "llava":
+    if architecture in ("llava", "gemma3"):
         inputs["pixel_values"] = torch.randn(total, 3, 8, 8, generator=generator)
     elif architecture in ("llava_next", "llava_onevision"):
         inputs["pixel_values"] = torch.randn(total, 3, 3, 8, 8, generator=generator)
@@ -185,4 +199,6 @@ def make_inputs(
         inputs["pixel_values"] = torch.randn(total * 16, 3 * 2 * 4 * 4, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * total)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_ID).int()
+    if architecture == "gemma3":
+        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE_ID).long()
     return inputs

@@ -1,5 +1,6 @@
 """Drafting with several views of a prompt, or several models, at once (IbED; TABED, arXiv 2601.20357)."""
 
+import inspect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -87,6 +88,12 @@ class EnsembleDrafter(ModelDrafter):
 
     def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         super().check_target(target, arguments)
+        for model in self.models:
+            if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+                raise ValueError(
+                    f"Views are prompts of `inputs_embeds`, got {type(model).__name__}, whose `generate` takes none. "
+                    "Use `VLMDrafter`, or another draft."
+                )
         inputs = arguments if self.draft_inputs is None else self.draft_inputs
         check_no_video(inputs)
         if inputs.get("pixel_values") is not None:
