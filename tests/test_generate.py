@@ -14,7 +14,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LlamaConfig,
-    MistralConfig,
     SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
@@ -247,10 +246,6 @@ def other_target(**changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(LlamaConfig(**TEXT | changes))
 
 
-def sliding_target() -> Any:
-    return AutoModelForCausalLM.from_config(MistralConfig(**TEXT, sliding_window=8))
-
-
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 2}, "greedy decoding and sampling"),
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "greedy decoding and sampling"),
@@ -320,9 +315,6 @@ def test_caches_that_cannot_take_rows_back_are_refused() -> None:
     offloaded = DynamicCache(config=target.config.get_text_config(), offloading=True)
     with pytest.raises(ValueError, match="offloading"):
         target.generate(**call, **{CACHE: offloaded}, assistant_model=make_draft(target))
-    sliding = sliding_target()
-    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
-        sliding.generate(torch.tensor([[1, 5]]), max_new_tokens=3, assistant_model=make_draft(sliding))
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])

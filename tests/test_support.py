@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from zoo import make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
@@ -24,7 +24,6 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
-from transformers_msd.compat import CACHE
 
 
 TREE = TreeConfig(num_nodes=16, depth=4, top_k=3, gate=False)
@@ -190,11 +189,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         lambda: make(tf.DogeForCausalLM, tf.DogeConfig(**TEXT, keep_window_size=24)),
         prompt(),
         "window of 24 columns",
-    ),
-    "a sliding window behind a full cache": (
-        lambda: make(tf.MistralForCausalLM, tf.MistralConfig(**TEXT, sliding_window=6)),
-        prompt() | {CACHE: DynamicCache()},
-        "DynamicSlidingWindowLayer",
     ),
     "positions of its own": (
         lambda: make(
@@ -445,7 +439,6 @@ REFUSED_DRAFTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no positions": (REFUSED["no positions (BLOOM)"][0], "takes no `position_ids`"),
     "no head": (lambda: make(tf.LlamaModel, tf.LlamaConfig(**TEXT)), "has no head"),
     "an MSD draft": (lambda: MSDDraftModel(MSDConfig.from_target(tf.LlamaConfig(**TEXT))), "target's features"),
-    "a window shorter than the prompt": (lambda: mistral(8), "keeps 8 tokens"),
     "in training": (in_training, "call its `eval"),
     "offloaded": (meta, "offloaded"),
     "another vocabulary": (lambda: llama(vocab_size=2000), "target's vocabulary"),

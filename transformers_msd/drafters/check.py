@@ -88,15 +88,13 @@ def check_call(
         check_cache(cache)
 
 
-def check_draft(model: PreTrainedModel, prompt_length: int) -> None:
+def check_draft(model: PreTrainedModel) -> None:
     """
     Raise a `ValueError` for a model that can't draft as a model of its own.
 
     Args:
         model (`PreTrainedModel`):
             The draft.
-        prompt_length (`int`):
-            Columns of its prompt.
     """
     name = type(model).__name__
     if isinstance(model, MSDDraftModel):

@@ -78,7 +78,7 @@ class ModelDrafter:
         if self.draft_inputs is not None:
             check_batch(self.draft_inputs, arguments)
         for model in self.models:
-            check_draft(model, 0 if ids is None else ids.shape[1])
+            check_draft(model)
             ours = model.config.get_text_config().vocab_size
             if abs(ours - theirs) > MOST_PADDING:
                 raise ValueError(
