@@ -43,6 +43,8 @@ SIZES = {
         *("mamba_n_groups", "cross_attention_frequency"),
     ),
     256: ("max_position_embeddings", "n_positions", "max_seq_len"),
+    # Fewer columns than a prompt has.
+    6: ("sliding_window", "attention_chunk_size"),
 }
 # In towers for pictures some of them are others.
 TOWERS = {
