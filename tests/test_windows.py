@@ -27,7 +27,7 @@ from transformers_msd.compat import CACHE
 from transformers_msd.traits.windows import Window, layer_windows
 
 
-FIELDS = TEXT | {"num_hidden_layers": 3}
+FIELDS = TEXT | {"num_hidden_layers": 3, "tie_word_embeddings": False}  # tied, each token is followed by itself
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # One of each kind: all layers with one window, some of them, some in chunks, such whose experts see what they see.
 CONFIGS = {
@@ -88,6 +88,7 @@ def test_tokens_and_caches_are_plain_s(
     inputs = make_inputs("llama", (0,) * len(lengths), lengths=lengths)
     plain = generate(target, inputs, do_sample=do_sample)
     truth = plain.sequences[:, inputs["input_ids"].shape[1] :]
+    assert len(truth.unique()) > 6
     call = {"do_sample": do_sample} | ({"cache_implementation": "static"} if cache == "static" else {})
     own = VLMDrafter(target, tree_config=CHAIN)
     tree = VLMDrafter(target, tree_config=TreeConfig(num_nodes=12, depth=4, top_k=3, gate=False))

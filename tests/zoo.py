@@ -86,12 +86,15 @@ def _config(architecture: str) -> PreTrainedConfig:
         # Layers that see 8 columns, fewer than a prompt has, and such that see all.
         windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
         return Gemma3Config(
-            text_config=Gemma3TextConfig(**TEXT | windows, head_dim=8, query_pre_attn_scalar=8),
+            text_config=Gemma3TextConfig(
+                **TEXT | windows, head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=False
+            ),
             vision_config=SiglipVisionConfig(**VISION),
             mm_tokens_per_image=4,
             image_token_index=IMAGE_ID,
             boi_token_index=VISION_START_ID,
             eoi_token_index=VISION_END_ID,
+            tie_word_embeddings=False,  # or each token is followed by itself
         )
     if architecture == "qwen2_vl":
         return Qwen2VLConfig(

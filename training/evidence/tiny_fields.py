@@ -68,6 +68,7 @@ IDS = {
     "image_end_token_id": 90,
     "video_start_token_id": 89,
     "video_end_token_id": 88,
+    "tie_word_embeddings": False,  # or a token is often followed by itself
 }
 # What follows from the number of layers or the sizes of heads, and is better left to the config.
 LEFT_OUT = (
