@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from zoo import ARCHITECTURES, IMAGE_ID, TEXT, make_draft_model, make_inputs, make_target
+from zoo import IMAGE_ID, READ_EMBEDS, TEXT, make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
     Caption,
@@ -47,7 +47,7 @@ def logits_after(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor
     return draft.extend(token_ids, torch.full((len(token_ids),), 2), [2] * len(token_ids))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", READ_EMBEDS)
 @torch.no_grad()
 def test_each_view_says_in_the_batch_what_it_says_alone(architecture):
     model = make_target(architecture)
@@ -58,7 +58,7 @@ def test_each_view_says_in_the_batch_what_it_says_alone(architecture):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", READ_EMBEDS)
 def test_multimodal_view_is_the_prompt(architecture):
     model = make_target(architecture)
     inputs = prompt_of(model, model, make_inputs(architecture, (2, 0, 1)))
@@ -109,7 +109,7 @@ def test_pooling_another_family_raises():
 
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("weights", ["equal", "kld", "tvd", "grid"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", READ_EMBEDS)
 def test_tokens_equal_plain_generate(architecture, weights, do_sample):
     target = make_target(architecture)
     views = views_of(architecture)
@@ -128,7 +128,7 @@ def test_tokens_equal_plain_generate(architecture, weights, do_sample):
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", READ_EMBEDS)
 def test_target_as_its_own_view_is_always_right(architecture, do_sample):
     target = make_target(architecture)
     inputs = make_inputs(architecture, (2, 0, 1))
@@ -206,7 +206,7 @@ def test_second_turn_goes_on():
     assert (second.speculative_stats.acceptance_lengths[:-1] == CHAIN.depth + 1).all()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", READ_EMBEDS)
 def test_second_turn_on_a_cache_without_its_state_and_without_its_pictures(architecture):
     target, inputs = make_target(architecture), make_inputs(architecture, (2,))
     settings = {"suppress_tokens": [IMAGE_ID]}

@@ -9,7 +9,17 @@ from oracle import Oracle
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.generation import LogitsProcessor, StoppingCriteria
-from zoo import ARCHITECTURES, EOS_ID, FIRST_TEXT_ID, PAD_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
+from zoo import (
+    ARCHITECTURES,
+    EOS_ID,
+    FIRST_TEXT_ID,
+    PAD_ID,
+    READ_EMBEDS,
+    VOCAB_SIZE,
+    make_draft_model,
+    make_inputs,
+    make_target,
+)
 
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
@@ -200,7 +210,7 @@ def check_tokens(
     model = make_draft_model(architecture, device)
     drafters = [VLMDrafter(model, tree_config=tree)]
     # The drafts' own attention in any case; views need a draft that takes `inputs_embeds`.
-    if attn_implementation == "sdpa" and architecture != "gemma3":
+    if attn_implementation == "sdpa" and architecture in READ_EMBEDS:
         drafters.append(EnsembleDrafter(model, tree_config=tree))
     for drafter in drafters:
         drafted = generate(target, inputs, **kwargs, assistant_model=drafter)

@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle
 from test_equality import BOTH, ENDS, SAMPLED
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from zoo import ARCHITECTURES, VOCAB_SIZE, make_draft_model, make_inputs, make_target
+from zoo import ARCHITECTURES, READ_EMBEDS, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
@@ -42,7 +42,7 @@ def draw_assistant(chance: random.Random, architecture: str, target: PreTrainedM
         return VLMDrafter(make_draft_model(architecture), tree_config=tree)
     if kind == "self":
         return VLMDrafter(target, tree_config=tree)
-    if kind == "ensemble":
+    if kind == "ensemble" and architecture in READ_EMBEDS:
         weights = chance.choice(("grid", "kld", "tvd", (1, 0), (0.3, 0.7)))
         return EnsembleDrafter(make_draft_model(architecture), weights=weights, tree_config=tree)
     return Oracle(truth, VOCAB_SIZE, depth=chance.randint(1, 6), error_rate=chance.choice((0.0, 0.2, 0.6)))

@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle, OracleCandidateGenerator
 from test_equality import FavourByRow, LengthByRow
 from transformers.generation.streamers import BaseStreamer
-from zoo import ARCHITECTURES, PAD_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
+from zoo import PAD_ID, READ_EMBEDS, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
     CallInputs,
@@ -180,7 +180,7 @@ def make_assistants(architecture: str, truth: torch.Tensor, ends: list[int]) -> 
 
 
 CELLS = [
-    *((architecture, 4, "eos", True) for architecture in ARCHITECTURES),
+    *((architecture, 4, "eos", True) for architecture in READ_EMBEDS),
     *((architecture, 8, "penalty", False) for architecture in ("llava_next", "qwen2_5_vl")),
     *(
         ("qwen2_vl", *cell)

@@ -126,7 +126,7 @@ def test_each_row_of_a_batch_is_drafted_as_if_alone(architecture: str) -> None:
         alone = Spy(spy.model)
         num_pads = int((batch["attention_mask"][row] == 0).sum())
         inputs = {name: values[row : row + 1] for name, values in batch.items() if name != "pixel_values"}
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in inputs:
                 inputs[name] = inputs[name][:, num_pads:]
         if "pixel_values" in batch:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import output_capturing
-from zoo import ARCHITECTURES, VOCAB_SIZE, make_draft_model, make_inputs, make_target
+from zoo import ARCHITECTURES, READ_EMBEDS, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
     CallInputs,
@@ -93,6 +93,8 @@ def num_hidden_states(model: PreTrainedModel) -> int:
 @pytest.mark.parametrize("kind", ASSISTANTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_models_are_as_before(architecture: str, kind: str) -> None:
+    if kind == "ensemble" and architecture not in READ_EMBEDS:
+        pytest.skip("its `generate` takes no `inputs_embeds`")
     target, inputs = fresh_target(architecture), make_inputs(architecture)
     assistant = ASSISTANTS[kind](architecture, target)
     drafted = generate(target, inputs, assistant_model=assistant)

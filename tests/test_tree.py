@@ -127,7 +127,7 @@ def test_with_chains_replaces_rows() -> None:
 
 def test_tree_attention_mask() -> None:
     mask = tree_attention_mask(
-        torch.tensor([[True, False, True]]), torch.tensor([[[True, False], [True, True]]]), torch.bfloat16
+        torch.tensor([[[True, False, True]]]), torch.tensor([[[True, False], [True, True]]]), torch.bfloat16
     )
     assert mask.shape == (1, 1, 2, 5)
     assert mask.dtype == torch.bfloat16

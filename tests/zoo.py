@@ -128,6 +128,8 @@ def _config(architecture: str) -> PreTrainedConfig:
 
 
 ARCHITECTURES = ("llama", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "gemma3")
+# Those that can be shown other views of a prompt than the prompt itself.
+READ_EMBEDS = ARCHITECTURES[:-1]  # `generate` of Gemma 3 takes no `inputs_embeds`
 
 
 @functools.cache

@@ -75,11 +75,6 @@ class Target:
         """
         recorder = _Recorder(self.model)
         outputs = self._run_prompt(recorder, input_ids)
-        if outputs.hidden_states[-1] is None:
-            name = type(self.model).__name__
-            raise ValueError(
-                f"{name} runs a layer more than once, and its last state isn't known. Generate without a draft."
-            )
         self.device = outputs.hidden_states[-1].device
         self._settle_prompt(len(outputs.logits), self.device)
         inputs_embeds, features = (

@@ -1,5 +1,6 @@
 """Which models can run a tree of tokens, and how far: facts about a model, told by its config and class."""
 
+import dis
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -69,6 +70,8 @@ def features_fact(model: PreTrainedModel) -> str | None:
     """State what keeps a target from having a feature for each token, as [`unsupported_fact`] does."""
     if getattr(model.config.get_text_config(), "altup_num_inputs", 1) > 1:
         return "has several hidden states for each token (`altup_num_inputs`), and drafting reads one"
+    if _runs_layers_again(model):
+        return "runs layers more than once in a forward, and tells no state behind the last of them"
     return None
 
 
@@ -109,6 +112,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise ValueError(f"`draft_vlm` must be a `PreTrainedModel`, got {type(model).__name__}.")
         model = inner
     return model
+
+
+def _runs_layers_again(model: PreTrainedModel) -> bool:
+    """Tell whether a decoder goes through its layers in several loops: Transformers counts their states but once."""
+    instructions = dis.get_instructions(inspect.unwrap(type(model.get_decoder()).forward))
+    return sum(one.argval == "layers" for one in instructions) > 1
 
 
 def _asks_whether_it_decodes(model: PreTrainedModel) -> bool:
