@@ -31,6 +31,7 @@ SETTINGS = COMMON_SETTINGS | {
     "num_unroll_steps": 4,
     "save_strategy": "no",
     "logging_steps": 100,
+    "use_cpu": not torch.cuda.is_available(),
 }
 DECAYING = 0.2  # of all steps
 
@@ -45,7 +46,7 @@ def train_draft(
     training: dict[str, Any] | None = None,
 ) -> MSDDraftModel:
     """
-    Train a draft on rows as they come, each seen once.
+    Train a draft on rows as they come, each seen once, on a GPU where there is one; return it on the CPU.
 
     Args:
         target ([`~transformers.LlavaForConditionalGeneration`]):
@@ -71,7 +72,8 @@ def train_draft(
     }
     args = MSDTrainingConfig(output_dir=str(work), **settings | (training or {}))
     MSDTrainer(model=model, target=target, args=args, train_dataset=rows, processing_class=processor).train()
-    return model.eval()
+    target.cpu()
+    return model.cpu().eval()
 
 
 @dataclass(frozen=True)
