@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from training_fixtures import make_trainer
@@ -338,3 +339,10 @@ def test_target_that_zero_3_sharded_raises():
     target.weight.data = torch.empty(0)  # as `deepspeed.zero.Init` leaves it
     with pytest.raises(ValueError, match="The target must come whole"):
         prepare_target(target, accelerator)
+
+
+def test_target_that_was_moved_between_trainers_is_moved_back(target, monkeypatch):
+    accelerator, target = Accelerator(cpu=True), copy.deepcopy(target)
+    assert prepare_target(target, accelerator).device.type == "cpu"
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    assert prepare_target(target, accelerator).device.type == "meta"

@@ -76,4 +76,7 @@ def prepare_target(target: nn.Module, accelerator: Accelerator) -> nn.Module:
             reshard_after_forward=plugin.reshard_after_forward,
             mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         )
+    # Accelerate leaves alone what an earlier trainer prepared, wherever it was moved since.
+    if target.device != accelerator.device and not getattr(target, "hf_device_map", None):
+        target = target.to(accelerator.device)
     return accelerator.prepare_model(target, evaluation_mode=True)
