@@ -3,7 +3,7 @@ What drafts for the real LLaVA are trained on: its own answers, generated once a
 
     python -m training.real_llava.rows prompts --texts instruct_messages.jsonl --output PROMPTS
     transformers-msd generate-data --target_model LLAVA --datasets PROMPTS --output ANSWERED \\
-        --batch_size 16 --max_new_tokens 128
+        --batch_size 16 --max_new_tokens 96 --dtype bfloat16
     python -m training.real_llava.rows pack --answered ANSWERED --target LLAVA          # into answers.npz
     python -m training.real_llava.rows unpack --texts ... --target LLAVA --output ROWS  # prompts and answers again
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prompts", "pack", "unpack"))
     parser.add_argument("--texts", help="conversations, as for `training.real_llava.build`")
-    parser.add_argument("--num_rows", type=int, default=3000)
+    parser.add_argument("--num_rows", type=int, default=2400)
     parser.add_argument("--answered", type=Path, help="what `generate-data` wrote")
     parser.add_argument("--target", type=Path, help="the real LLaVA, for its tokenizer")
     parser.add_argument("--output", type=Path)
