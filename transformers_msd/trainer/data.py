@@ -18,6 +18,11 @@ from transformers_msd.target.target import TOKEN_TYPES
 from transformers_msd.traits.tokens import visual_token_mask
 
 
+# For a model's `forward`, whose features are what is wanted. `1` would do, but of a batch it leaves rows that are not
+# contiguous, for each of which PyTorch copies the head on a CPU.
+NO_LOGITS = {"logits_to_keep": torch.empty(0, dtype=torch.long)}
+
+
 @dataclass(frozen=True)
 class RowCollator:
     """
@@ -159,7 +164,7 @@ def target_rows(
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    settings = {"output_hidden_states": [0, -1], "use_cache": False, "logits_to_keep": 1}
+    settings = {"output_hidden_states": [0, -1], "use_cache": False, **NO_LOGITS}
     with capturing(target):
         outputs = target(**encode_pictures(target, inputs), **settings)
     ends = outputs.hidden_states[0], outputs.hidden_states[-1]

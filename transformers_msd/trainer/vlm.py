@@ -12,6 +12,7 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.target.capturing import capturing
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
+from transformers_msd.trainer.data import NO_LOGITS
 
 
 _OF_FEATURES = ("feature_loss_weight", "feature_noise", "num_unroll_steps")
@@ -78,7 +79,7 @@ class VLMDraftTrainer(DraftTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         supervised = inputs["labels"][:, 1:] != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        settings = {"use_cache": False, "logits_to_keep": 1}
+        settings = {"use_cache": False, **NO_LOGITS}
         with torch.no_grad(), capturing(self.target):
             outputs = self.target(**encode_pictures(self.target, inputs), output_hidden_states=[-1], **settings)
         features = outputs.hidden_states[-1][:, :-1][supervised]
