@@ -1,6 +1,7 @@
 """The MSD candidate generator grows the published trees and keeps its place over rounds, rows and turns."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.msd import MSDCandidateGenerator, MSDDrafter
 from transformers_msd.drafters.wrapped import Wrapped
+from transformers_msd.traits.scales import Scales
 
 
 class GoldenTarget:
@@ -35,6 +37,7 @@ class GoldenTarget:
         self.device = embed_tokens.device
         self.embed = lambda token_ids: embedding(token_ids, embed_tokens)
         self.logits = lambda features: linear(features, head)
+        self.scales = Scales()
 
 
 def commit(token_ids: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], start: int) -> Committed:
@@ -277,7 +280,7 @@ def test_a_smaller_vocabulary_says_what_the_target_head_says_of_its_tokens():
     draft = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=12)).eval()
     draft.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
     features = torch.randn(2, 3, target.config.hidden_size)
-    logits, theirs = draft.logits(features, None), target.get_output_embeddings()(features)
+    logits, theirs = draft.logits(features, SimpleNamespace(scales=Scales())), target.get_output_embeddings()(features)
     chosen = draft.draft_token_ids
     torch.testing.assert_close(logits[..., chosen], theirs[..., chosen])
     others = logits.index_fill(-1, chosen, torch.finfo(logits.dtype).min)

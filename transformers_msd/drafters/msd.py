@@ -285,4 +285,4 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
         if self._draft.head is not None:
             hidden = hidden.to(self._device)
-        return self._sampler.rank(self._draft.logits(hidden, self._target.logits).to(self._target.device), depth)
+        return self._sampler.rank(self._draft.logits(hidden, self._target).to(self._target.device), depth)

@@ -82,7 +82,7 @@ def draft_trees(
         ).last_hidden_state
 
     def rank(hidden: torch.Tensor, depth: int) -> torch.Tensor:
-        logits = draft.logits(hidden, target.logits)
+        logits = draft.logits(hidden, target)
         return coupled_log_probs(logits, None if noise is None else noise[:, depth], warpers)
 
     batch_size, num_rows = position_ids.shape

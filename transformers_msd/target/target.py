@@ -11,6 +11,8 @@ from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
+from transformers_msd.target.recording import Recorder, with_ends
+from transformers_msd.traits.scales import Scales, are_found, find_scales, logits_of, scales_of
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
@@ -50,21 +52,24 @@ class Target:
         self._dtype = dtype_of(model)
         self._layer_types, self._windows = zip(*layer_windows(model.config), strict=True)
         self._generation_config = generation_config
-        self._model_kwargs = model_kwargs | {
-            "output_hidden_states": _with_ends(generation_config.output_hidden_states)
-        }
+        self._model_kwargs = model_kwargs | {"output_hidden_states": with_ends(generation_config.output_hidden_states)}
         self._captures = captures
         self.room: Room | None = None
         # Most new tokens of the call, where it has an end.
         self.max_steps: int | None = None
 
+    @property
+    def scales(self) -> Scales:
+        """What the target does to embeddings and to logits."""
+        return scales_of(self.model)
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings of tokens, on the device of the target's features."""
-        return self.model.get_input_embeddings()(token_ids).to(self.device)
+        """Embeddings of tokens as the target's layers read them, on the device of its features."""
+        return self.scales.of_embeddings(self.model.get_input_embeddings()(token_ids).to(self.device))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features, of shape `(..., vocab_size)`, on the device of the target's features."""
-        return self.model.get_output_embeddings()(features.to(self.device, self._dtype)).to(self.device)
+        return logits_of(self.model, features.to(self.device, self._dtype)).to(self.device)
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
         """
@@ -73,7 +78,7 @@ class Target:
         Returns:
             Trees of a root alone, the last tokens of the prompt, and the outputs after them.
         """
-        recorder = _Recorder(self.model)
+        recorder = Recorder(self.model)
         outputs = self._run_prompt(recorder, input_ids)
         self.device = outputs.hidden_states[-1].device
         self._settle_prompt(len(outputs.logits), self.device)
@@ -82,7 +87,7 @@ class Target:
             for layer in (0, -1)
         )
         self.num_prompt_rows = features.shape[1]  # columns that the cache lacked
-        self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, features)
+        self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, features, outputs.logits[:, -1])
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(torch.zeros(len(features), dtype=torch.long, device=self.device)), outputs
 
@@ -114,16 +119,24 @@ class Target:
         if self.room is not None:
             self.room.leave(self._prompt_length + max(num_steps - 1, 0))
 
-    def _prompt_rows(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor) -> Committed:
+    def _prompt_rows(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor, logits: torch.Tensor
+    ) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
         batch_size, num_rows, _ = features.shape
+        table = self.model.get_input_embeddings()
         if input_ids.shape[1] >= num_rows:
             token_ids = input_ids[:, -num_rows:]
             visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
         else:
             token_ids = input_ids.new_full((batch_size, num_rows), -1)
-            visual_mask = ~is_embedded_token(inputs_embeds, self.model.get_input_embeddings().weight).to(self.device)
+            given = self._model_kwargs["inputs_embeds"][:, -num_rows:]
+            visual_mask = ~is_embedded_token(given, table).to(self.device)
         real = self._prompt_mask[:, -num_rows:]
+        if not are_found(self.model):
+            text = real & ~visual_mask
+            rows = table(token_ids[text]) if (token_ids >= 0).all() else given[text.to(given.device)]
+            find_scales(self.model, rows, inputs_embeds[text], features[:, -1], logits)
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
@@ -272,27 +285,3 @@ class Target:
     def num_real_rows(self) -> torch.Tensor:
         """Real tokens of each sequence in the cache, padding of the prompt left out, of shape `(batch_size,)`."""
         return self._num_real + self.room.lengths - self._prompt_length
-
-
-class _Recorder:
-    """Stands in for a model where Transformers calls it, and keeps the outputs of every call."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self.outputs: list[ModelOutput] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        self.outputs.append(self._model(*args, **kwargs))
-        return self.outputs[-1]
-
-
-def _with_ends(output_hidden_states: bool | int | list[int] | None) -> bool | list[int]:
-    """Add the input embeddings and the last hidden state to what the user asked for."""
-    if output_hidden_states is True:
-        return True
-    if isinstance(output_hidden_states, int) and not isinstance(output_hidden_states, bool):
-        output_hidden_states = [output_hidden_states]
-    return sorted({0, -1, *(output_hidden_states or [])})

@@ -1,6 +1,7 @@
 """What trainers of drafts share: the frozen target, the order of rows, the mean over a global batch, checkpoints."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers_msd.trainer.health import UNSUPERVISED, check_means, check_wei
 from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
 from transformers_msd.trainer.parallel import prepare_target, reshard
 from transformers_msd.trainer.report import plot_curves, write_card
+from transformers_msd.traits.scales import logits_of
 
 
 class DraftTrainer(SFTTrainer):
@@ -155,7 +157,7 @@ class DraftTrainer(SFTTrainer):
         predicted: torch.Tensor,
         features: torch.Tensor,
         suffix: str = "",
-        draft_head: nn.Module | None = None,
+        draft_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
         draft_token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -168,7 +170,7 @@ class DraftTrainer(SFTTrainer):
                 Features of the target.
             suffix (`str`, *optional*, defaults to `""`):
                 What the logged names end in.
-            draft_head (`torch.nn.Module`, *optional*):
+            draft_head (`Callable`, *optional*):
                 Head of the draft, where it has one of its own.
             draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
                 Tokens of that head, where they are some of the target's.
@@ -177,8 +179,9 @@ class DraftTrainer(SFTTrainer):
         if draft_head is None:
             predicted = predicted.to(self.target.dtype)
         functions = [loss for loss, _ in self._token_losses.values()]
+        head = partial(logits_of, self.target)
         losses, agrees = chunked_token_losses(
-            predicted, features, self._head, self.args.head_chunk_size, functions, draft_head, draft_token_ids
+            predicted, features, head, self.args.head_chunk_size, functions, draft_head, draft_token_ids
         )
         sums = dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True))
         self.count(sums | {"agreement": agrees.float().sum()}, len(predicted), suffix)

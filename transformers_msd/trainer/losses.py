@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -42,10 +41,10 @@ def probability_loss(logits: torch.Tensor, target_logits: torch.Tensor) -> torch
 def chunked_token_losses(
     predicted: torch.Tensor,
     target: torch.Tensor,
-    head: nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
     chunk_size: int,
     losses: list[TokenLoss],
-    draft_head: nn.Module | None = None,
+    draft_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     draft_token_ids: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """
@@ -56,13 +55,13 @@ def chunked_token_losses(
             Features the draft predicts.
         target (`torch.Tensor` of shape `(num_rows, hidden_size)`):
             Features of the target.
-        head (`torch.nn.Module`):
-            The target's head, frozen.
+        head (`Callable`):
+            Turns features into the target's logits.
         chunk_size (`int`):
             Rows per chunk.
         losses (`list[TokenLoss]`):
             Functions of the draft's and the target's logits.
-        draft_head (`torch.nn.Module`, *optional*):
+        draft_head (`Callable`, *optional*):
             Head of the draft, where it has one of its own.
         draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
             Tokens of that head, where they are some of the target's. Losses then compare the distributions among them.

@@ -1,12 +1,12 @@
 """Trains a draft on the features of a frozen target, computed in the same step."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -16,6 +16,7 @@ from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import token_counts
 from transformers_msd.trainer.losses import feature_loss
+from transformers_msd.traits.scales import scales_of
 
 
 class MSDTrainer(DraftTrainer):
@@ -102,7 +103,9 @@ class MSDTrainer(DraftTrainer):
             supervised = supervised & pad(supervised[:, :-1], (1, 0), value=False)
         return loss / self.args.num_unroll_steps, rows.supervised.sum()
 
-    def _own_head(self) -> tuple[nn.Module, torch.Tensor] | tuple[()]:
+    def _own_head(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | tuple[()]:
         """Return head and tokens of a draft that has a smaller vocabulary."""
         draft = self.accelerator.unwrap_model(self.model)
-        return () if draft.head is None else (draft.head, draft.draft_token_ids)
+        if draft.head is None:
+            return ()
+        return lambda rows: scales_of(self.target).of_logits(draft.head(rows)), draft.draft_token_ids

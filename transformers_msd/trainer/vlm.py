@@ -7,12 +7,12 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from transformers_msd.compat import encode_pictures
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.target.capturing import capturing
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.data import NO_LOGITS
+from transformers_msd.trainer.data import NO_LOGITS, hidden_states
+from transformers_msd.traits.scales import are_found, logits_of
+from transformers_msd.traits.tokens import visual_token_ids
 
 
 _OF_FEATURES = ("feature_loss_weight", "feature_noise", "num_unroll_steps")
@@ -79,14 +79,14 @@ class VLMDraftTrainer(DraftTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         supervised = inputs["labels"][:, 1:] != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        settings = {"use_cache": False, **NO_LOGITS}
-        with torch.no_grad(), capturing(self.target):
-            outputs = self.target(**encode_pictures(self.target, inputs), output_hidden_states=[-1], **settings)
-        features = outputs.hidden_states[-1][:, :-1][supervised]
+        draft, visual = self.accelerator.unwrap_model(self.model), visual_token_ids(self.target.config)
+        if not are_found(draft):
+            hidden_states(draft, inputs, visual)
+        features = hidden_states(self.target, inputs, visual)[1][:, :-1][supervised]
         # All layers: their states are kept for the gradients in any case.
-        outputs = model(**inputs, output_hidden_states=True, **settings)
+        outputs = model(**inputs, output_hidden_states=True, use_cache=False, **NO_LOGITS)
         predicted = outputs.hidden_states[-1][:, :-1][supervised]
-        loss = self.token_loss_sum(predicted, features, draft_head=self.model.get_output_embeddings())
+        loss = self.token_loss_sum(predicted, features, draft_head=lambda rows: logits_of(draft, rows))
         # Rows without pictures leave the projector out, and the processes of a run must have the same gradients.
         nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
         return loss + 0 * nothing, supervised.sum()

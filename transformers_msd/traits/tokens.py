@@ -42,11 +42,16 @@ def visual_token_mask(input_ids: torch.Tensor, visual_token_ids: list[int]) -> t
     return torch.isin(input_ids, torch.tensor(visual_token_ids, dtype=input_ids.dtype, device=input_ids.device))
 
 
-def is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Parameter) -> torch.Tensor:
-    """Tell which rows of `inputs_embeds` `(batch_size, num_rows, hidden_size)` are rows of an embedding table."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.element_size()]
-    # Rows are compared by a sum over their bits, exact whatever the order of summation.
-    weights = torch.arange(1, 2 * table.shape[1], 2, device=table.device) * 0x1E3779B97F4A7C15
-    hashes = [(rows.contiguous().view(integer).long() * weights).sum(-1) for rows in table.detach().split(1024)]
-    rows = (inputs_embeds.to(table).contiguous().view(integer).long() * weights).sum(-1)
-    return torch.isin(rows, torch.cat(hashes))
+def is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Module) -> torch.Tensor:
+    """Tell which rows of `inputs_embeds` `(batch_size, num_rows, hidden_size)` are embeddings of tokens."""
+
+    def hashes(rows: torch.Tensor) -> torch.Tensor:
+        # Rows are compared by a sum over their bits, exact whatever the order of summation.
+        bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+        weights = torch.arange(1, 2 * bits.shape[-1], 2, device=bits.device) * 0x1E3779B97F4A7C15
+        return (bits.long() * weights).sum(-1)
+
+    # Called, not looked into: it may scale what it looks up.
+    tokens = torch.arange(table.weight.shape[0], device=table.weight.device)
+    known = torch.cat([hashes(table(ids)) for ids in tokens.split(1024)])
+    return torch.isin(hashes(inputs_embeds.to(known.device, table.weight.dtype)), known)

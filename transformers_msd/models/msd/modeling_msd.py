@@ -1,7 +1,6 @@
 """The MSD draft: one decoder layer on the target's features, text and visual tokens decoupled."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -174,19 +173,19 @@ class MSDDraftModel(PreTrainedModel):
         columns = head(probes) - head(torch.zeros_like(probes[:1]))
         self.head.weight.copy_(columns[:, token_ids.to(columns.device)].T)
 
-    def logits(self, features: torch.Tensor, target_logits: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, target: Any) -> torch.Tensor:
         """
         Turn predicted features into logits of the target's vocabulary; tokens that are not drafted get the lowest.
 
         Args:
             features (`torch.Tensor` of shape `(..., hidden_size)`):
                 Predicted features.
-            target_logits (`Callable`):
-                The target's head, for drafts that have none.
+            target ([`Target`]):
+                The target, whose head drafts use that have none.
         """
         if self.head is None:
-            return target_logits(features)
-        own = self.head(features)
+            return target.logits(features)
+        own = target.scales.of_logits(self.head(features))
         logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
         return logits.index_copy_(-1, self.draft_token_ids, own)
 
