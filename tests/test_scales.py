@@ -7,9 +7,11 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    CompileConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -17,7 +19,9 @@ from transformers import (
 )
 from zoo import TEXT, make_inputs, make_target
 
-from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, Target, TreeConfig
+from training.evidence.tiny import make_model, make_prompts
+from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, StaticRuntime, Target, TreeConfig
+from transformers_msd.drafters.msd import MSDCandidateGenerator
 from transformers_msd.drafters.wrapped import Wrapped
 from transformers_msd.trainer.data import hidden_states
 from transformers_msd.traits.scales import Scales, logits_of, scales_of
@@ -35,6 +39,14 @@ MODELS = {
     ),
     "cohere": (lambda: CohereConfig(**FIELDS, logit_scale=0.0625), Scales(logits=0.0625)),
     "gemma2": (lambda: Gemma2Config(**FIELDS, **GEMMA, final_logit_softcapping=0.5), Scales(cap=0.5)),
+    # A factor of many digits, and one that divides in one model and multiplies in another.
+    "granite_odd": (
+        lambda: GraniteConfig(**FIELDS, embedding_multiplier=10.0248, logits_scaling=0.7),
+        Scales(embeddings=10.0248, logits=1 / 0.7),
+    ),
+    "hyperclovax": (lambda: HyperCLOVAXConfig(**FIELDS, logits_scaling=0.25), Scales(logits=0.25)),
+    # So high that nothing shows of it.
+    "gemma2_high": (lambda: Gemma2Config(**FIELDS, **GEMMA, final_logit_softcapping=30.0), Scales(cap=30.0)),
     "gemma3_text": (lambda: Gemma3TextConfig(**FIELDS, **GEMMA), Scales()),
 }
 
@@ -124,3 +136,94 @@ def test_training_finds_the_scales(name):
         outputs = target(**inputs, output_hidden_states=True)
     torch.testing.assert_close(read, outputs.hidden_states[0])
     torch.testing.assert_close(logits_of(target, features), outputs.logits, atol=1e-4, rtol=1e-4)
+
+
+def odd_embeddings(target: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Embeddings some of which are no token's, beside ids of which some stand for none."""
+    embeds = target.get_input_embeddings()(inputs["input_ids"]).detach()
+    embeds[:, -4] = torch.randn(embeds.shape[-1])
+    return {"inputs_embeds": embeds, "input_ids": inputs["input_ids"].index_fill(1, torch.tensor([2]), -200)}
+
+
+# First prompts from which a model's scales can't be told, or not from all of their rows, and what is found then.
+ODD_PROMPTS = {
+    "one token": (lambda target, inputs: {"input_ids": inputs["input_ids"][:, -1:]}, True),
+    "no token's": (lambda target, inputs: {"inputs_embeds": torch.randn(1, 9, target.config.hidden_size)}, False),
+    "some no token's": (odd_embeddings, True),
+    "a row of zeros": (
+        lambda target, inputs: {
+            "input_ids": torch.zeros(1, 1, dtype=torch.long),
+            "attention_mask": torch.ones(1, 1, dtype=torch.long),
+        },
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_PROMPTS)
+def test_odd_first_prompts_spoil_nothing(name):
+    target, inputs = make("granite"), make_inputs("llama", (4,))
+    make_prompt, is_found = ODD_PROMPTS[name]
+    prompt, draft = make_prompt(target, inputs), make_draft(target)
+    call = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(target.generate(**prompt, **call, assistant_model=draft), target.generate(**prompt, **call))
+    assert scales_of(target) == (MODELS["granite"][1] if is_found else Scales())
+    target.generate(**inputs, **call, assistant_model=draft)
+    assert scales_of(target) == MODELS["granite"][1]
+
+
+def test_compiled_drafting_takes_up_scales_that_are_found_later(monkeypatch):
+    target, inputs = make("granite"), make_inputs("llama", (4,))
+    draft = make_draft(target)
+    draft.tree_config = TreeConfig(num_nodes=6, depth=3, top_k=2, gate=False)
+    compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    call = {"max_new_tokens": 6, "do_sample": False, "compile_config": compiled}
+    runtime, trees, make_tree = StaticRuntime(draft), [], MSDCandidateGenerator.draft
+    monkeypatch.setattr(
+        MSDCandidateGenerator,
+        "draft",
+        lambda self, committed: trees.append(make_tree(self, committed)) or trees[-1],
+    )
+    nobodys = torch.randn(1, inputs["input_ids"].shape[1], target.config.hidden_size)
+    target.generate(inputs_embeds=nobodys, **call, assistant_model=runtime)
+    drafted = []
+    for assistant in (runtime, StaticRuntime(draft)):
+        trees.clear()
+        target.generate(**inputs, **call, assistant_model=assistant)
+        drafted.append([tree.token_ids for tree in trees])
+    assert all(torch.equal(*both) for both in zip(*drafted, strict=True))
+
+
+class Buffered(torch.nn.Module):
+    """A head without parameters, as quantised ones are."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("weight", head.weight.detach())
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ self.weight.T
+
+
+def test_heads_of_all_kinds_and_numbers_that_are_none_do_not_matter():
+    call = {"max_new_tokens": 6, "do_sample": False}
+    inputs = make_inputs("llama", (4,))
+    target = make("granite")
+    target.lm_head = Buffered(target.lm_head)
+    draft = make_draft(target)
+    assert torch.equal(target.generate(**inputs, **call, assistant_model=draft), target.generate(**inputs, **call))
+    assert scales_of(target) == MODELS["granite"][1]
+    target = make("granite", torch.float16)
+    with torch.no_grad():
+        target.model.norm.weight.mul_(3e4)  # features overflow
+    draft = make_draft(target).half()
+    assert torch.equal(target.generate(**inputs, **call, assistant_model=draft), target.generate(**inputs, **call))
+    assert scales_of(target) == Scales()
+
+
+def test_pictures_without_tokens_are_answered():
+    model = make_model("git")
+    prompt = {name: value[1:2] for name, value in make_prompts(model, True).items()}
+    call = {"max_new_tokens": 6, "do_sample": False}
+    drafted = model.generate(**prompt, **call, assistant_model=make_draft(model))
+    assert torch.equal(drafted, model.generate(**prompt, **call))

@@ -183,7 +183,15 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         sampling = tuple((type(warper), *vars(warper).values()) for warper in warpers)
         token_ids, parents, scores = self._captures.run(
             draft_trees,
-            (self._draft, config, len(committed.lengths), self._room.width, noise is None, sampling),
+            (
+                self._draft,
+                config,
+                len(committed.lengths),
+                self._room.width,
+                noise is None,
+                sampling,
+                self._target.scales,
+            ),
             self._draft,
             self._target,
             config,

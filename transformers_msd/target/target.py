@@ -12,7 +12,7 @@ from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.recording import Recorder, with_ends
-from transformers_msd.traits.scales import Scales, are_found, find_scales, logits_of, scales_of
+from transformers_msd.traits.scales import Scales, find_scales, logits_of, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
@@ -124,19 +124,21 @@ class Target:
     ) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
         batch_size, num_rows, _ = features.shape
-        table = self.model.get_input_embeddings()
+        table, given = self.model.get_input_embeddings(), self._model_kwargs.get("inputs_embeds")
+        table_rows = None if given is None else given[:, -num_rows:].to(self.device)
+        real = self._prompt_mask[:, -num_rows:]
         if input_ids.shape[1] >= num_rows:
             token_ids = input_ids[:, -num_rows:]
             visual_mask = visual_token_mask(token_ids, visual_token_ids(self.model.config))
         else:
             token_ids = input_ids.new_full((batch_size, num_rows), -1)
-            given = self._model_kwargs["inputs_embeds"][:, -num_rows:]
-            visual_mask = ~is_embedded_token(given, table).to(self.device)
-        real = self._prompt_mask[:, -num_rows:]
-        if not are_found(self.model):
+            visual_mask = ~is_embedded_token(inputs_embeds if table_rows is None else table_rows, table)
+        if wants_scales(self.model):
             text = real & ~visual_mask
-            rows = table(token_ids[text]) if (token_ids >= 0).all() else given[text.to(given.device)]
-            find_scales(self.model, rows, inputs_embeds[text], features[:, -1], logits)
+            if table_rows is not None:
+                find_scales(self.model, table_rows[text], inputs_embeds[text], features[:, -1], logits)
+            elif input_ids.shape[1] >= num_rows:
+                find_scales(self.model, table(token_ids[text]), inputs_embeds[text], features[:, -1], logits)
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 

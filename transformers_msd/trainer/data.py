@@ -15,7 +15,7 @@ from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import pool_visual_rows
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.target import TOKEN_TYPES
-from transformers_msd.traits.scales import are_found, find_scales
+from transformers_msd.traits.scales import find_scales, wants_scales
 from transformers_msd.traits.tokens import visual_token_mask
 
 
@@ -151,12 +151,13 @@ def hidden_states(
     target: nn.Module, inputs: dict[str, torch.Tensor], visual_token_ids: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the target; return what its layers read and its features, both `(batch_size, num_rows, hidden_size)`."""
-    knows_scales = are_found(target)
-    settings = NO_LOGITS if knows_scales else {"logits_to_keep": torch.tensor([-1])}
+    # One row of logits tells what the model does to them.
+    asks = wants_scales(target)
+    settings = {"logits_to_keep": torch.tensor([-1])} if asks else NO_LOGITS
     with capturing(target):
         outputs = target(**encode_pictures(target, inputs), output_hidden_states=[0, -1], use_cache=False, **settings)
     inputs_embeds, features = outputs.hidden_states[0], outputs.hidden_states[-1]
-    if not knows_scales:
+    if asks and inputs_embeds.shape[:-1] == inputs["input_ids"].shape:
         text = inputs["attention_mask"].bool() & ~visual_token_mask(inputs["input_ids"], visual_token_ids)
         table_rows = target.get_input_embeddings()(inputs["input_ids"][text])
         find_scales(target, table_rows, inputs_embeds[text], features[:, -1], outputs.logits[:, -1])

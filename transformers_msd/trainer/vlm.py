@@ -11,7 +11,7 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import NO_LOGITS, hidden_states
-from transformers_msd.traits.scales import are_found, logits_of
+from transformers_msd.traits.scales import logits_of, wants_scales
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -80,8 +80,10 @@ class VLMDraftTrainer(DraftTrainer):
         supervised = inputs["labels"][:, 1:] != -100
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         draft, visual = self.accelerator.unwrap_model(self.model), visual_token_ids(self.target.config)
-        if not are_found(draft):
-            hidden_states(draft, inputs, visual)
+        if wants_scales(draft):
+            is_training = draft.training
+            hidden_states(draft.eval(), inputs, visual)
+            draft.train(is_training)
         features = hidden_states(self.target, inputs, visual)[1][:, :-1][supervised]
         # All layers: their states are kept for the gradients in any case.
         outputs = model(**inputs, output_hidden_states=True, use_cache=False, **NO_LOGITS)

@@ -1,16 +1,23 @@
 """What a model multiplies its embeddings by before its layers, and what it does to its logits behind its head."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_msd.traits.support import dtype_of
 
-# Fields of configs. Which of them a model's `forward` heeds, its logits tell.
-_FACTORS, _DIVISORS = ("logit_scale", "output_multiplier", "lm_head_multiplier"), ("logits_scaling",)
-_CAP = "final_logit_softcapping"
+
+# Fields of configs. A model divides by some that another multiplies by, and one may heed what its text model's config
+# says where another does not: what it computed tells.
+_OF_EMBEDDINGS = ("embedding_multiplier", "embedding_scale")
+_OF_LOGITS = ("logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
+_CAPS = ("final_logit_softcapping",)
+_MOST_ROWS = 64  # that embeddings are compared on
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,14 @@ class Scales:
 _found: WeakKeyDictionary[nn.Module, Scales] = WeakKeyDictionary()
 
 
-def are_found(model: PreTrainedModel) -> bool:
-    """Tell whether the scales of a model are known."""
-    return model in _found
-
-
 def scales_of(model: PreTrainedModel) -> Scales:
-    """Return the scales of a model, all 1 until they are found."""
+    """Return the scales of a model, all 1 where it has none or they are not found yet."""
     return _found.get(model, Scales())
+
+
+def wants_scales(model: PreTrainedModel) -> bool:
+    """Tell whether a model's config names scales, and it is not found out yet whether they are heeded."""
+    return model not in _found and any(_numbers(model.config, (*_OF_EMBEDDINGS, *_OF_LOGITS, *_CAPS)))
 
 
 def logits_of(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
@@ -69,7 +76,8 @@ def find_scales(
     logits: torch.Tensor,
 ) -> None:
     """
-    Find the scales of a model from what it computed, once.
+    Find out which of the scales that its config names a model heeds, by what it computed. Where nothing that they may
+    mean fits, they are not found, and looked for again in the next prompt.
 
     Args:
         model (`PreTrainedModel`):
@@ -83,39 +91,40 @@ def find_scales(
         logits (`torch.Tensor` of shape `(batch_size, vocab_size)`):
             Its logits there.
     """
-    if model in _found or not len(table_rows) or table_rows.shape != inputs_embeds.shape:
+    table_rows, inputs_embeds = table_rows[-_MOST_ROWS:], inputs_embeds[-_MOST_ROWS:].to(table_rows.device)
+    own = model.get_output_embeddings()(features.to(dtype_of(model)))
+    if table_rows.shape != inputs_embeds.shape or own.shape != logits.shape:
         return
-    raw, seen = table_rows.double().flatten(), inputs_embeds.to(table_rows.device).double().flatten()
-    # As it stands in a config: no model is told a factor of more digits.
-    factor = float(f"{(seen @ raw / (raw @ raw)).item():.4g}")
+    # A model may forbid tokens, and rows of a prompt may be no token's.
+    known = logits.isfinite() & (logits > torch.finfo(logits.dtype).min / 2)
+    own, logits = own.to(logits.device).float()[known], logits.float()[known]
+    if not own.any() or not table_rows.any():  # zeros fit all factors
+        return
     tolerance = 0.02 if inputs_embeds.element_size() < 4 else 1e-4
-    embeddings = factor if torch.allclose(seen, raw * factor, rtol=tolerance, atol=tolerance * seen.std()) else 1.0
-    head = model.get_output_embeddings()
-    weight = next(head.parameters())  # which may be quantised
-    own = head(features.to(weight.device, weight.dtype if weight.is_floating_point() else None)).float()
-    logits = logits.to(own)
-    for scales in (Scales(embeddings), *_said_scales(model.config, embeddings)):
-        expected = scales.of_logits(own)
-        known = logits > torch.finfo(logits.dtype).min / 2  # a model may forbid tokens
-        if torch.allclose(expected[known], logits[known], rtol=tolerance, atol=tolerance * expected.std()):
-            _found[model] = scales
-            return
-    _found[model] = Scales(embeddings)
+    for factor in (*_numbers(model.config, _OF_EMBEDDINGS), 1.0):
+        is_close = _is_close(table_rows.float() * factor, inputs_embeds.float(), tolerance).all(-1)
+        if 2 * int(is_close.sum()) <= len(is_close):
+            continue
+        for scales in _candidates(model.config, factor):
+            if _is_close(scales.of_logits(own), logits, tolerance).all():
+                _found[model] = scales
+                return
 
 
-def _said_scales(config: PreTrainedConfig, embeddings: float) -> list[Scales]:
-    """List what the fields of a config may mean."""
-    found = []
-    for part in (config, config.get_text_config()):
-        logits = 1.0
-        for name in _FACTORS:
-            logits *= _number(part, name) or 1.0
-        for name in _DIVISORS:
-            logits /= _number(part, name) or 1.0
-        found += [Scales(embeddings, logits, cap) for cap in dict.fromkeys((None, _number(part, _CAP)))]
-    return found
+def _is_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> torch.Tensor:
+    return (a - b).abs() <= tolerance * (b.abs() + b.square().mean().sqrt())
 
 
-def _number(config: PreTrainedConfig, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, int | float) and value else None
+def _candidates(config: PreTrainedConfig, embeddings: float) -> Iterator[Scales]:
+    """List what the fields of a config may mean, what they say before what they don't."""
+    named = _numbers(config, _OF_LOGITS)
+    factors = [*named, *(1 / number for number in named), 1.0]
+    for cap, factor in product([*_numbers(config, _CAPS), None], factors):
+        yield Scales(embeddings, factor, cap)
+
+
+def _numbers(config: PreTrainedConfig, names: tuple[str, ...]) -> list[float]:
+    """List the values of fields that are numbers other than 0 and 1, of a config and of its text part."""
+    values = (getattr(part, name, None) for part in (config, config.get_text_config()) for name in names)
+    numbers = (float(value) for value in values if isinstance(value, int | float) and value not in (0, 1))
+    return list(dict.fromkeys(numbers))

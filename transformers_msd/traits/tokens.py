@@ -52,6 +52,6 @@ def is_embedded_token(inputs_embeds: torch.Tensor, table: nn.Module) -> torch.Te
         return (bits.long() * weights).sum(-1)
 
     # Called, not looked into: it may scale what it looks up.
-    tokens = torch.arange(table.weight.shape[0], device=table.weight.device)
-    known = torch.cat([hashes(table(ids)) for ids in tokens.split(1024)])
-    return torch.isin(hashes(inputs_embeds.to(known.device, table.weight.dtype)), known)
+    tokens = torch.arange(len(table.weight), device=inputs_embeds.device)
+    known = torch.cat([hashes(table(ids).to(inputs_embeds.device)) for ids in tokens.split(1024)])
+    return torch.isin(hashes(inputs_embeds.to(table.weight.dtype)), known)
