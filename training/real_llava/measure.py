@@ -6,12 +6,14 @@ What drafts of the real LLaVA are worth, by kind of prompt.
 FOLDER holds prompts as EAGLE and Spec-Bench have them, JSONL files of `turns`: mt_bench, gsm8k, humaneval, qa, sum.
 Beside these stand prompts of the tiny world with one picture and with two, and second turns of both. Each prompt is
 answered in turn by plain `generate`, prompt lookup, Transformers' assisted generation and every draft, greedily and at
-temperature 1. A run that is broken off goes on where it stopped.
+temperature 1. Trees are of 16 nodes, and drafted in every round, so that τ is the draft's: with a gate drafting rests
+where it does not pay. A run that is broken off goes on where it stopped.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +43,7 @@ TEXTS = ("mt_bench", "gsm8k", "humaneval", "qa", "sum")
 PICTURES = {"one picture": "image", "two pictures": "images", "second turn on a picture": "second turn"}
 SECOND_TURN = "second turn of text"
 MODES = {"greedy": {"do_sample": False}, "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}}
+TREE = "16,5,4"
 ROWS = (1, 8, 16, 24)  # of one forward
 MOST_CHARACTERS = 1500
 
@@ -160,12 +163,15 @@ def main() -> None:
         target_model=arguments.target,
         draft_models=arguments.drafts,
         baselines=["assisted", "prompt_lookup"],
+        trees=[TREE],
         dtype=arguments.dtype,
     )
     target = load_model(arguments.target, arguments.dtype, "cpu")
     processor = load_processor(arguments.target)
     drafts = {Path(path).name: load_model(path, arguments.dtype, "cpu") for path in arguments.drafts}
     methods, _ = make_methods(settings, target, drafts)
+    for assistant in (method.call["assistant_model"] for method in methods if method.drafts_trees):
+        assistant.tree_config = replace(assistant.tree_config, gate=False)
 
     def run(mode: str, kind: str) -> dict[str, Any]:
         prompts = prompts_of(
