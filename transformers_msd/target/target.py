@@ -12,7 +12,7 @@ from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.recording import Recorder, with_ends
-from transformers_msd.traits.scales import Scales, find_scales, logits_of, scales_of, wants_scales
+from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
@@ -50,6 +50,8 @@ class Target:
         self.model = model
         self.cache = model_kwargs[CACHE]
         self._dtype = dtype_of(model)
+        # What it does to embeddings and to logits. Kept here: compiled code must not look into a table of all models.
+        self.scales = scales_of(model)
         self._layer_types, self._windows = zip(*layer_windows(model.config), strict=True)
         self._generation_config = generation_config
         self._model_kwargs = model_kwargs | {"output_hidden_states": with_ends(generation_config.output_hidden_states)}
@@ -58,18 +60,14 @@ class Target:
         # Most new tokens of the call, where it has an end.
         self.max_steps: int | None = None
 
-    @property
-    def scales(self) -> Scales:
-        """What the target does to embeddings and to logits."""
-        return scales_of(self.model)
-
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of tokens as the target's layers read them, on the device of its features."""
         return self.scales.of_embeddings(self.model.get_input_embeddings()(token_ids).to(self.device))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features, of shape `(..., vocab_size)`, on the device of the target's features."""
-        return logits_of(self.model, features.to(self.device, self._dtype)).to(self.device)
+        logits = self.model.get_output_embeddings()(features.to(self.device, self._dtype))
+        return self.scales.of_logits(logits).to(self.device)
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
         """
@@ -139,6 +137,7 @@ class Target:
                 find_scales(self.model, table_rows[text], inputs_embeds[text], features[:, -1], logits)
             elif input_ids.shape[1] >= num_rows:
                 find_scales(self.model, table(token_ids[text]), inputs_embeds[text], features[:, -1], logits)
+            self.scales = scales_of(self.model)
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
