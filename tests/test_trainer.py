@@ -68,13 +68,13 @@ def test_feature_loss_is_smooth_l1():
 def test_token_loss_is_the_entropy_where_the_draft_is_right():
     logits = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(token_loss(logits, logits), entropy)
-    assert (token_loss(logits.flip(0), logits) >= entropy).all()
+    torch.testing.assert_close(token_loss(logits, logits.softmax(-1)), entropy)
+    assert (token_loss(logits.flip(0), logits.softmax(-1)) >= entropy).all()
 
 
 def test_losses_on_tokens_by_hand():
     # Probabilities 0.5, 0.25, 0.25 of the target against 0.25, 0.5, 0.25 of the draft.
-    target, draft = torch.tensor([[2.0, 1.0, 1.0]]).log(), torch.tensor([[1.0, 2.0, 1.0]]).log()
+    target, draft = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[1.0, 2.0, 1.0]]).log()
     quarter, half = math.log(4), math.log(2)  # surprise at a probability of 1/4 and of 1/2
     assert token_loss(draft, target).item() == pytest.approx(0.5 * quarter + 0.25 * half + 0.25 * quarter)
     assert top_k_loss(draft, target, top_k=1).item() == pytest.approx(0.5 * quarter)
@@ -82,26 +82,40 @@ def test_losses_on_tokens_by_hand():
     assert probability_loss(draft, target).item() == pytest.approx(0.25 + 0.25)
 
 
-def test_chunks_change_no_loss_and_no_gradient():
+def test_chunks_and_steps_together_change_no_loss_and_no_gradient():
     torch.manual_seed(0)
     head = torch.nn.Linear(4, 9).requires_grad_(False)
-    predicted, target = torch.randn(7, 4, requires_grad=True), torch.randn(7, 4)
-    [losses], agrees = chunked_token_losses(predicted, target, head, 3, [token_loss])
-    expected = token_loss(head(predicted), head(target))
-    torch.testing.assert_close(losses, expected)
-    assert torch.equal(agrees, head(predicted).argmax(-1) == head(target).argmax(-1))
-    gradient, expected = (torch.autograd.grad(loss.sum(), predicted)[0] for loss in (losses, expected))
-    torch.testing.assert_close(gradient, expected)
+    steps, target = torch.randn(2, 7, 4, requires_grad=True), torch.randn(7, 4)
+    # Chunks of 3 rows of 2 steps are of one row.
+    for chunk_size in (3, 6, 100):
+        [losses], agrees = chunked_token_losses(list(steps), target, head, chunk_size, [token_loss])
+        expected = token_loss(head(steps), head(target).softmax(-1))
+        torch.testing.assert_close(losses, expected)
+        assert torch.equal(agrees, head(steps).argmax(-1) == head(target).argmax(-1))
+        gradient, expected = (torch.autograd.grad(loss.sum(), steps)[0] for loss in (losses, expected))
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_losses_on_fewer_tokens_compare_what_the_draft_can_say():
     torch.manual_seed(0)
     head, draft_head = torch.nn.Linear(4, 9), torch.nn.Linear(4, 3)
     predicted, target, token_ids = torch.randn(7, 4), torch.randn(7, 4), torch.tensor([1, 4, 8])
-    [losses], agrees = chunked_token_losses(predicted, target, head, 3, [token_loss], draft_head, token_ids)
+    [losses], agrees = chunked_token_losses([predicted], target, head, 3, [token_loss], draft_head, token_ids)
     logits, target_logits = draft_head(predicted), head(target)
-    torch.testing.assert_close(losses, token_loss(logits, target_logits[:, token_ids]))
-    assert torch.equal(agrees, token_ids[logits.argmax(-1)] == target_logits.argmax(-1))
+    torch.testing.assert_close(losses[0], token_loss(logits, target_logits[:, token_ids].softmax(-1)))
+    assert torch.equal(agrees[0], token_ids[logits.argmax(-1)] == target_logits.argmax(-1))
+
+
+def test_the_targets_logits_are_computed_once_for_all_steps():
+    counted = []
+
+    def head(rows):
+        counted.append(len(rows))
+        return rows @ torch.eye(4)
+
+    steps = [torch.randn(6, 4, requires_grad=True) for _ in range(3)]
+    chunked_token_losses(steps, torch.randn(6, 4), head, 100, [token_loss], torch.nn.Linear(4, 4))
+    assert counted == [6]
 
 
 def test_probability_of_pictures_is_the_published_table():

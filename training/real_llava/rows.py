@@ -8,14 +8,15 @@ What drafts for the real LLaVA are trained on: its own answers, generated once a
     python -m training.real_llava.rows unpack --texts ... --target LLAVA --output ROWS  # prompts and answers again
 
 Half of the prompts are text, the first turns of conversations in the order of the file, and half have pictures of the
-tiny world; both follow from the file and a seed, so that the answers are all that is kept.
+tiny world; both follow from the file and a seed, so that the answers are all that is kept. `--num_conversations` adds
+conversations as they are, behind those whose first turns were asked: more text than the target could write in that time.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.real_llava.build import ROWS_HELD_OUT, load_texts, text_row
@@ -26,9 +27,14 @@ ANSWERS = Path(__file__).parent / "answers.npz"
 LONGEST_PROMPT = 600  # characters
 
 
+def learned(texts: Dataset) -> Dataset:
+    """Leave out the conversations that no model learns from."""
+    return texts.select(range(len(texts) - ROWS_HELD_OUT))
+
+
 def make_prompts(texts: Dataset, num_rows: int) -> list[dict]:
     """Make prompts of one turn: as many of text as with pictures, in turn."""
-    rows = texts.select(range(len(texts) - ROWS_HELD_OUT))
+    rows = learned(texts)
     asked = (row["messages"][0]["content"] for row in rows if row["messages"][0]["role"] == "user")
     text_prompts = (text_row([{"role": "user", "content": said}]) for said in asked if len(said) <= LONGEST_PROMPT)
     picture_prompts = (row for row in training_rows(10**9, seed=8) if row["images"])
@@ -59,6 +65,13 @@ def unpack(answers: dict[str, np.ndarray], prompts: list[dict], tokenizer: PreTr
     return Dataset.from_list(rows, features=FEATURES)
 
 
+def conversations(texts: Dataset, num_rows: int) -> Dataset:
+    """Return the last conversations that may be learned from, as they are."""
+    rows = learned(texts)
+    rows = rows.select(range(len(rows) - num_rows, len(rows)))
+    return Dataset.from_list([text_row(row["messages"]) for row in rows], features=FEATURES)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prompts", "pack", "unpack"))
@@ -66,6 +79,7 @@ def main() -> None:
     parser.add_argument("--num_rows", type=int, default=2400)
     parser.add_argument("--answered", type=Path, help="what `generate-data` wrote")
     parser.add_argument("--target", type=Path, help="the real LLaVA, for its tokenizer")
+    parser.add_argument("--num_conversations", type=int, default=0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "pack":
@@ -77,8 +91,10 @@ def main() -> None:
         rows = Dataset.from_list(make_prompts(load_texts(arguments.texts), arguments.num_rows), features=FEATURES)
     else:
         answers = dict(np.load(ANSWERS))
-        prompts = make_prompts(load_texts(arguments.texts), len(answers["lengths"]))
+        texts = load_texts(arguments.texts)
+        prompts = make_prompts(texts, len(answers["lengths"]))
         rows = unpack(answers, prompts, AutoTokenizer.from_pretrained(arguments.target))
+        rows = concatenate_datasets([rows, conversations(texts, arguments.num_conversations)])
     rows.save_to_disk(arguments.output)
     print(f"{len(rows):,} rows in {arguments.output}")
 

@@ -49,7 +49,7 @@ def operations_of_step(
     draft_weights, draft_attention, draft_head = _operations_of_token(draft)
     steps = args.num_unroll_steps
     # The losses compute all logits twice, so as to keep none of them, and the draft's go back through the head.
-    of_target = length * (weights + attention * length) + num_supervised * 2 * head * steps
+    of_target = length * (weights + attention * length) + num_supervised * 2 * head
     # Each unrolled step attends to the keys of all steps before.
     of_layers = draft_weights * steps + draft_attention * length * steps * (steps + 1) / 2
     of_draft = length * 3 * of_layers + num_supervised * 3 * draft_head * steps

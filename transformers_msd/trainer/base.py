@@ -154,9 +154,9 @@ class DraftTrainer(SFTTrainer):
 
     def token_loss_sum(
         self,
-        predicted: torch.Tensor,
+        predicted: dict[str, torch.Tensor],
         features: torch.Tensor,
-        suffix: str = "",
+        counted: dict[str, torch.Tensor] | None = None,
         draft_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
         draft_token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -164,28 +164,42 @@ class DraftTrainer(SFTTrainer):
         Sum the weighted losses on tokens, and add them to what is logged.
 
         Args:
-            predicted (`torch.Tensor` of shape `(num_rows, hidden_size)`):
-                Features the draft predicts.
+            predicted (`dict[str, torch.Tensor]`):
+                Features the draft predicts, of shape `(num_rows, hidden_size)`, of each unrolled step by what the
+                logged names of that step end in.
             features (`torch.Tensor` of shape `(num_rows, hidden_size)`):
                 Features of the target.
-            suffix (`str`, *optional*, defaults to `""`):
-                What the logged names end in.
+            counted (`dict[str, torch.Tensor]`, *optional*):
+                Rows of each step that count, of shape `(num_rows,)`, all by default.
             draft_head (`Callable`, *optional*):
                 Head of the draft, where it has one of its own.
             draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
                 Tokens of that head, where they are some of the target's.
         """
         features = features.to(self.target.dtype)  # what its head takes
+        own_head, steps = None, list(predicted.values())
         if draft_head is None:
-            predicted = predicted.to(self.target.dtype)
+            steps = [own.to(self.target.dtype) for own in steps]
+        else:
+            own_head = self.accelerator.autocast()(draft_head)
         functions = [loss for loss, _ in self._token_losses.values()]
-        head = partial(logits_of, self.target)
         losses, agrees = chunked_token_losses(
-            predicted, features, head, self.args.head_chunk_size, functions, draft_head, draft_token_ids
+            steps,
+            features,
+            partial(logits_of, self.target),
+            self.args.head_chunk_size,
+            functions,
+            own_head,
+            draft_token_ids,
         )
-        sums = dict(zip(self._token_losses, (loss.sum() for loss in losses), strict=True))
-        self.count(sums | {"agreement": agrees.float().sum()}, len(predicted), suffix)
-        return sum(weight * sums[name] for name, (_, weight) in self._token_losses.items())
+        total = 0.0
+        for step, suffix in enumerate(predicted):
+            rows = slice(None) if counted is None else counted[suffix]
+            sums = {name: own[step, rows].sum() for name, own in zip(self._token_losses, losses, strict=True)}
+            of_agreement = agrees[step, rows]
+            self.count(sums | {"agreement": of_agreement.float().sum()}, len(of_agreement), suffix)
+            total = total + sum(weight * sums[name] for name, (_, weight) in self._token_losses.items())
+        return total
 
     def count(self, sums: dict[str, torch.Tensor], num_rows: int, suffix: str = "") -> None:
         """Add sums over rows to what is logged, as a mean over the rows of all processes."""

@@ -15,31 +15,30 @@ def feature_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(-1)
 
 
-def token_loss(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+def token_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """Compare the draft's distributions with the target's: soft cross-entropy. Returns `(num_rows,)`."""
-    target_probabilities = target_logits.float().softmax(-1)
-    return -(target_probabilities * logits.float().log_softmax(-1)).sum(-1)
+    return -(probabilities * logits.float().log_softmax(-1)).sum(-1)
 
 
-def top_k_loss(logits: torch.Tensor, target_logits: torch.Tensor, top_k: int = 10) -> torch.Tensor:
+def top_k_loss(logits: torch.Tensor, probabilities: torch.Tensor, top_k: int = 10) -> torch.Tensor:
     """
     Compare distributions where the target's is largest: the part of the soft cross-entropy that its `top_k` likeliest
     tokens have, their probabilities as they are (HASS, arXiv 2408.15766, section 3.1). Returns `(num_rows,)`.
     """
-    probabilities, tokens = target_logits.float().softmax(-1).topk(min(top_k, target_logits.shape[-1]))
+    probabilities, tokens = probabilities.topk(min(top_k, probabilities.shape[-1]))
     return -(probabilities * logits.float().log_softmax(-1).gather(-1, tokens)).sum(-1)
 
 
-def probability_loss(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+def probability_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """
     Compare distributions by the distance of their probabilities, L1 summed over the vocabulary (ViSpec, arXiv
     2509.15235): twice the probability that a sampled token of the draft is rejected. Returns `(num_rows,)`.
     """
-    return (logits.float().softmax(-1) - target_logits.float().softmax(-1)).abs().sum(-1)
+    return (logits.float().softmax(-1) - probabilities).abs().sum(-1)
 
 
 def chunked_token_losses(
-    predicted: torch.Tensor,
+    predicted: list[torch.Tensor],
     target: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
     chunk_size: int,
@@ -48,19 +47,20 @@ def chunked_token_losses(
     draft_token_ids: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """
-    Compute losses on tokens through the target's head, the logits of one chunk in memory at a time.
+    Compute losses on tokens through the target's head, the logits of one chunk in memory at a time, and the target's
+    once for all steps.
 
     Args:
-        predicted (`torch.Tensor` of shape `(num_rows, hidden_size)`):
-            Features the draft predicts.
+        predicted (`list[torch.Tensor]`):
+            Features the draft predicts in each unrolled step, of shape `(num_rows, hidden_size)`.
         target (`torch.Tensor` of shape `(num_rows, hidden_size)`):
             Features of the target.
         head (`Callable`):
             Turns features into the target's logits.
         chunk_size (`int`):
-            Rows per chunk.
+            Rows of the draft's logits per chunk, those of all steps counted.
         losses (`list[TokenLoss]`):
-            Functions of the draft's and the target's logits.
+            Functions of the draft's logits and the target's probabilities.
         draft_head (`Callable`, *optional*):
             Head of the draft, where it has one of its own.
         draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
@@ -68,20 +68,23 @@ def chunked_token_losses(
 
     Returns:
         `tuple[list[torch.Tensor], torch.Tensor]`: The losses, and whether the most likely tokens agree, all of shape
-        `(num_rows,)`.
+        `(num_steps, num_rows)`.
     """
 
-    def chunk_losses(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = (draft_head or head)(predicted)
+    def chunk_losses(target: torch.Tensor, *predicted: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             target_logits = head(target)
-        first, target_first = logits.max(-1).indices, target_logits.max(-1).indices  # sooner than `argmax`
-        if draft_token_ids is not None:
-            first, target_logits = draft_token_ids[first], target_logits[..., draft_token_ids]
-        agrees = first == target_first
-        return *(loss(logits, target_logits) for loss in losses), agrees
+            target_first = target_logits.max(-1).indices  # sooner than `argmax`
+            if draft_token_ids is not None:
+                target_logits = target_logits[..., draft_token_ids]
+            probabilities = target_logits.float().softmax(-1)
+        steps = [(draft_head or head)(own) for own in predicted]
+        first = torch.stack([logits.max(-1).indices for logits in steps])
+        agrees = (first if draft_token_ids is None else draft_token_ids[first]) == target_first
+        return *(torch.stack([loss(logits, probabilities) for logits in steps]) for loss in losses), agrees
 
-    chunks = zip(predicted.split(chunk_size), target.split(chunk_size), strict=True)
+    size = max(chunk_size // len(predicted), 1)
+    chunks = zip(target.split(size), *(own.split(size) for own in predicted), strict=True)
     values = zip(*(checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
-    *values, agrees = (torch.cat(parts) for parts in values)
+    *values, agrees = (torch.cat(parts, dim=1) for parts in values)
     return values, agrees

@@ -80,7 +80,8 @@ class MSDTrainer(DraftTrainer):
         rows = rows.pool(self.model.config)
         features, supervised = rows.features, rows.supervised
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
-        loss = 0.0
+        target_features = rows.target_features[rows.supervised]
+        steps, counted, loss = {}, {}, 0.0
         for step in range(self.args.num_unroll_steps):
             predicted = model(
                 inputs_embeds=rows.inputs_embeds,
@@ -93,14 +94,15 @@ class MSDTrainer(DraftTrainer):
                 cache=cache,
                 use_cache=False,
             ).last_hidden_state
-            ends = predicted[supervised], rows.target_features[supervised]
-            of_features, suffix = feature_loss(*ends).sum(), f"_{step + 1}"
-            self.count({"feature_loss": of_features}, len(ends[0]), suffix)
-            of_tokens = self.token_loss_sum(*ends, suffix, *self._own_head())
-            loss = loss + self.args.feature_loss_weight * of_features + of_tokens
+            suffix = f"_{step + 1}"
+            steps[suffix], counted[suffix] = predicted[rows.supervised], supervised[rows.supervised]
+            of_features = feature_loss(steps[suffix], target_features)[counted[suffix]]
+            self.count({"feature_loss": of_features.sum()}, len(of_features), suffix)
+            loss = loss + self.args.feature_loss_weight * of_features.sum()
             # Row r goes on from what row r - 1 predicted, in the chain of a supervised row.
             features = pad(predicted[:, :-1], (0, 0, 1, 0))
             supervised = supervised & pad(supervised[:, :-1], (1, 0), value=False)
+        loss = loss + self.token_loss_sum(steps, target_features, counted, *self._own_head())
         return loss / self.args.num_unroll_steps, rows.supervised.sum()
 
     def _own_head(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | tuple[()]:

@@ -88,7 +88,7 @@ class VLMDraftTrainer(DraftTrainer):
         # All layers: their states are kept for the gradients in any case.
         outputs = model(**inputs, output_hidden_states=True, use_cache=False, **NO_LOGITS)
         predicted = outputs.hidden_states[-1][:, :-1][supervised]
-        loss = self.token_loss_sum(predicted, features, draft_head=lambda rows: logits_of(draft, rows))
+        loss = self.token_loss_sum({"": predicted}, features, draft_head=lambda rows: logits_of(draft, rows))
         # Rows without pictures leave the projector out, and the processes of a run must have the same gradients.
         nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
         return loss + 0 * nothing, supervised.sum()
