@@ -28,8 +28,8 @@ def first_column(layer: DynamicLayer | StaticLayer) -> int:
 
 
 def holds_rows(layer: Any) -> bool:
-    """Tell whether a layer of a cache holds rows of its own, and not those of another layer."""
-    return layer.is_initialized and layer.keys is not None
+    """Tell whether a layer of a cache holds rows of its own, and neither those of another layer nor a state alone."""
+    return getattr(layer, "keys", None) is not None and layer.is_initialized
 
 
 class Block:

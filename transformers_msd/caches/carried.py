@@ -60,9 +60,14 @@ def _version_of(keys: torch.Tensor) -> int | None:
     return None if keys.is_inference() else keys._version
 
 
+def _keys_of(cache: Cache) -> torch.Tensor:
+    """Return the keys of the first layer that has any: others have a state."""
+    return next(layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None)
+
+
 def carry(cache: Cache, state: Any) -> None:
     """Let a drafter's state travel with the cache that the call returns."""
-    keys = cache.layers[0].keys
+    keys = _keys_of(cache)
     cache._speculative_state = _Carried(keys, _version_of(keys), int(cache.get_seq_length()), state)
 
 
@@ -71,5 +76,5 @@ def take_carried(cache: Cache) -> Any | None:
     carried = vars(cache).pop("_speculative_state", None)
     if carried is None or cache.get_seq_length() != carried.length:
         return None
-    keys = cache.layers[0].keys
+    keys = _keys_of(cache)
     return carried.state if keys is carried.keys and _version_of(keys) == carried.version else None

@@ -5,14 +5,17 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
+from transformers_msd.caches.blocks import holds_rows
 
-# Layers whose rows can be taken back, and those that share the rows of others.
+
+# Layers whose rows can be taken back, those that share the rows of others, and those whose states are put back.
 LAYERS = {
-    DynamicCache: {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer},
+    DynamicCache: {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer, LinearAttentionLayer},
     StaticCache: {StaticLayer, StaticSlidingWindowLayer, DummyLayer},
 }
 
@@ -33,9 +36,9 @@ def check_cache(cache: Cache) -> None:
         raise ValueError(
             "Drafting needs a `DynamicCache` or `StaticCache` of attention layers that stays on its device, got "
             f"{type(cache).__name__}{f' with layers {unsupported}' if unsupported else ''}"
-            f"{' with offloading' if cache.offloading else ''}. Recurrent, quantised and offloaded caches "
-            "can't take back rejected rows: drop `cache_implementation` and the cache, or generate "
-            "without `assistant_model`."
+            f"{' with offloading' if cache.offloading else ''}. Quantised and offloaded caches, and "
+            "static ones of recurrent layers, can't take back rejected rows: drop `cache_implementation` and the "
+            "cache, or generate without `assistant_model`."
         )
 
 
@@ -60,7 +63,7 @@ def check_rows(cache: Cache, batch_size: int, prompt_length: int, num_steps: int
             f"The static cache needs {needed} columns for the prompt and the new tokens, got {most}. Make it with a "
             "larger `max_cache_len`, or ask for fewer tokens."
         )
-    layers = [layer for layer in cache.layers if layer.is_initialized and layer.keys is not None]
+    layers = [layer for layer in cache.layers if holds_rows(layer)]
     batch_sizes, lengths = {len(layer.keys) for layer in layers}, {int(layer.get_seq_length()) for layer in layers}
     way_out = "Pass the cache that the turn before returned, or none."
     if batch_sizes - {batch_size}:

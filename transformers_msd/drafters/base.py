@@ -1,12 +1,14 @@
 """The two roles of drafting: an assistant, which the user passes, makes a candidate generator for each call."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
+from transformers.utils import logging
 
 from transformers_msd.caches.captures import Captures
 from transformers_msd.call.sampling import Sampler
@@ -15,6 +17,9 @@ from transformers_msd.costs.sizing import Sizing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.tree import TokenTree, TreeConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,32 @@ def tree_config_of(assistant: TreeAssistant) -> TreeConfig | None:
     """Return the tree that an assistant drafts, where it says so."""
     tree_config = getattr(assistant, "tree_config", None)
     return tree_config if isinstance(tree_config, TreeConfig) else None
+
+
+def as_chains(assistant: TreeAssistant, target: str) -> TreeAssistant:
+    """
+    Let an assistant draft chains, for a target whose states can't branch; one that can't be told keeps its trees, of
+    which one path is verified.
+
+    Args:
+        assistant ([`TreeAssistant`]):
+            What the user passed, which is left as it is.
+        target (`str`):
+            Name of the target, for the log.
+    """
+    config = tree_config_of(assistant)
+    if config is None or (config.top_k == 1 and config.topology is None):
+        return assistant
+    logger.warning_once(
+        f"{target} keeps states, which can't branch: chains of {config.depth} tokens are drafted for it, not trees. "
+        f"`TreeConfig(num_nodes={config.depth + 1}, depth={config.depth}, top_k=1)` says the same."
+    )
+    chains = copy.copy(assistant)
+    try:
+        chains.tree_config = replace(config, num_nodes=min(config.num_nodes, config.depth + 1), top_k=1, topology=None)
+    except AttributeError:  # it only passes on what another assistant has
+        return assistant
+    return chains
 
 
 def models_of(assistant: TreeAssistant) -> tuple[PreTrainedModel, ...]:

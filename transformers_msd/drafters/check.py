@@ -19,6 +19,7 @@ from transformers.generation.configuration_utils import (
 from transformers_msd.caches.check import LAYERS, check_cache
 from transformers_msd.compat import cache_of, default_settings
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.traits.states import keeps_states, states_fact
 from transformers_msd.traits.support import check_padding, features_fact, unsupported_fact
 
 
@@ -70,7 +71,7 @@ def check_call(
             f"Drafting serves greedy decoding and sampling, got {generation_mode.value}. Set `num_beams=1` and "
             f"leave `penalty_alpha` and `dola_layers` unset, or {WAY_OUT}"
         )
-    fact = unsupported_fact(model) or features_fact(model)
+    fact = unsupported_fact(model) or features_fact(model) or states_fact(model)
     if fact is not None:
         raise ValueError(f"{type(model).__name__} {fact}. Otherwise, {WAY_OUT}")
     check_padding(model, arguments)
@@ -107,6 +108,8 @@ def check_draft(model: PreTrainedModel) -> None:
         layers = {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
         if wrong := sorted(layer.__name__ for layer in layers - LAYERS[DynamicCache]):
             fact = f"has a cache of {', '.join(wrong)}, which can't take rows back"
+    if fact is None and keeps_states(model.config):
+        fact = "has a recurrent state, which can't stand at the nodes of a tree"
     if fact is not None:
         raise ValueError(f"The draft, {name}, {fact}. Choose another draft.")
     check_device(model)

@@ -53,11 +53,6 @@ class DraftModel(Target):
         )
         return _without_settings(model).generate(**moved, generation_config=settings, custom_generate=prefilled)
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        """Settled columns of each sequence, padding of the prompt included, of shape `(batch_size,)`."""
-        return self.room.lengths
-
     def extend(self, token_ids: torch.Tensor, counts: torch.Tensor, host_counts: list[int]) -> torch.Tensor:
         """
         Settle further tokens.

@@ -228,8 +228,8 @@ class Target:
         """
         # Counted on the host, where the tokens are: the device is told once, and not asked.
         host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
-        new = [max(now - before, 0) for now, before in zip(host_lengths, self.room.host_lengths, strict=True)]
-        device = self.room.lengths.device
+        new = [max(now - before, 0) for now, before in zip(host_lengths, self.host_lengths, strict=True)]
+        device = self.lengths.device
         roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
@@ -248,10 +248,14 @@ class Target:
             lengths=counts,
             host_lengths=new,
         )
-        # Roots already lie where they belong, if all sequences are of one length.
-        is_in_place = path.shape[1] == 1 and self.room.is_in_place
-        self.room.settle(None if is_in_place else acceptance.path, lengths, host_lengths)
+        self._settle(acceptance.path, path.shape[1], lengths, host_lengths)
         return self._pair(rows, roots)
+
+    def _settle(self, path: torch.Tensor, most: int, lengths: torch.Tensor, host_lengths: list[int]) -> None:
+        """Settle the first rows of accepted paths, `most` of them at most: each sequence has so many columns then."""
+        # Roots already lie where they belong, if all sequences are of one length.
+        is_in_place = most == 1 and self.room.is_in_place
+        self.room.settle(None if is_in_place else path, lengths, host_lengths)
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences; `kept` tells of each whether it stays."""
@@ -283,6 +287,16 @@ class Target:
         return self._is_unpadded and self.room.is_even and set(self._windows) == {None}
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """Columns of each sequence that have come to stand, padding of the prompt included: `(batch_size,)`."""
+        return self.room.lengths
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """The same on the host."""
+        return self.room.host_lengths
+
+    @property
     def num_real_rows(self) -> torch.Tensor:
-        """Real tokens of each sequence in the cache, padding of the prompt left out, of shape `(batch_size,)`."""
-        return self._num_real + self.room.lengths - self._prompt_length
+        """Real tokens of each sequence that have come to stand, padding of the prompt left out: `(batch_size,)`."""
+        return self._num_real + self.lengths - self._prompt_length

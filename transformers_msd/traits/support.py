@@ -19,6 +19,7 @@ from transformers_msd.compat import (
     prefills_itself,
     update_model_kwargs_of,
 )
+from transformers_msd.traits.states import keeps_states
 from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.traits.windows import layer_windows, takes_masks_by_type
 
@@ -39,8 +40,8 @@ def unsupported_fact(model: PreTrainedModel) -> str | None:
         return "has an encoder and a decoder, and drafting serves decoders alone"
     if not model.can_generate():
         return "has no head that says tokens"
-    if is_stateful(model):
-        return "has a recurrent state, which can't take back rejected tokens"
+    if is_stateful(model) and not keeps_states(model.config):
+        return "has a recurrent state of its own, which can't take back rejected tokens"
     config, parameters = model.config.get_text_config(), inspect.signature(type(model).forward).parameters
     if getattr(config, "is_decoder", None) is False and _asks_whether_it_decodes(model):
         return "is set up as no decoder (`is_decoder=False`), and keeps no cache"

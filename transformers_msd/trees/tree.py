@@ -204,6 +204,21 @@ class TokenTree:
             self.depth,
         )
 
+    def chain(self) -> "TokenTree":
+        """Keep of each tree the path on which the draft expects the most tokens to be accepted."""
+        hangs = self.ancestor_mask[..., 0]  # on the root, unlike a filler
+        expected = (self.ancestor_mask * self.scores.exp()[:, None]).sum(-1) * hangs
+        rows = torch.arange(len(expected), device=expected.device)
+        is_on_path = self.ancestor_mask[rows, expected.argmax(-1)]
+        nodes = is_on_path.int().sort(dim=-1, descending=True, stable=True).indices[:, : self.depth + 1]
+        places = torch.arange(nodes.shape[1], device=nodes.device)
+        return TokenTree(
+            token_ids=self.token_ids.gather(1, nodes),
+            parents=torch.where(places < is_on_path.sum(-1, keepdim=True), places - 1, -1),
+            scores=self.scores.gather(1, nodes),
+            depth=self.depth,
+        )
+
     def with_chains(self, rows: torch.Tensor, token_id: int) -> "TokenTree":
         """Replace the trees of some rows, a mask of shape `(batch_size,)`, by a chain that repeats one token."""
         nodes = torch.arange(self.num_nodes, device=rows.device)
