@@ -9,7 +9,7 @@ What drafts for the real LLaVA are trained on: its own answers, generated once a
 
 Half of the prompts are text, the first turns of conversations in the order of the file, and half have pictures of the
 tiny world; both follow from the file and a seed, so that the answers are all that is kept. `--num_conversations` adds
-conversations as they are, behind those whose first turns were asked: more text than the target could write in that time.
+conversations as they are, more text than the target could write in that time.
 """
 
 import argparse

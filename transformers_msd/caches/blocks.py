@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -125,3 +126,12 @@ class GrowingLayer(DynamicLayer):
         self.block.keys[self._index].narrow(2, start, num_rows).copy_(key_states)
         self.block.values[self._index].narrow(2, start, num_rows).copy_(value_states)
         return self.keys, self.values
+
+
+class GrowingHybridLayer(GrowingLayer, LinearAttentionLayer):
+    """A layer of a [`Block`] with states besides: those of the layer that it stands for."""
+
+    def __init__(self, block: Block, index: int, layer: DynamicLayer, length: int) -> None:
+        for name in vars(LinearAttentionLayer()):
+            setattr(self, name, getattr(layer, name))
+        super().__init__(block, index, layer, length)

@@ -5,6 +5,7 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -15,7 +16,13 @@ from transformers_msd.caches.blocks import holds_rows
 
 # Layers whose rows can be taken back, those that share the rows of others, and those whose states are put back.
 LAYERS = {
-    DynamicCache: {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer, LinearAttentionLayer},
+    DynamicCache: {
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        DummyLayer,
+        LinearAttentionLayer,
+        LinearAttentionAndFullAttentionLayer,
+    },
     StaticCache: {StaticLayer, StaticSlidingWindowLayer, DummyLayer},
 }
 

@@ -1,5 +1,6 @@
 """Rows of a tree behind a key-value cache, and keeping only the accepted ones."""
 
+import copy
 from collections.abc import Sequence
 from itertools import compress, groupby
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -17,6 +19,7 @@ from transformers_msd.caches.blocks import (
     LAYERS_PER_BLOCK,
     SPARE_COLUMNS,
     Block,
+    GrowingHybridLayer,
     GrowingLayer,
     first_column,
     holds_rows,
@@ -64,6 +67,11 @@ class Room:
         self._windows = dict(enumerate(windows))
         # Static ones take the new rows in the end: who made them may rely on their tensors.
         self._own_layers = {index: layer for index, layer in enumerate(cache.layers) if type(layer) in _KEPT_LAYERS}
+        for index, layer in enumerate(cache.layers):
+            if type(layer) is LinearAttentionAndFullAttentionLayer:
+                # Its states, and none of its rows.
+                self._own_layers[index] = copy.copy(layer)
+                vars(self._own_layers[index]).update(keys=None, values=None, is_initialized=False)
 
     @property
     def is_even(self) -> bool:
@@ -205,7 +213,9 @@ class Room:
                 block = Block([layers[index] for index in part], self.num_columns, self._first.get(window, 0), window)
                 self._blocks.append(block)
                 for place, index in enumerate(part):
-                    layers[index] = GrowingLayer(block, place, layers[index], self.num_columns)
+                    is_hybrid = isinstance(layers[index], LinearAttentionAndFullAttentionLayer)
+                    make_layer = GrowingHybridLayer if is_hybrid else GrowingLayer
+                    layers[index] = make_layer(block, place, layers[index], self.num_columns)
 
     def _find_first(self) -> None:
         """Find the first column that is held by all layers that see as far."""

@@ -172,8 +172,6 @@ class Target:
             if kwargs.get(name) is not None:
                 # All that is generated is text, and so is the end of a prompt.
                 kwargs[name] = kwargs[name][:, -1:].to(token_ids.device).expand(-1, num_rows)
-        if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = num_rows
         generated = ((self.room.lengths - self._prompt_length)[:, None] + depths + 1).expand_as(token_ids)
         if self.max_steps is not None:
             # What lies behind the last token of the call is never kept, and must not reach further than that.
@@ -189,6 +187,8 @@ class Target:
             **{CACHE: self.cache},
             **kwargs,
         )
+        if "logits_to_keep" in model_inputs:  # some models set it, whatever they are given
+            model_inputs["logits_to_keep"] = num_rows
         if masks is not None and len(masks) > 1:
             model_inputs["attention_mask"] = masks
         if model_inputs.get("position_ids") is None:

@@ -44,7 +44,8 @@ def _probe(model: PreTrainedModel) -> str | None:
     def run(*lengths: int) -> torch.Tensor:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         parts = [
-            decoder(input_ids=part, use_cache=True, **{CACHE: cache}).last_hidden_state
+            # Not called, so as to wake no hook of the user's; some decoders have a head, and return logits first.
+            decoder.forward(input_ids=part, use_cache=True, **{CACHE: cache}, return_dict=True)[0]
             for part in ids.split(lengths, dim=1)
         ]
         return torch.cat(parts, dim=1)[:, _PROMPT:].float()
