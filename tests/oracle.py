@@ -23,10 +23,18 @@ class Oracle:
             Probability of a wrong token on it.
         seed (`int`, *optional*, defaults to 0):
             Seed of errors and decoys.
+        num_decoys (`int`, *optional*, defaults to 1):
+            Decoys beside each node.
     """
 
     def __init__(
-        self, token_ids: torch.Tensor, vocab_size: int, depth: int = 4, error_rate: float = 0.3, seed: int = 0
+        self,
+        token_ids: torch.Tensor,
+        vocab_size: int,
+        depth: int = 4,
+        error_rate: float = 0.3,
+        seed: int = 0,
+        num_decoys: int = 1,
     ) -> None:
         self.tree_config = TreeConfig(gate=False)
         self.token_ids = token_ids.tolist()
@@ -34,6 +42,7 @@ class Oracle:
         self.depth = depth
         self.error_rate = error_rate
         self.seed = seed
+        self.num_decoys = num_decoys
         # Of the last call: what was committed before each round, and what was drafted on it.
         self.committed: list[Committed] = []
         self.trees: list[TokenTree] = []
@@ -79,11 +88,11 @@ class OracleCandidateGenerator(TreeCandidateGenerator):
             token_id = truth[place] if place < len(truth) else self._decoy(())
             if self.random.random() < self.oracle.error_rate:
                 token_id = self._decoy((token_id,))
-            siblings = [token_id, self._decoy((token_id,))]
+            siblings = [token_id, *(self._decoy((token_id,)) for _ in range(self.oracle.num_decoys))]
             self.random.shuffle(siblings)
             next_tip = len(token_ids) + siblings.index(token_id)
             token_ids += siblings
-            parents += [tip, tip]
+            parents += [tip] * len(siblings)
             tip = next_tip
         return token_ids, parents
 

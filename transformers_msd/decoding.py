@@ -120,6 +120,7 @@ def tree_decoding(
             outputs = target.forward_tree(tree)
 
     stats = emission.finish()
+    stats.num_repeated = target.num_repeated
     if returns_state:
         carry(cache, candidates.carry(committed, target))
     if not generation_config.return_dict_in_generate:

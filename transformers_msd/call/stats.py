@@ -26,6 +26,9 @@ class SpeculativeStats:
         num_plain_steps (`int`):
             Rounds in which nothing was drafted, because drafting did not pay of late. They count as rounds of one
             token.
+        num_repeated (`int`):
+            Accepted tokens that the target ran again, as one that keeps states must where a round was not accepted
+            whole.
     """
 
     acceptance_lengths: torch.Tensor
@@ -33,6 +36,7 @@ class SpeculativeStats:
     num_accepted: int = 0
     acceptance_by_depth: list[float] = field(default_factory=list)
     num_plain_steps: int = 0
+    num_repeated: int = 0
 
     @property
     def num_rounds(self) -> int:

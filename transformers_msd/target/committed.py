@@ -68,6 +68,29 @@ class Committed:
             visual_mask=self.visual_mask.gather(1, rows),
         )
 
+    def before(self, root_token_ids: torch.Tensor, root_embeds: torch.Tensor) -> "Committed":
+        """
+        Pair rows that hold a token each and the feature at it with the tokens that follow, the roots last.
+
+        Args:
+            root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
+                The tokens emitted last.
+            root_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+                Their embeddings.
+        """
+        root_token_ids, root_embeds = root_token_ids[:, None], root_embeds[:, None].to(self.inputs_embeds)
+        if self.token_ids.shape[1] == 1:
+            is_visual = torch.zeros_like(self.visual_mask)
+            return replace(self, token_ids=root_token_ids, inputs_embeds=root_embeds, visual_mask=is_visual)
+        rows = torch.arange(self.token_ids.shape[1], device=root_token_ids.device)
+        is_last = rows == self.last_rows[:, None]
+        return replace(
+            self,
+            token_ids=torch.where(is_last, root_token_ids, self.token_ids.roll(-1, 1)),
+            inputs_embeds=torch.where(is_last[..., None], root_embeds, self.inputs_embeds.roll(-1, 1)),
+            visual_mask=~is_last & self.visual_mask.roll(-1, 1),
+        )
+
     def join(self, *later: "Committed") -> "Committed":
         """Put later rows behind these."""
         parts = (self, *later)

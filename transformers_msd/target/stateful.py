@@ -74,6 +74,7 @@ class StatefulTarget(Target):
         # Accepted tokens, then the tree, then fillers: what comes later changes nothing before.
         places = torch.tensor(behind, device=tree.token_ids.device)[:, None]
         places = places + torch.arange(tree.num_nodes, device=places.device)
+        self.num_repeated += sum(behind)
         ids = pad(self._ids_behind(max(behind)), (0, tree.num_nodes)).scatter(1, places, tree.token_ids)
         outputs = self._forward(ids)
         outputs.logits = take_rows(outputs.logits, places.to(outputs.logits.device))
@@ -137,6 +138,7 @@ class StatefulTarget(Target):
     def _absorb(self, num_rows: int) -> None:
         """Run the first tokens behind the states alone, in sequences that have so many."""
         standing = [own.standing for own in self._sequences]
+        self.num_repeated += sum(min(own.num_behind, num_rows) for own in self._sequences)
         self._forward(self._ids_behind(num_rows))
         for own in self._sequences:
             own.standing = own.absorbed + min(own.num_behind, num_rows)
@@ -162,7 +164,7 @@ class StatefulTarget(Target):
         self._states.settle([False] * len(self._sequences))  # wherever a forward was broken off
         if any(back := [own.absorbed > most for own in self._sequences]):
             self._go_back(back)
-            self._settle_columns(0)
+        self._settle_columns(0)
         for own in self._sequences:
             own.standing = min(own.standing, most)
         while behind := [own.num_behind for own in self._sequences if own.num_behind]:

@@ -1,6 +1,5 @@
 """The target of one call: its prefill, one forward over a tree, and keeping what was accepted."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +58,7 @@ class Target:
         self.room: Room | None = None
         # Most new tokens of the call, where it has an end.
         self.max_steps: int | None = None
+        self.num_repeated = 0  # accepted tokens that ran again
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of tokens as the target's layers read them, on the device of its features."""
@@ -234,7 +234,7 @@ class Target:
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
             prompt, self._prompt = self._prompt, None
-            return self._pair(prompt, roots)
+            return prompt.before(roots, self.embed(roots))
         path = acceptance.path[:, : max(*new, 1)]
         inputs_embeds, features = (outputs.hidden_states[layer].to(device) for layer in (0, -1))
         if tree.num_nodes > 1:
@@ -249,7 +249,7 @@ class Target:
             host_lengths=new,
         )
         self._settle(acceptance.path, path.shape[1], lengths, host_lengths)
-        return self._pair(rows, roots)
+        return rows.before(roots, self.embed(roots))
 
     def _settle(self, path: torch.Tensor, most: int, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         """Settle the first rows of accepted paths, `most` of them at most: each sequence has so many columns then."""
@@ -266,20 +266,6 @@ class Target:
             dim = -2 if name == "position_ids" else 0
             if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
                 self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
-
-    def _pair(self, rows: Committed, roots: torch.Tensor) -> Committed:
-        """Pair rows, which hold a token each and the feature at it, with the tokens that follow, the roots last."""
-        next_embeds = self.embed(roots)[:, None].to(rows.inputs_embeds)
-        if rows.token_ids.shape[1] == 1:
-            is_visual = torch.zeros_like(rows.visual_mask)
-            return replace(rows, token_ids=roots[:, None], inputs_embeds=next_embeds, visual_mask=is_visual)
-        is_last = torch.arange(rows.token_ids.shape[1], device=roots.device) == rows.last_rows[:, None]
-        return replace(
-            rows,
-            token_ids=torch.where(is_last, roots[:, None], rows.token_ids.roll(-1, 1)),
-            inputs_embeds=torch.where(is_last[..., None], next_embeds, rows.inputs_embeds.roll(-1, 1)),
-            visual_mask=~is_last & rows.visual_mask.roll(-1, 1),
-        )
 
     @property
     def _is_packed(self) -> bool:
