@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
     StoppingCriteria,
 )
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -53,12 +54,13 @@ CONFIGS = {
     "granitemoehybrid": lambda: GraniteMoeHybridConfig(
         **FIELDS, **MAMBA, layer_types=MIXED, mamba_expand=2, num_local_experts=2, shared_intermediate_size=16
     ),
+    "bamba": lambda: BambaConfig(**FIELDS, **MAMBA, attn_layer_indices=[1]),
     "falcon_h1": lambda: FalconH1Config(**FIELDS, **MAMBA, mamba_d_ssm=64, num_logits_to_keep=1),
 }
 # Their states are not those of the same tokens one by one.
 OTHER_STATES = {
     "jamba": lambda: JambaConfig(**FIELDS, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
-    "bamba": lambda: BambaConfig(**FIELDS, **MAMBA, attn_layer_indices=[1]),
+    "recurrent_gemma": lambda: RecurrentGemmaConfig(**FIELDS, block_types=["recurrent", "attention"], lru_width=32),
 }
 NUM_TOKENS = 24
 TREE = TreeConfig(num_nodes=10, depth=4, top_k=3, gate=False)

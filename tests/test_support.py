@@ -430,7 +430,7 @@ REFUSED_DRAFTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "convolutions": (
         lambda: make(tf.Lfm2ForCausalLM, tf.Lfm2Config(**TEXT, layer_types=["conv", "full_attention"])),
-        "LinearAttentionLayer",
+        "recurrent state",
     ),
     "encoder and decoder": (
         lambda: make(tf.BartForConditionalGeneration, tf.BartConfig(**BART)),

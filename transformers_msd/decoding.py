@@ -19,8 +19,7 @@ from transformers_msd.drafters.base import CallInputs, TreeAssistant, as_chains,
 from transformers_msd.drafters.gate import Gate
 from transformers_msd.target.stateful import StatefulTarget
 from transformers_msd.target.target import Target
-from transformers_msd.traits.states import keeps_states
-from transformers_msd.traits.support import check_reach
+from transformers_msd.traits.support import check_reach, keeps_states
 from transformers_msd.traits.tokens import encoded_token_ids
 from transformers_msd.trees.noise import NoiseTape
 from transformers_msd.trees.verify import verify

@@ -30,7 +30,7 @@ from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 
 
 TREE = TreeConfig(num_nodes=16, depth=4, top_k=3, gate=False)
-NUM_TOKENS, SECONDS = 20, 60
+NUM_TOKENS, SECONDS = 20, 240
 
 
 def answers(model: PreTrainedModel, prompts: dict[str, torch.Tensor], assistant: Any = None) -> list[torch.Tensor]:

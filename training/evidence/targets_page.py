@@ -92,7 +92,7 @@ def reason(said: str) -> str:
     """Cut what was said to the reason, without the name of the model and the ways out."""
     fact = re.sub(r"^refused: |(?<=: )\w*(?:Error|Exception): ", "", said)
     fact = re.sub(r"^(?:The draft, \w+,|(?!Drafting|The|A\b)\w*[A-Z]\w+)(?= \w)", "The model", fact)
-    fact = re.split(r"\. (?:Otherwise|Choose|Sliding|Pass|You can)", fact)[0]
+    fact = re.split(r"\. (?:Otherwise|Choose|Sliding|Quantised|Pass|You can)", fact)[0]
     return fact.replace("|", "\\|")[:300]
 
 

@@ -132,6 +132,5 @@ class GrowingHybridLayer(GrowingLayer, LinearAttentionLayer):
     """A layer of a [`Block`] with states besides: those of the layer that it stands for."""
 
     def __init__(self, block: Block, index: int, layer: DynamicLayer, length: int) -> None:
-        for name in vars(LinearAttentionLayer()):
-            setattr(self, name, getattr(layer, name))
+        vars(self).update({name: vars(layer)[name] for name in vars(LinearAttentionLayer())})
         super().__init__(block, index, layer, length)

@@ -19,8 +19,8 @@ from transformers.generation.configuration_utils import (
 from transformers_msd.caches.check import LAYERS, check_cache
 from transformers_msd.compat import cache_of, default_settings
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.traits.states import keeps_states, states_fact
-from transformers_msd.traits.support import check_padding, features_fact, unsupported_fact
+from transformers_msd.target.probing import states_fact
+from transformers_msd.traits.support import check_padding, features_fact, keeps_states, unsupported_fact
 
 
 # These remember earlier calls, or run the model themselves, and so would be wrong at the nodes of a tree.

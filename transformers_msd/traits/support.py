@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
 
 from transformers_msd.compat import (
@@ -19,7 +20,6 @@ from transformers_msd.compat import (
     prefills_itself,
     update_model_kwargs_of,
 )
-from transformers_msd.traits.states import keeps_states
 from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.traits.windows import layer_windows, takes_masks_by_type
 
@@ -65,6 +65,12 @@ def unsupported_fact(model: PreTrainedModel) -> str | None:
     if grown:
         return f"makes more of its inputs after each token than drafting knows of: {', '.join(grown)}"
     return unready_fact(model)
+
+
+def keeps_states(config: PreTrainedConfig) -> bool:
+    """Tell whether layers of a model keep a state in place of rows, recurrent or of a convolution."""
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def features_fact(model: PreTrainedModel) -> str | None:

@@ -1,13 +1,13 @@
-"""Layers that keep a state in place of rows: whether a model has any, and whether they can be run on from it."""
+"""What only a run tells of a model: whether the states that its layers keep can be run on from."""
 
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import DynamicCache, PreTrainedModel
 
 from transformers_msd.compat import CACHE
+from transformers_msd.traits.support import keeps_states
 
 
 # Tokens of the probe: a prompt, and what is run behind it at once and one by one.
@@ -16,12 +16,6 @@ _PROMPT, _BEHIND = 3, 4
 _ROUNDING, _ROUNDING_OF_HALF = 1e-4, 0.05
 
 _found: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-
-
-def keeps_states(config: PreTrainedConfig) -> bool:
-    """Tell whether the cache of a model has layers that keep a state in place of rows."""
-    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def states_fact(model: PreTrainedModel) -> str | None:
@@ -42,12 +36,16 @@ def _probe(model: PreTrainedModel) -> str | None:
     ids = torch.arange(1, 1 + _PROMPT + _BEHIND, device=device)[None] % model.config.get_text_config().vocab_size
 
     def run(*lengths: int) -> torch.Tensor:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        parts = [
+        cache, parts, start = DynamicCache(config=model.config.get_text_config(decoder=True)), [], 0
+        for part in ids.split(lengths, dim=1):
+            # Positions are given as `generate` gives them: left to themselves, some hybrids miscount.
+            position_ids = torch.arange(start, start + part.shape[1], device=device)[None]
             # Not called, so as to wake no hook of the user's; some decoders have a head, and return logits first.
-            decoder.forward(input_ids=part, use_cache=True, **{CACHE: cache}, return_dict=True)[0]
-            for part in ids.split(lengths, dim=1)
-        ]
+            outputs = decoder.forward(
+                input_ids=part, position_ids=position_ids, use_cache=True, return_dict=True, **{CACHE: cache}
+            )
+            parts.append(outputs[0])
+            start += part.shape[1]
         return torch.cat(parts, dim=1)[:, _PROMPT:].float()
 
     at_once, one_by_one = run(_PROMPT, _BEHIND), run(_PROMPT, *[1] * _BEHIND)
