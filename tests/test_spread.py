@@ -1,0 +1,87 @@
+"""Targets whose weights lie in other forms or places: shared by processes, offloaded, quantised."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from oracle import Oracle
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TorchAoConfig
+from zoo import TEXT, VOCAB_SIZE, make_inputs
+
+from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+
+
+TREE = TreeConfig(num_nodes=16, depth=4, top_k=3, gate=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(LlamaConfig(**TEXT | {"hidden_size": 64, "tie_word_embeddings": False}))
+    target.generation_config.eos_token_id = None
+    target.save_pretrained(path)
+    return path
+
+
+def test_two_processes_share_a_target(folder: Path) -> None:
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    script = str(Path(__file__).parent / "tensor_parallel.py")
+    run = subprocess.run([*command, script, str(folder)], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    first, second = json.loads(run.stdout.strip().splitlines()[-1])
+    assert first == second
+    assert first["is_shared"]
+    assert first["equal"] == [True] * 4
+    assert min(first["tau"][1::2]) > 2
+
+
+def on_disk(folder: Path, offloaded: Path) -> PreTrainedModel:
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb"), "cpu")
+    places |= dict.fromkeys(("model.layers.0", "lm_head"), "disk")
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=offloaded)
+
+
+def on_the_host(folder: Path, offloaded: Path) -> PreTrainedModel:
+    return cpu_offload(AutoModelForCausalLM.from_pretrained(folder), execution_device=torch.device("cpu"))
+
+
+def check(target: PreTrainedModel, drafts_itself: bool) -> None:
+    target.eval()
+    inputs = make_inputs("llama", (0, 0), lengths=(12, 9))
+    for do_sample in (False, True):
+        settings = {"do_sample": do_sample, "max_new_tokens": 24, "return_dict_in_generate": True}
+        torch.manual_seed(3)
+        plain = target.generate(**inputs, **settings).sequences
+        torch.manual_seed(1)
+        draft = MSDDraftModel(MSDConfig.from_target(target.config)).to(target.dtype).eval()
+        draft.tree_config = TREE
+        oracle = Oracle(plain[:, inputs["input_ids"].shape[1] :], VOCAB_SIZE)
+        for assistant in (draft, oracle, *([VLMDrafter(target, tree_config=TREE)] if drafts_itself else [])):
+            torch.manual_seed(3)
+            drafted = target.generate(**inputs, **settings, assistant_model=assistant)
+            assert torch.equal(drafted.sequences, plain)
+            assert drafted.speculative_stats.mean_acceptance_length > (1 if assistant is draft else 2)
+
+
+@pytest.mark.parametrize("offload", [on_disk, on_the_host])
+def test_weights_that_come_when_they_are_needed(folder: Path, tmp_path: Path, offload: Callable) -> None:
+    target = offload(folder, tmp_path)
+    assert any(weight.is_meta for weight in target.parameters())
+    check(target, drafts_itself=False)
+    with pytest.raises(ValueError, match="is offloaded"):
+        target.generate(torch.arange(5)[None], assistant_model=VLMDrafter(target))
+
+
+def test_weights_of_8_bits(folder: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is no dependency")
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
+    assert type(target.lm_head.weight) is torch.nn.Parameter
+    assert type(target.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    check(target, drafts_itself=True)
