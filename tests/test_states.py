@@ -14,6 +14,7 @@ from transformers import (
     GraniteMoeHybridConfig,
     JambaConfig,
     Lfm2Config,
+    Lfm3Config,
     OlmoHybridConfig,
     PreTrainedModel,
     Qwen3_5TextConfig,
@@ -37,9 +38,12 @@ FIELDS = TEXT | {"num_hidden_layers": 3, "tie_word_embeddings": False}
 MIXED = ["linear_attention", "full_attention", "linear_attention"]
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-# One of each kind: convolutions alone, delta rules, and states and rows in one layer.
+# Some of each kind: convolutions alone, also beside windows, delta rules, Mamba 2, and states and rows in one layer.
 CONFIGS = {
     "lfm2": lambda: Lfm2Config(**FIELDS, layer_types=["conv", "full_attention", "conv"]),
+    "lfm3": lambda: Lfm3Config(
+        **FIELDS, layer_types=["conv", "sliding_attention", "full_attention"], sliding_window=6, head_dim=8
+    ),
     "qwen3_5_text": lambda: Qwen3_5TextConfig(**FIELDS, **DELTA, layer_types=MIXED, head_dim=8),
     "qwen3_next": lambda: Qwen3NextConfig(
         **FIELDS,

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.utils import ModelOutput
 
+from transformers_msd.caches.blocks import holds_rows
 from transformers_msd.caches.states import States
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -82,6 +83,13 @@ class StatefulTarget(Target):
             None if own is None else take_rows(own, places.to(own.device)) for own in outputs.hidden_states
         )
         return outputs
+
+    def _masks(self, visible: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        masks = super()._masks(visible)
+        for name, layer in zip(self._layer_types, self.cache.layers, strict=True):
+            if name in masks and not holds_rows(layer):
+                masks[name] = None  # a state is read in order
+        return masks
 
     def _ids_behind(self, num_rows: int) -> torch.Tensor:
         """Tokens of each sequence that have come to stand behind its states, `(batch_size, num_rows)`."""

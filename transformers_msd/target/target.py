@@ -198,7 +198,7 @@ class Target:
             return self.model(**model_inputs, return_dict=True)
         return self._captures.forward(self.model, model_inputs)
 
-    def _masks(self, visible: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _masks(self, visible: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Make the masks of the next forward: for each type of layers, one alone where all layers see as far."""
         of_windows = {window: self.room.mask(visible, self._dtype, window) for window in dict.fromkeys(self._windows)}
         if len(of_windows) == 1:
