@@ -6,8 +6,8 @@ What drafts of the real LLaVA are worth, by kind of prompt.
 FOLDER holds prompts as EAGLE and Spec-Bench have them, JSONL files of `turns`: mt_bench, gsm8k, humaneval, qa, sum.
 Beside these stand prompts of the tiny world with one picture and with two, and second turns of both. Each prompt is
 answered in turn by plain `generate`, prompt lookup, Transformers' assisted generation and every draft, greedily and at
-temperature 1. Trees are of 16 nodes, and drafted in every round, so that τ is the draft's: with a gate drafting rests
-where it does not pay. A run that is broken off goes on where it stopped.
+temperature 1. Trees are of 16 nodes, or as `--trees` says, and drafted in every round, so that τ is the draft's: with a
+gate drafting rests where it does not pay. A run that is broken off goes on where it stopped.
 """
 
 import argparse
@@ -155,6 +155,9 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=5, help="of each kind")
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--trees", nargs="+", default=[TREE], help="nodes,depth,top_k")
+    parser.add_argument("--kinds", nargs="+", default=[*TEXTS, SECOND_TURN, *PICTURES])
+    parser.add_argument("--modes", nargs="+", default=[*MODES])
     parser.add_argument("--output", type=Path, help="docs/real_llava_DTYPE.json by default")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -163,7 +166,7 @@ def main() -> None:
         target_model=arguments.target,
         draft_models=arguments.drafts,
         baselines=["assisted", "prompt_lookup"],
-        trees=[TREE],
+        trees=arguments.trees,
         dtype=arguments.dtype,
     )
     target = load_model(arguments.target, arguments.dtype, "cpu")
@@ -179,8 +182,8 @@ def main() -> None:
         )
         return measure(target, methods, prompts, MODES[mode] | {"max_new_tokens": arguments.max_new_tokens})
 
-    kinds = [*TEXTS, SECOND_TURN, *PICTURES]
-    results = collect(output, [(mode, kind) for mode in MODES for kind in kinds], run)
+    kinds = arguments.kinds
+    results = collect(output, [(mode, kind) for mode in arguments.modes for kind in kinds], run)
     if "machine" not in results:
         results["machine"] = {
             "hardware": hardware(target.device),
@@ -191,7 +194,7 @@ def main() -> None:
         }
         output.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results["machine"], indent=1))
-    for mode in MODES:
+    for mode in arguments.modes:
         for cell in ("{tau:.2f}", "{decode:.2f}x"):
             print("\n" + table(results, mode, kinds, cell))
 
