@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from oracle import Oracle
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from training.evidence.targets import answers
 from training.evidence.tiny import make_model, make_prompts
 from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
+from transformers_msd.target.probing import states_fact
 from transformers_msd.trees.tree import TokenTree
 
 
@@ -70,9 +72,11 @@ NUM_TOKENS = 24
 TREE = TreeConfig(num_nodes=10, depth=4, top_k=3, gate=False)
 
 
-def make(name: str) -> PreTrainedModel:
+def make(name: str, **fields: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    target = AutoModelForCausalLM.from_config((CONFIGS | OTHER_STATES)[name]()).eval()
+    config = (CONFIGS | OTHER_STATES)[name]()
+    vars(config).update(fields)
+    target = AutoModelForCausalLM.from_config(config).eval()
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target
@@ -242,11 +246,95 @@ def test_pictures(name: str) -> None:
     assert all(torch.equal(*both) for both in zip(answers(target, prompts), drafted, strict=True))
 
 
-@pytest.mark.parametrize("name", OTHER_STATES)
-def test_states_that_tokens_at_once_leave_otherwise_are_refused(name: str) -> None:
+class BreaksOff(StoppingCriteria):
+    """Raises an error at a step."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.shape[1] >= self.length:
+            raise InterruptedError
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 8, 13])
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "falcon_h1"])
+def test_a_batch_that_breaks_off_stands_where_its_slowest_row_does(name: str, step: int) -> None:
     target = make(name)
-    with pytest.raises(ValueError, match="4 tokens at once leave otherwise than one by one"):
-        generate(target, make_inputs("llama", (0,)), assistant_model=make_draft(target))
+    inputs = make_inputs("llama", (0, 0, 0), lengths=(16, 9, 13))
+    prompt_length = inputs["input_ids"].shape[1]
+    truth = generate(target, inputs).sequences[:, prompt_length:]
+    for oracle in oracles(truth):
+        held = DynamicCache(config=target.config)
+        criteria = [BreaksOff(prompt_length + step)]
+        with pytest.raises(InterruptedError):
+            generate(target, inputs, assistant_model=oracle, stopping_criteria=criteria, **{CACHE: held})
+        num_steps = int(held.get_seq_length()) - prompt_length + 1
+        assert 1 <= num_steps <= step
+        assert_same_cache(held, generate(target, inputs, max_new_tokens=num_steps)[CACHE])
+
+
+def test_plain_steps_are_of_one_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = make("lfm2")
+    inputs = make_inputs("llama", (0, 0), lengths=(16, 9))
+    truth = generate(target, inputs, max_new_tokens=60).sequences[:, inputs["input_ids"].shape[1] :]
+    oracle = Oracle(truth, VOCAB_SIZE, error_rate=0.9)
+    oracle.tree_config = TreeConfig(num_nodes=5, depth=4, top_k=1)
+    drafted = generate(target, inputs, max_new_tokens=60, assistant_model=oracle)
+    assert torch.equal(drafted.sequences[:, inputs["input_ids"].shape[1] :], truth)
+    stats = drafted.speculative_stats
+    assert stats.num_plain_steps > 20
+    assert stats.num_repeated < 60
+
+
+def test_a_cache_that_records_its_past_is_refused() -> None:
+    target = make("lfm2")
+    held = DynamicCache(config=target.config)
+    held.activate_past_recording()
+    call = {"assistant_model": make_draft(target), CACHE: held}
+    with pytest.raises(ValueError, match="record what was before"):
+        generate(target, make_inputs("llama", (0,)), **call)
+
+
+def test_states_of_offloaded_targets_are_tried_where_they_run() -> None:
+    target = make("qwen3_5_text")
+    inputs = make_inputs("llama", (0,))
+    plain = generate(target, inputs)
+    draft = make_draft(target)
+    target = cpu_offload(target, execution_device=torch.device("cpu"))
+    assert torch.equal(generate(target, inputs, assistant_model=draft).sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("spoil", ["training", "autocast"])
+def test_what_a_moment_told_of_states_is_not_kept(spoil: str) -> None:
+    torch.manual_seed(0)
+    config = CONFIGS["qwen3_5_text"]()
+    config.attention_dropout = 0.5
+    target = AutoModelForCausalLM.from_config(config).train(spoil == "training")
+    inputs = make_inputs("llama", (0,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=spoil == "autocast"):
+        target.generate(**inputs, max_new_tokens=4, assistant_model=make_draft(target))
+    target.eval()
+    drafted = generate(target, inputs, assistant_model=make_draft(target))
+    assert torch.equal(drafted.sequences, generate(target, inputs).sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", [0.02, 0.3])
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_states_that_tokens_at_once_leave_otherwise_are_refused(name: str, init: float, dtype: torch.dtype) -> None:
+    target = make(name, initializer_range=init).to(dtype)
+    draft = make_draft(target).to(dtype)
+    with pytest.raises(ValueError, match="2 tokens at once leave otherwise|outside of its cache"):
+        generate(target, make_inputs("llama", (0,)), assistant_model=draft)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states_that_are_the_same_are_told_so(name: str, dtype: torch.dtype) -> None:
+    for init in (0.02, 0.3):
+        assert states_fact(make(name, initializer_range=init).to(dtype)) is None
 
 
 def test_a_static_cache_of_states_is_refused() -> None:

@@ -6,8 +6,8 @@ What drafts of the real LLaVA are worth, by kind of prompt.
 FOLDER holds prompts as EAGLE and Spec-Bench have them, JSONL files of `turns`: mt_bench, gsm8k, humaneval, qa, sum.
 Beside these stand prompts of the tiny world with one picture and with two, and second turns of both. Each prompt is
 answered in turn by plain `generate`, prompt lookup, Transformers' assisted generation and every draft, greedily and at
-temperature 1. Trees are of 16 nodes, or as `--trees` says, and drafted in every round, so that τ is the draft's: with a
-gate drafting rests where it does not pay. A run that is broken off goes on where it stopped.
+temperature 1. Trees are of 16 nodes, or as `--trees` says, and drafted in every round, so that τ is the draft's: with
+a gate drafting rests where it does not pay. A run that is broken off goes on where it stopped.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -46,6 +47,12 @@ def check_cache(cache: Cache) -> None:
             f"{' with offloading' if cache.offloading else ''}. Quantised and offloaded caches, and "
             "static ones of recurrent layers, can't take back rejected rows: drop `cache_implementation` and the "
             "cache, or generate without `assistant_model`."
+        )
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) and layer.record_past for layer in cache.layers):
+        raise ValueError(
+            "The states of the cache must be those behind its last token, got layers that record what was before "
+            "(`activate_past_recording`), as Transformers' own assisted generation leaves them. Pass the cache of a "
+            "plain or drafted call, or none."
         )
 
 

@@ -138,11 +138,13 @@ def as_chains(assistant: TreeAssistant, target: str) -> TreeAssistant:
         f"{target} keeps states, which can't branch: chains of {config.depth} tokens are drafted for it, not trees. "
         f"`TreeConfig(num_nodes={config.depth + 1}, depth={config.depth}, top_k=1)` says the same."
     )
-    chains = copy.copy(assistant)
-    try:
-        chains.tree_config = replace(config, num_nodes=min(config.num_nodes, config.depth + 1), top_k=1, topology=None)
-    except AttributeError:  # it only passes on what another assistant has
+    # One that only passes on what another object has is left as it is, or that would be changed.
+    name = next((name for name in ("tree_config", "_tree_config") if name in vars(assistant)), None)
+    if name is None:
         return assistant
+    chains = copy.copy(assistant)
+    num_nodes = min(config.num_nodes, config.depth + 1)
+    vars(chains)[name] = replace(config, num_nodes=num_nodes, top_k=1, topology=None)
     return chains
 
 

@@ -67,9 +67,12 @@ class StatefulTarget(Target):
         return super().fit(tree.chain())
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
-        if max(sequence.num_behind for sequence in self._sequences) > MOST_BEHIND:
-            self._absorb(min(own.num_behind for own in self._sequences if own.num_behind))
-        behind = [sequence.num_behind for sequence in self._sequences]
+        behind = [own.num_behind for own in self._sequences]
+        if tree.num_nodes == 1 and len(set(behind)) > 1:
+            self._catch_up()  # else plain steps would go on with as many rows
+        elif max(behind) > MOST_BEHIND:
+            self._absorb(min(filter(None, behind)))
+        behind = [own.num_behind for own in self._sequences]
         if not any(behind):
             return super().forward_tree(tree)
         # Accepted tokens, then the tree, then fillers: what comes later changes nothing before.
@@ -168,13 +171,20 @@ class StatefulTarget(Target):
     def leave(self, num_steps: int) -> None:
         if self.room is None:
             return
-        most = max(num_steps - 1, 0)
-        self._states.settle([False] * len(self._sequences))  # wherever a forward was broken off
-        if any(back := [own.absorbed > most for own in self._sequences]):
-            self._go_back(back)
-        self._settle_columns(0)
-        for own in self._sequences:
-            own.standing = min(own.standing, most)
+        # What a round said that was not committed is not run: it ends with the slowest row.
+        most = min(max(num_steps - 1, 0), *(own.standing for own in self._sequences))
+        try:
+            self._states.settle([False] * len(self._sequences))  # wherever a forward was broken off
+            if any(back := [own.absorbed > most for own in self._sequences]):
+                self._go_back(back)
+            self._settle_columns(0)
+            for own in self._sequences:
+                own.standing = most
+            self._catch_up()
+        finally:
+            super().leave(most + 1)
+
+    def _catch_up(self) -> None:
+        """Absorb all tokens that have come to stand."""
         while behind := [own.num_behind for own in self._sequences if own.num_behind]:
             self._absorb(min(behind))
-        super().leave(num_steps)
