@@ -21,5 +21,10 @@ for draft in msd_8k draft_vlm msd; do
     # shellcheck disable=SC2086
     [ -e $work/$draft/config.json ] || transformers-msd train --config $here/$draft.yaml $resume
 done
+# Text that others wrote, too: what English takes.
+[ -e $work/rows_long ] || python -m training.real_llava.rows unpack --texts "$texts" --target $work/target \
+    --num_conversations 5600 --output $work/rows_long
+[ -e $work/msd_8k_long/config.json ] || transformers-msd train --config $here/msd_8k.yaml --datasets $work/rows_long \
+    --output_dir $work/msd_8k_long --max_steps 1000
 python -m training.real_llava.measure --target $work/target \
     --drafts $work/msd $work/msd_8k $work/draft_vlm --prompts "${PROMPTS:?a folder of mt_bench.jsonl, gsm8k.jsonl, ...}"
