@@ -27,25 +27,17 @@ class States:
 
     def settle(self, stand: list[bool]) -> None:
         """Keep the states of the sequences that `stand`, and put those of all others back."""
-        rows = None
         for (states, place), kept in zip(self._places(), self._kept, strict=True):
-            if all(stand):
-                kept.copy_(states[place])
-            elif not any(stand):
+            if any(stand):
+                kept.copy_(_choose(stand, states[place], kept))
+            if not all(stand):
                 states[place].copy_(kept)
-            else:
-                if rows is None:
-                    rows = torch.tensor(stand, device=kept.device)
-                rows = rows.to(kept.device)
-                kept[rows] = states[place][rows]
-                states[place][~rows] = kept[~rows]
 
     def take(self, others: "States", taken: list[bool]) -> None:
         """Put other states in the place of those of some sequences, here and in the cache."""
         for (states, place), kept, other in zip(self._places(), self._kept, others._kept, strict=True):
-            rows = torch.tensor(taken, device=kept.device)
-            kept[rows] = other[rows]
-            states[place][rows] = other[rows]
+            kept.copy_(_choose(taken, other, kept))
+            states[place].copy_(_choose(taken, other, states[place]))
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences of the copy; `kept` tells of each whether it stays."""
@@ -55,3 +47,8 @@ class States:
         """Drop sequences of the cache."""
         for states, place in list(self._places()):
             states[place] = states[place][kept]
+
+
+def _choose(is_first: list[bool], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Take the rows of one tensor or of another, without asking the device."""
+    return torch.where(torch.tensor(is_first, device=first.device).view(-1, *[1] * (first.ndim - 1)), first, second)
