@@ -136,6 +136,20 @@ def test_tokens_and_caches_are_plain_s(name: str, lengths: tuple[int, ...], do_s
         assert_same_cache(generate(target, inputs, max_new_tokens=NUM_TOKENS - 1)[CACHE], plain[CACHE])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_and_caches_are_plain_s_on_cuda(name: str, do_sample: bool) -> None:
+    target = make(name).to("cuda")
+    inputs = {key: value.to("cuda") for key, value in make_inputs("llama", (0, 0), lengths=(16, 9)).items()}
+    plain = generate(target, inputs, do_sample=do_sample)
+    truth = plain.sequences[:, inputs["input_ids"].shape[1] :]
+    for assistant in (*oracles(truth), make_draft(target).to("cuda")):
+        drafted = generate(target, inputs, do_sample=do_sample, assistant_model=assistant)
+        assert torch.equal(drafted.sequences, plain.sequences)
+        assert_same_cache(drafted[CACHE], plain[CACHE])
+
+
 def test_nothing_runs_again_where_all_is_accepted() -> None:
     target = make("qwen3_5_text")
     inputs = make_inputs("llama", (0,), lengths=(12,))
