@@ -27,17 +27,19 @@ class States:
 
     def settle(self, stand: list[bool]) -> None:
         """Keep the states of the sequences that `stand`, and put those of all others back."""
+        rows = None if all(stand) or not any(stand) else torch.tensor(stand, device=self._kept[0].device)
         for (states, place), kept in zip(self._places(), self._kept, strict=True):
             if any(stand):
-                kept.copy_(_choose(stand, states[place], kept))
+                kept.copy_(states[place] if rows is None else _choose(rows, states[place], kept))
             if not all(stand):
                 states[place].copy_(kept)
 
     def take(self, others: "States", taken: list[bool]) -> None:
         """Put other states in the place of those of some sequences, here and in the cache."""
+        rows = torch.tensor(taken, device=self._kept[0].device)
         for (states, place), kept, other in zip(self._places(), self._kept, others._kept, strict=True):
-            kept.copy_(_choose(taken, other, kept))
-            states[place].copy_(_choose(taken, other, states[place]))
+            kept.copy_(_choose(rows, other, kept))
+            states[place].copy_(_choose(rows, other, states[place]))
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences of the copy; `kept` tells of each whether it stays."""
@@ -49,6 +51,6 @@ class States:
             states[place] = states[place][kept]
 
 
-def _choose(is_first: list[bool], first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Take the rows of one tensor or of another, without asking the device."""
-    return torch.where(torch.tensor(is_first, device=first.device).view(-1, *[1] * (first.ndim - 1)), first, second)
+def _choose(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Take the marked rows of one tensor and the others of another, without asking the device."""
+    return torch.where(rows.to(first.device).view(-1, *[1] * (first.ndim - 1)), first, second)
