@@ -3,10 +3,11 @@ How exact is half precision? Drafted answers beside plain ones, and plain ones b
 
     python -m training.evidence.half_precision --target HuggingFaceTB/SmolLM2-135M-Instruct --prompts mt_bench.jsonl
 
-In bfloat16 and float16 each prompt is answered greedily by plain `generate`; then again, on a static cache, in a batch
-of two, and drafted in trees of two sizes. Told is how many answers differ from the first, where first, and by how much
+In bfloat16 and float16 each prompt is answered greedily by plain `generate`; then on a static cache, in a batch of
+two, and drafted in trees of two sizes. Told is how many answers differ from the first, where first, and by how much
 plain's logit of its own token exceeded the other's there. The draft is simulated and four times in five right at each
-level, so that the rows that stand were verified in trees, as with a trained one.
+level, so that the rows that stand were verified in trees, as with a trained one. A run that is broken off goes on
+where it stopped.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from training.evidence.runs import collect
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
 from transformers_msd.bench.assistants import Simulated
 from transformers_msd.bench.divergence import find_divergences
@@ -37,37 +39,40 @@ def tokens_of(target: PreTrainedModel, inputs: dict[str, torch.Tensor], call: di
     return target.generate(**inputs, **call)[:, inputs["input_ids"].shape[1] :]
 
 
-def measure(
-    target: PreTrainedModel, prompts: list[dict[str, torch.Tensor]], pairs: list[dict[str, torch.Tensor]], call: dict
-) -> dict[str, dict[str, Any]]:
-    """Answer all prompts by all methods, and tell where they differ from plain decoding."""
+def answer(
+    target: PreTrainedModel, inputs: dict[str, torch.Tensor], pair: dict[str, torch.Tensor], call: dict, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Answer a prompt, the first of a pair, by all methods; tell where they part from plain decoding."""
     torch.manual_seed(0)
     draft = MSDDraftModel(MSDConfig.from_target(target.config)).to(target.dtype).eval()
-    found: dict[str, list] = {}
-    for number, inputs in enumerate(prompts):
-        plain = tokens_of(target, inputs, call)
-        answers = {
-            "plain, again": tokens_of(target, inputs, call),
-            "plain, static cache": tokens_of(target, inputs, call | {"cache_implementation": "static"}),
-            "plain, in a batch of 2": tokens_of(target, pairs[number], call)[:1],
-        }
-        for name, tree in TREES.items():
-            assistant = Simulated(MSDDrafter(draft, tree), RIGHT)
-            assistant.continuation, assistant.seed = plain, number
-            answers[name] = tokens_of(target, inputs, call | {"assistant_model": assistant})
-        for name, tokens in answers.items():
-            found.setdefault(name, []).extend(find_divergences(target, inputs, call, 0, plain, tokens))
-        print(f"prompt {number + 1} of {len(prompts)}, {plain.shape[1]} tokens", flush=True)
-    return {
-        name: {
-            "answers": len(prompts),
-            "differ": len(differing),
-            "median_first_place": median([one.step for one in differing]) if differing else None,
-            "largest_gap": max((one.logit_gap or 0.0 for one in differing), default=None),
-            "all": [asdict(one) for one in differing],
-        }
-        for name, differing in found.items()
+    plain = tokens_of(target, inputs, call)
+    answers = {
+        "plain, static cache": tokens_of(target, inputs, call | {"cache_implementation": "static"}),
+        "plain, in a batch of 2": tokens_of(target, pair, call)[:1],
     }
+    for name, tree in TREES.items():
+        assistant = Simulated(MSDDrafter(draft, tree), RIGHT)
+        assistant.continuation, assistant.seed = plain, seed
+        answers[name] = tokens_of(target, inputs, call | {"assistant_model": assistant})
+    return {
+        name: [asdict(one) for one in find_divergences(target, inputs, call, 0, plain, tokens)]
+        for name, tokens in answers.items()
+    }
+
+
+def summary(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Write how many answers part from plain decoding, by dtype and method, as Markdown."""
+    lines = ["| dtype | answers | differ | median first place | largest gap of logits |", "|---" * 5 + "|"]
+    groups: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
+    for key, found in results.items():
+        for name, differing in found.items():
+            groups.setdefault((key.partition(" | ")[0], name), []).append(differing)
+    for (dtype, name), rows in sorted(groups.items()):
+        differing = [one for row in rows for one in row]
+        place = median(one["step"] for one in differing) if differing else ""
+        gap = f"{max(one['logit_gap'] or 0.0 for one in differing):.3f}" if differing else ""
+        lines.append(f"| {dtype} | {name} | {len(differing)} of {len(rows)} | {place} | {gap} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -85,19 +90,21 @@ def main() -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False)
         for said in asked[: arguments.num_prompts + 1]
     ]
-    prompts = [dict(tokenizer(text, return_tensors="pt")) for text in texts]
-    # Each prompt with the next: of one length no longer, so the shorter is padded.
-    pairs = [dict(tokenizer(texts[i : i + 2], return_tensors="pt", padding=True)) for i in range(len(texts) - 1)]
+    # Each prompt also in a batch with the next, the shorter of them padded.
+    prompts = [dict(tokenizer(text, return_tensors="pt")) for text in texts[:-1]]
+    pairs = [dict(tokenizer(texts[i : i + 2], return_tensors="pt", padding=True)) for i in range(len(prompts))]
     call = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, "disable_compile": True}
-    results = {}
-    for dtype in DTYPES:
-        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype)).eval()
-        results[dtype] = measure(target, prompts[:-1], pairs, call)
-        print(f"\n| {dtype} | answers that differ | median first place | largest gap of logits |\n|---|---|---|---|")
-        for name, row in results[dtype].items():
-            cells = (name, f"{row['differ']} of {row['answers']}", row["median_first_place"], row["largest_gap"])
-            print(f"| {' | '.join(map(str, cells))} |")
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    targets = {
+        dtype: AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype)).eval()
+        for dtype in DTYPES
+    }
+
+    def run(dtype: str, number: str) -> dict[str, list[dict[str, Any]]]:
+        i = int(number)
+        return answer(targets[dtype], prompts[i], pairs[i], call, seed=i)
+
+    runs = [(dtype, str(number)) for number in range(len(prompts)) for dtype in DTYPES]
+    print(summary(collect(arguments.output, runs, run)))
 
 
 if __name__ == "__main__":
