@@ -1,39 +1,82 @@
 """Which kind of decoder layer a draft on a target's features is made of."""
 
+import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import AutoModel, DynamicCache, LlamaConfig, PreTrainedConfig
+from torch import nn
+from transformers import AutoModel, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from transformers_msd.compat import CACHE
 
 
-# What `MSDDraftModel` takes out of a decoder, and passes to it.
-_PARTS = ("embed_tokens", "layers", "norm")
 # Sizes that a model may take below 1 without a word.
 _SIZES = ("num_hidden_layers", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
+# Factors of embeddings, which reach a draft multiplied.
+_SCALES = ("embedding_multiplier", "embedding_scale")
 _ARGUMENTS = {"inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
 
 
-def decoder_layer_of(text_config: PreTrainedConfig) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
+def make_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    Choose the config of a single decoder layer of a target's shape.
+    Make the layers of a text config, without embeddings before and without a norm behind them.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Config of a text model, also of one that is known as a part of a larger model alone.
+
+    Raises:
+        ValueError: If the model does not consist of embeddings, `layers` and a norm.
+    """
+    # A text config may name a dtype of its own.
+    dtype = torch.get_default_dtype()
+    if type(config) in MODEL_MAPPING:
+        model = AutoModel.from_config(config, dtype=dtype)
+    else:
+        model = _text_model_class(config)._from_config(config, dtype=dtype)
+    embeddings = model.get_input_embeddings()
+    names = {child: name for name, child in model.named_children()}
+    # By its name, or else by its size.
+    norms = [name for child, name in names.items() if name == "norm"] or [
+        name
+        for child, name in names.items()
+        if child is not embeddings and getattr(getattr(child, "weight", None), "shape", None) == (config.hidden_size,)
+    ]
+    if embeddings not in names or len(norms) != 1 or not isinstance(getattr(model, "layers", None), nn.ModuleList):
+        raise ValueError(
+            f"A draft is made of a text model of embeddings, `layers` and a norm, got {type(model).__name__} with "
+            f"{', '.join(names.values())}. Make its config with `MSDConfig.from_target(target.config)`."
+        )
+    delattr(model, names[embeddings])
+    model.set_submodule(norms[0], nn.Identity())
+    return model
+
+
+def decoder_layers_of(
+    text_config: PreTrainedConfig, num_layers: int = 1
+) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
+    """
+    Choose the config of decoder layers of a target's kind and shape that see everything.
 
     Args:
         text_config (`PreTrainedConfig`):
             Text config of the target.
+        num_layers (`int`, *optional*, defaults to 1):
+            Number of layers.
 
     Returns:
-        `tuple[type[PreTrainedConfig], dict[str, Any]]`: The class of the target's text config, or Llama's where a
-        layer of the target's kind can't stand alone, and its fields.
+        `tuple[type[PreTrainedConfig], dict[str, Any]]`: The class of the target's text config, or Llama's where
+        layers of the target's kind can't stand alone, and its fields.
     """
-    # The types of the layers follow from their number.
-    fields = {name: value for name, value in text_config.to_dict().items() if name not in ("dtype", "layer_types")}
-    if _can_draft(type(text_config), fields):
-        return type(text_config), fields
+    for fields in _candidates(text_config, num_layers):
+        if _can_draft(type(text_config), fields):
+            return type(text_config), fields
     size, vocab_size = _number(text_config, "hidden_size"), _number(text_config, "vocab_size")
     if size is None or vocab_size is None or size % 2:
         raise ValueError(
@@ -47,11 +90,12 @@ def decoder_layer_of(text_config: PreTrainedConfig) -> tuple[type[PreTrainedConf
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=size,
+        num_hidden_layers=num_layers,
         intermediate_size=_number(text_config, "intermediate_size") or 4 * size,
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads if num_heads % num_key_value_heads == 0 else num_heads,
         max_position_embeddings=_number(text_config, "max_position_embeddings") or 2048,
-        initializer_range=fields.get("initializer_range") or 0.02,
+        initializer_range=getattr(text_config, "initializer_range", None) or 0.02,
     )
     return LlamaConfig, {name: value for name, value in config.to_dict().items() if name != "dtype"}
 
@@ -73,7 +117,7 @@ def check_decoder(
     try:
         config = config_class(**{**fields, **overrides})
         with torch.device("meta"):
-            AutoModel.from_config(config)
+            make_decoder(config)
         wrong = [name for name in _SIZES if isinstance(size := overrides.get(name), int) and size < 1]
         num_heads, num_shared = (_number(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
         reason = f"{', '.join(wrong)} must be at least 1" if wrong else None
@@ -85,18 +129,74 @@ def check_decoder(
         raise ValueError(f"Overrides must make a decoder, got {dict(overrides)} ({reason}). Leave out what differs.")
 
 
+def _candidates(text_config: PreTrainedConfig, num_layers: int) -> Iterator[dict[str, Any]]:
+    """
+    List fields of a few layers of a target's kind: what its class makes of so few, then such as see everything,
+    then each kind of layer that the target has.
+    """
+    most = _number(text_config, "num_hidden_layers")
+    whole = {name: value for name, value in text_config.to_dict().items() if name != "dtype"}
+    own = whole.pop("per_layer_config", None) or {}
+    lists = {
+        name: value
+        for name, value in whole.items()
+        if isinstance(value, list | tuple)
+        and len(value) == most
+        and not name.endswith(("_id", "_ids", "architectures"))
+    }
+    whole = {name: value for name, value in whole.items() if name not in lists and name != "layer_types"}
+    whole |= {"num_hidden_layers": num_layers} | {name: 1.0 for name in _SCALES if whole.get(name) is not None}
+    yield whole
+    yield whole | (
+        {"layer_types": ["full_attention"] * num_layers} if "layer_types" in lists else {"sliding_window": None}
+    )
+    seen = []
+    for place in reversed(range(most or 0)):
+        cut = {name: [value[place]] * num_layers for name, value in lists.items()}
+        if own:
+            settings = own.get(place, own.get(str(place), {}))
+            cut["per_layer_config"] = dict.fromkeys(range(num_layers), settings)
+        if cut and cut not in seen:
+            seen.append(cut)
+            yield whole | cut
+
+
 def _can_draft(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> bool:
-    """Tell whether a model of one such layer has what a draft needs; it takes no memory."""
+    """Tell whether a model of such layers has what a draft needs; it takes no memory."""
     try:
-        config = config_class(**fields | {"num_hidden_layers": 1})
+        config = config_class(**fields)
         with torch.device("meta"):
-            model = AutoModel.from_config(config)
-    except Exception:  # whatever a config or a model has against a single layer
+            model = make_decoder(config)
+            if not _arguments_of(type(model)) >= _ARGUMENTS:
+                return False
+            model.to(torch.bfloat16)  # the only dtype that experts take there
+            embeddings = torch.zeros(1, 2, config.hidden_size, dtype=torch.bfloat16)
+            mask, position_ids = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.long)
+            with suppress(NotImplementedError):  # it looks at values, which are none here
+                model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        is_full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        # The model of a few is all of it, with a tower for pictures.
+        is_whole = all(name.startswith("layers.") for name, _ in model.named_parameters())
+        return is_full and is_whole and len(model.layers) == fields["num_hidden_layers"]
+    except Exception:  # whatever a config or a model has against such layers
         return False
-    has_parts = all(hasattr(model, name) for name in _PARTS) and len(model.layers) == 1
-    has_parts = has_parts and hasattr(model.layers[0], "input_layernorm")
-    is_full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    return has_parts and is_full and set(inspect.signature(type(model).forward).parameters) >= _ARGUMENTS
+
+
+def _text_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Find the text model of a config that `AutoModel` does not know, in the module beside it."""
+    module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    for found in vars(module).values():
+        is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
+        if is_model and not issubclass(found, GenerationMixin) and "inputs_embeds" in _arguments_of(found):
+            return found
+    raise ValueError(
+        f"A draft is made of a text model, got {type(config).__name__}, which is the config of none. Make its config "
+        "with `MSDConfig.from_target(target.config)`."
+    )
+
+
+def _arguments_of(model_class: type[PreTrainedModel]) -> set[str]:
+    return set(inspect.signature(model_class.forward).parameters)
 
 
 def _number(config: PreTrainedConfig, name: str) -> int | None:

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from transformers_msd.traits.decoders import check_decoder, decoder_layer_of
+from transformers_msd.traits.decoders import check_decoder, decoder_layers_of
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 from transformers_msd.trees.tree import TreeConfig
 
@@ -89,8 +89,8 @@ class MSDConfig(PreTrainedConfig):
         """
         Make the config of a draft for a target: one decoder layer of the target's text shape, as published.
 
-        Where a layer of the target's kind can't draft, because it is recurrent, sees a window or can't stand alone, it
-        is a Llama layer of the target's sizes.
+        It sees everything, also where some of the target's layers see a window or are recurrent. Where a layer of the
+        target's kind can't stand alone, or none of them sees everything, it is a Llama layer of the target's sizes.
 
         Args:
             target_config (`PreTrainedConfig`):
@@ -102,9 +102,11 @@ class MSDConfig(PreTrainedConfig):
         """
         check_target_config(target_config)
         text_config = target_config.get_text_config()
-        config_class, fields = decoder_layer_of(text_config)
-        # One layer (MSD, section 3).
-        fields |= special_token_ids(target_config) | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+        # One layer (MSD, section 3). A wrong number of them is told below.
+        num_layers = overrides.get("num_hidden_layers")
+        num_layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 1
+        config_class, fields = decoder_layers_of(text_config, num_layers)
+        fields |= special_token_ids(target_config) | {"tie_word_embeddings": False}
         own = {
             "visual_token_ids": visual_token_ids(target_config),
             "input_layernorm": config_class.model_type != "llama",

@@ -8,13 +8,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import pad
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.places import check_finite, check_folder
+from transformers_msd.traits.decoders import make_decoder
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -94,12 +95,15 @@ class MSDDraftModel(PreTrainedModel):
     def __init__(self, config: MSDConfig):
         super().__init__(config)
         text_config = config.get_text_config()
-        # A text config may name a dtype of its own, which must not differ from that of `fc`.
-        self.model = AutoModel.from_config(text_config, dtype=torch.get_default_dtype())
-        del self.model.embed_tokens
-        self.model.norm = nn.Identity()
+        self.model = make_decoder(text_config)
         if not config.input_layernorm:
-            self.model.layers[0].input_layernorm = nn.Identity()
+            first = self.model.layers[0]
+            if not hasattr(first, "input_layernorm"):
+                raise ValueError(
+                    f"`input_layernorm` must be True where layers have no such norm to leave out, got False with "
+                    f"{type(first).__name__}. Leave it out of the config."
+                )
+            first.input_layernorm = nn.Identity()
         self.fc = nn.Linear(2 * text_config.hidden_size, text_config.hidden_size, bias=config.fc_bias)
         self.head = None
         if config.draft_vocab_size is not None:
