@@ -223,7 +223,7 @@ def test_heads_of_all_kinds_and_numbers_that_are_none_do_not_matter():
 
 def test_pictures_without_tokens_are_answered():
     model = make_model("git")
-    prompt = {name: value[1:2] for name, value in make_prompts(model, True).items()}
+    prompt = {name: value[1:2] for name, value in make_prompts(model, "pictures").items()}
     call = {"max_new_tokens": 6, "do_sample": False}
     drafted = model.generate(**prompt, **call, assistant_model=make_draft(model))
     assert torch.equal(drafted, model.generate(**prompt, **call))

@@ -255,7 +255,7 @@ def test_a_call_that_breaks_off_leaves_the_states_of_complete_rounds(step: int) 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
 def test_pictures(name: str) -> None:
     target = make_model(name)
-    prompts = make_prompts(target, has_pictures=True)
+    prompts = make_prompts(target, "pictures")
     drafted = answers(target, prompts, make_draft(target))
     assert all(torch.equal(*both) for both in zip(answers(target, prompts), drafted, strict=True))
 

@@ -6,8 +6,9 @@ as a target with an MSD draft and as its own draft.
     python -m training.evidence.targets llama mllama     # some, printed
     python -m training.evidence.targets --write          # docs/targets.md from docs/targets.json
 
-Prompts are two of different lengths in a batch, of text and, where a model takes them, with a picture each. Answers
-are greedy and sampled. `make targets` does it on the lowest and the newest Transformers.
+Prompts are two of different lengths in a batch, of text and, where a model takes them, with a picture each, for some
+also with a video each. Answers are greedy and sampled. `make targets` does it on the lowest and the newest
+Transformers.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers.generation import GenerationMixin
 
 from training.evidence.targets_page import DOCS, kind, write_page
 from training.evidence.tiny import FIRST_SPECIAL, make_model, make_prompts, model_types, sees_pictures
-from training.evidence.tiny_fields import VOCAB_SIZE
+from training.evidence.tiny_fields import VIDEOS, VOCAB_SIZE
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 
 
@@ -105,7 +106,7 @@ def time_limit() -> Iterator[None]:
         signal.alarm(0)
 
 
-def attempt(model: PreTrainedModel, has_pictures: bool) -> dict[str, str]:
+def attempt(model: PreTrainedModel, seen: str = "") -> dict[str, str]:
     """Try a model with prompts of one kind, against what plain `generate` answers if it does."""
 
     def msd() -> MSDDraftModel:
@@ -114,36 +115,37 @@ def attempt(model: PreTrainedModel, has_pictures: bool) -> dict[str, str]:
         draft.tree_config = TREE
         return draft
 
-    with_pictures = ", pictures" if has_pictures else ""
+    kind_of_prompt = f", {seen}" if seen else ""
     plain, wrong = None, ""
     with time_limit():
         try:
-            prompts = make_prompts(model, has_pictures)
+            prompts = make_prompts(model, seen)
         except Exception as error:
-            return {f"not tried{with_pictures}": f"no prompt: {say(error)}"}
+            return {f"not tried{kind_of_prompt}": f"no prompt: {say(error)}"}
         try:
             plain = plain_answers(model, prompts)
         except Exception as error:
             wrong = f"plain `generate`: {say(error)}"
         drafts = {"MSD draft": msd, "its own draft": lambda: VLMDrafter(model, tree_config=TREE)}
-        found = {f"{name}{with_pictures}": outcome(model, prompts, plain, make) for name, make in drafts.items()}
+        found = {f"{name}{kind_of_prompt}": outcome(model, prompts, plain, make) for name, make in drafts.items()}
     # What plain `generate` can't answer can still be refused.
     if plain is None and {kind(said) for said in found.values()} != {"refused"}:
-        return {f"not tried{with_pictures}": wrong}
+        return {f"not tried{kind_of_prompt}": wrong}
     return found
 
 
 def row(model_type: str) -> dict[str, str]:
-    """Try an architecture with prompts of text and, unless it is refused anyway, with pictures."""
+    """Try an architecture with prompts of text and, unless it is refused anyway, with pictures and videos."""
     try:
         with time_limit():
             model = make_model(model_type)
     except Exception as error:
         return {"not tried": f"no tiny model: {say(error)}"}
-    found = attempt(model, has_pictures=False)
+    found = attempt(model)
     if sees_pictures(model) and {kind(said) for said in found.values()} != {"refused"}:
-        pictures = attempt(model, has_pictures=True)
+        pictures = attempt(model, "pictures")
         found = pictures if "not tried" in found and "not tried, pictures" not in pictures else found | pictures
+        found |= attempt(model, "videos") if model_type in VIDEOS else {}
     return found
 
 

@@ -36,11 +36,13 @@ def page(results: dict[str, Rows]) -> Iterator[str]:
     yield ""
     yield from paragraph(
         "A tiny model of random weights of every architecture, with an MSD draft and as its own draft: two prompts in "
-        "a batch, one padded, of text and, where it takes them, with a picture each, greedy and sampled, against "
-        f"plain `generate`. Written by `make targets`, on Transformers {' and '.join(sorted(results))}; the lists are "
-        f"of {max(results)}. What is tested with every option stands in [generate.md](generate.md)."
+        "a batch, one padded, of text and, where it takes them, with a picture each, some with a video each, greedy "
+        "and sampled, against plain `generate`. Written by `make targets`, on Transformers "
+        f"{' and '.join(sorted(results))}; the lists are of {max(results)}. What is tested with every option stands "
+        "in [generate.md](generate.md)."
     )
-    for heading, column in {"Equal": "MSD draft", "Equal with pictures": "MSD draft, pictures"}.items():
+    for seen in ("", "pictures", "videos"):
+        heading, column = (f"Equal with {seen}", f"MSD draft, {seen}") if seen else ("Equal", "MSD draft")
         names = [name for name, found in newest.items() if found.get(column) == "equal"]
         yield from section(heading, len(names), listed(names))
     refused = list(refusals(newest))
@@ -54,7 +56,7 @@ def page(results: dict[str, Rows]) -> Iterator[str]:
     ]
     yield from section("Faults", len(faults), faults or ["None."])
     untried = [
-        f"| `{name}`{' with pictures' if 'pictures' in column else ''} | {reason(said)} |"
+        f"| `{name}`{column.replace('not tried,', ' with').removeprefix('not tried')} | {reason(said)} |"
         for name, found in sorted(newest.items())
         for column, said in found.items()
         if column.startswith("not tried")

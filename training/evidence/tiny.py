@@ -20,11 +20,13 @@ from training.evidence.tiny_fields import (
     IDS,
     KINDS,
     LEFT_OUT,
+    NUM_FRAMES,
     NUM_ROWS,
     ONES,
     PATCHES,
     SIZES,
     TOWERS,
+    VIDEOS,
 )
 
 
@@ -144,6 +146,10 @@ def make_pictures(model: PreTrainedModel, num_pictures: int) -> dict[str, torch.
             "spatial_shapes": torch.tensor([[4, 4]] * n),
             "pixel_attention_mask": torch.ones(n, 16, dtype=torch.long),
         },
+        "target_sizes": lambda: {
+            "pixel_values": noise(1, 3, 4, n * 4 * 16),  # all pictures side by side
+            "target_sizes": torch.tensor([[4, 4]] * n),
+        },
         "image_grid_thw": lambda: {
             "pixel_values": noise(n * 16, *patch),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * n),
@@ -182,24 +188,54 @@ def num_rows_of(model: PreTrainedModel, pictures: dict[str, torch.Tensor]) -> in
     return sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts)
 
 
-def make_prompts(model: PreTrainedModel, has_pictures: bool = False) -> dict[str, torch.Tensor]:
-    """Two prompts, the first of them shorter, with a picture each or of text alone."""
+def make_videos(model: PreTrainedModel, num_videos: int) -> dict[str, torch.Tensor]:
+    """Make videos of few frames of 16 x 16 pixels, or of 4 x 4 patches, as a model takes them."""
+    names, n = inputs_of(model), num_videos
+    generator = torch.Generator().manual_seed(13)
+    if "video_grid_thw" in names:
+        patch = 48 * getattr(model.config.vision_config, "temporal_patch_size", 1)
+        videos = {"pixel_values_videos": (n * 32, patch), "video_grid_thw": [[2, 4, 4]] * n}
+        videos |= {name: [1.0] * n for name in names & {"second_per_grid_ts", "video_second_per_grid"}}
+    else:
+        videos = {"pixel_values_videos": (n, NUM_FRAMES.get(model.config.model_type, 2), 3, 16, 16)}
+    videos["pixel_values_videos"] = torch.randn(videos["pixel_values_videos"], generator=generator)
+    return {name: torch.as_tensor(values) for name, values in videos.items()}
+
+
+def make_prompts(
+    model: PreTrainedModel, seen: str = "", lengths: tuple[int, ...] = (8, 12)
+) -> dict[str, torch.Tensor]:
+    """
+    Make prompts of given lengths, padded on the left, of text alone or with a picture or a video each.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model that will read them.
+        seen (`str`, *optional*, defaults to `""`):
+            "pictures", "videos" or nothing.
+        lengths (`tuple[int, ...]`, *optional*, defaults to `(8, 12)`):
+            Tokens of text in each prompt.
+    """
     generator = torch.Generator().manual_seed(3)
     config, block = model.config, []
-    if has_pictures:
-        levels = (config, getattr(config, "vision_config", None))
-        found = [getattr(level, name, None) for name in ("image_token_id", "video_token_id") for level in levels]
-        image_id = next((token_id for token_id in found if token_id is not None), None)
+    levels = (config, getattr(config, "vision_config", None))
+    found = [getattr(level, name, None) for name in ("image_token_id", "video_token_id") for level in levels]
+    image_id = next((token_id for token_id in found if token_id is not None), None)
+    if seen == "pictures":
         block = [image_id] * num_rows_of(model, make_pictures(model, 1))
         if getattr(config, "vision_start_token_id", None) is not None:
             block = [config.vision_start_token_id, *block, config.vision_end_token_id]
-    texts = [torch.randint(3, FIRST_SPECIAL, (length,), generator=generator).tolist() for length in (8, 12)]
-    ids = torch.tensor([[0] * (12 - len(text)) + [text[0], *block, *text[1:]] for text in texts])
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
+    elif seen == "videos":
+        block = VIDEOS[config.model_type]
+    texts = [torch.randint(3, FIRST_SPECIAL, (length,), generator=generator).tolist() for length in lengths]
+    rows = [[text[0], *block, *text[1:]] for text in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     prompts = {"input_ids": ids, "attention_mask": mask}
-    if has_pictures:
-        prompts |= make_pictures(model, 2)
+    if seen:
+        prompts |= (make_pictures if seen == "pictures" else make_videos)(model, len(rows))
         types = {name for name in inputs_of(model) if name.endswith("token_type_ids")}
-        prompts |= {name: (ids == image_id).int() for name in types}
+        kinds = torch.isin(ids, torch.tensor([image_id, IDS["video_token_id"]])).int() * (1 + (seen == "videos"))
+        prompts |= dict.fromkeys(types, kinds)
     return prompts

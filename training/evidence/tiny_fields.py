@@ -220,3 +220,15 @@ KINDS = {"llava": "pixel_values"}
 PATCHES = {"kimi_k25": (3, 4, 4), "paddleocr_vl": (3, 4, 4), "cosmos3_edge": (48,)}
 FRAMES = {"instructblipvideo": (4,)}
 ONES = {"granite_docling": {"pixel_attention_mask": (1,)}}
+# What stands for a video in a prompt: 91 and 90 around what is seen, 93 for a row of a video, 95 for one of a picture.
+BY_FRAME = [70, 91, *[93] * 4, 90, 71, 91, *[93] * 4, 90]
+FRAME_PICTURES = [91, 70, *[95] * 4, 71, 70, *[95] * 4, 71, 90]
+VIDEOS: dict[str, list[int]] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), [91, *[93] * 8, 90]),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "cosmos3_omni"), BY_FRAME),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glm_ocr"), FRAME_PICTURES),
+    "llava_next_video": [93] * 8,
+    "llava_onevision": [93] * 9,
+    "video_llava": [93] * 136,
+}
+NUM_FRAMES = {"video_llava": 8}
