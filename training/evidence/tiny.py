@@ -235,7 +235,7 @@ def make_prompts(
     prompts = {"input_ids": ids, "attention_mask": mask}
     if seen:
         prompts |= (make_pictures if seen == "pictures" else make_videos)(model, len(rows))
-        types = {name for name in inputs_of(model) if name.endswith("token_type_ids")}
-        kinds = torch.isin(ids, torch.tensor([image_id, IDS["video_token_id"]])).int() * (1 + (seen == "videos"))
-        prompts |= dict.fromkeys(types, kinds)
+        seen_ids = [token_id for token_id in (image_id, IDS["video_token_id"]) if token_id is not None]
+        kinds = torch.isin(ids, torch.tensor(seen_ids)).int() * (1 + (seen == "videos"))
+        prompts |= {name: kinds for name in inputs_of(model) if name.endswith("token_type_ids")}
     return prompts
