@@ -1,6 +1,7 @@
 """Targets whose layers keep states in place of rows: tokens and caches are plain's, or they are refused."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from training.evidence.targets import answers
 from training.evidence.tiny import make_model, make_prompts
 from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
+from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.probing import states_fact
 from transformers_msd.trees.tree import TokenTree
 
@@ -370,6 +372,23 @@ def test_drafts_are_told_to_draft_chains_and_keep_their_settings() -> None:
     stats = generate(target, make_inputs("llama", (0,)), assistant_model=draft).speculative_stats
     assert draft.tree_config == TREE
     assert stats.num_drafted == 4 * len(stats.acceptance_lengths)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda draft: draft, StaticRuntime, Ungated, lambda draft: StaticRuntime(Ungated(draft))]
+)
+def test_drafts_inside_others_draft_chains_too(wrap: Callable[[Any], Any]) -> None:
+    target = make("lfm2")
+    draft = make_draft(target)
+    assistant, num_rows = wrap(draft), []
+    draft.register_forward_pre_hook(
+        lambda model, args, kwargs: num_rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    generate(target, make_inputs("llama", (0,)), assistant_model=assistant)
+    # A round begins with the rows of what stands; each level of a tree of ours would have three.
+    assert 3 not in num_rows
+    assert draft.tree_config == TREE
+    assert assistant is draft or assistant.tree_config.top_k == TREE.top_k
 
 
 def test_the_likeliest_path_of_a_tree_is_its_chain() -> None:

@@ -15,7 +15,7 @@ from transformers_msd.call.emission import Emission
 from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE, num_prompt_columns
-from transformers_msd.drafters.base import CallInputs, TreeAssistant, as_chains, tree_config_of
+from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
 from transformers_msd.drafters.gate import Gate
 from transformers_msd.target.stateful import StatefulTarget
 from transformers_msd.target.target import Target
@@ -64,10 +64,7 @@ def tree_decoding(
     """
     cache = model_kwargs[CACHE]
     check_cache(cache)
-    is_stateful = keeps_states(model.config)
-    if is_stateful:
-        assistant = as_chains(assistant, type(model).__name__)
-    make_target = StatefulTarget if is_stateful else Target
+    make_target = StatefulTarget if keeps_states(model.config) else Target
     target = make_target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
     emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)

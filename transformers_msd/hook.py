@@ -17,10 +17,11 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers_msd.compat import CACHE, current_names
 from transformers_msd.decoding import tree_decoding
 from transformers_msd.drafters import assistant_for
-from transformers_msd.drafters.base import ChecksTarget
+from transformers_msd.drafters.base import ChecksTarget, as_chains
 from transformers_msd.drafters.check import check_call
 from transformers_msd.drafters.runtime import open_captures
 from transformers_msd.target.capturing import capturing
+from transformers_msd.traits.support import keeps_states
 
 
 _generate = GenerationMixin.generate
@@ -99,6 +100,8 @@ def assisted_decoding(
     assistant = assistant_for(kwargs.get("assistant_model"))
     if assistant is None:
         return _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+    if keeps_states(self.config):
+        assistant = as_chains(assistant, type(self).__name__)
     # What belongs to assistants with a tokenizer of their own and to encoders; `check_call` has seen `synced_gpus`.
     dropped = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tensor", "synced_gpus")
     with (

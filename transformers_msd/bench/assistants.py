@@ -55,7 +55,7 @@ class PhaseTimer(Wrapped):
             self._runtime.assistant = self.assistant
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
-        self.notes = []
+        self.notes.clear()  # not anew: a copy that drafts chains notes here, too
         candidates = super().candidate_generator(target, inputs)
         device = target.model.device
         # Both live for one call.

@@ -131,6 +131,12 @@ def as_chains(assistant: TreeAssistant, target: str) -> TreeAssistant:
         target (`str`):
             Name of the target, for the log.
     """
+    inner = vars(assistant).get("assistant")
+    if isinstance(inner, TreeAssistant):
+        # All but what drafts is shared, so that what a runtime compiles is kept.
+        wrapped = object.__new__(type(assistant))
+        vars(wrapped).update(vars(assistant) | {"assistant": as_chains(inner, target)})
+        return wrapped
     config = tree_config_of(assistant)
     if config is None or (config.top_k == 1 and config.topology is None):
         return assistant

@@ -34,12 +34,11 @@ def make_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: If the model does not consist of embeddings, `layers` and a norm.
     """
-    # A text config may name a dtype of its own.
-    dtype = torch.get_default_dtype()
     if type(config) in MODEL_MAPPING:
-        model = AutoModel.from_config(config, dtype=dtype)
+        # A text config may name a dtype of its own.
+        model = AutoModel.from_config(config, dtype=torch.get_default_dtype())
     else:
-        model = _text_model_class(config)._from_config(config, dtype=dtype)
+        model = _text_model_class(config)(config)
     embeddings = model.get_input_embeddings()
     names = {child: name for name, child in model.named_children()}
     # By its name, or else by its size.
