@@ -15,6 +15,7 @@ from accelerate import dispatch_model
 from transformers import PreTrainedModel
 from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
+from training.evidence.tiny import make_model
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
 
@@ -74,6 +75,16 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         yield f"a spread target, draft VLM on {device}", spread, drafter, "fgpu:0"
 
 
+def text_cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
+    """The same of targets that keep states, see windows, share keys or scale embeddings; of text alone."""
+    for name in ("lfm2", "qwen3_5_text", "falcon_h1", "gemma2", "gemma4_text", "granite"):
+        target = make_model(name).to("fgpu:0")
+        draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval().to("fgpu:1")
+        draft.tree_config = TREE
+        yield f"{name}, MSD on fgpu:1", target, draft, "fgpu:0"
+        yield f"{name}, a runtime", target, StaticRuntime(copy.deepcopy(draft).to("fgpu:0")), "fgpu:0"
+
+
 def fault(
     target: PreTrainedModel, assistant: Any, inputs: dict[str, torch.Tensor], call: dict[str, Any]
 ) -> str | None:
@@ -106,9 +117,11 @@ if __name__ == "__main__":
     import fgpu  # noqa: F401
 
     torch.set_num_threads(1)
+    whole = [(*case, option, "llava") for case, option in product(cases(), CALLS)]
+    text = [(*case, option, "llama") for case, option in product(text_cases(), ("greedy", "sampled"))]
     faults, num_cases = {}, 0
-    for (name, target, assistant, device), option in product(cases(), CALLS):
-        inputs = make_inputs("llava", (1, 0, 2))
+    for name, target, assistant, device, option, prompts in whole + text:
+        inputs = make_inputs(prompts, (1, 0, 2))
         # Transformers moves tokens to where the model is, but no pictures.
         inputs = {key: value.to("fgpu:0" if key == "pixel_values" else device) for key, value in inputs.items()}
         try:
