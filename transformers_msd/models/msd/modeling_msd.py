@@ -138,6 +138,9 @@ class MSDDraftModel(PreTrainedModel):
             # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
+    def get_input_embeddings(self) -> None:
+        """None: they are the target's."""
+
     def __getattr__(self, name: str) -> Any:
         if name == "generation_config":  # Transformers' own way of drafting asks for it first
             raise stock_drafting_error(self)
