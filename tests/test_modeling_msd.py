@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -20,7 +19,6 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
 )
-from transformers.cache_utils import DynamicLayer
 
 from transformers_msd.compat import CACHE
 from transformers_msd.models.msd.configuration_msd import MSDConfig
@@ -178,45 +176,6 @@ def test_overrides_reach_the_level_they_belong_to():
 def test_wrong_overrides_raise(overrides):
     with pytest.raises(ValueError, match=next(iter(overrides))):
         MSDConfig.from_target(TARGETS["llava"](), **overrides)
-
-
-# Configs that give lists for their layers, some of which see a window or are recurrent, whose text part AutoModel does
-# not know, that scale embeddings, or that name embeddings and norms otherwise.
-OWN = (
-    *("cohere2_vision", "deepseek_v3", "emu3", "ernie4_5_vl_moe", "gemma3", "gpt_neox", "gpt_oss", "granite4_vision"),
-    *("lfm2_vl", "llama4", "mellum", "minimax_m3_vl_text", "mistral", "mllama", "olmo2", "paddleocr_vl", "phi"),
-    *("qwen2_5_omni_thinker", "qwen3_5", "qwen3_vl_moe", "smollm3"),
-)
-# Layers that can't stand alone, have no `layers`, are of several parts, or come with a tower for pictures.
-OTHERS = (
-    *("blip-2", "chameleon", "falcon", "falcon_h1", "falcon_mamba", "gemma3n", "gemma4", "gpt2", "longcat_flash"),
-    *("opt", "phi4_multimodal"),
-)
-
-
-@pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("model_type", [name for name in (*OWN, *OTHERS) if name in CONFIG_MAPPING])
-def test_layers_are_of_the_target_s_kind_and_see_everything(model_type, num_layers, tmp_path):
-    target_config = CONFIG_MAPPING[model_type]()
-    config = MSDConfig.from_target(target_config, num_hidden_layers=num_layers)
-    theirs, text_config = target_config.get_text_config(), config.get_text_config()
-    assert type(text_config) is (type(theirs) if model_type in OWN else LlamaConfig)
-    assert config.input_layernorm == (model_type in OWN)
-    assert text_config.hidden_size == theirs.hidden_size
-    assert getattr(text_config, "embedding_multiplier", 1.0) == 1.0
-    assert None not in config.visual_token_ids
-    assert {type(layer) for layer in DynamicCache(config=text_config).layers} <= {DynamicLayer}
-    config.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        draft = MSDDraftModel(MSDConfig.from_pretrained(tmp_path))
-    assert len(draft.model.layers) == num_layers
-    assert {name.split(".")[1] for name, _ in draft.model.named_parameters(prefix="model")} == {"layers"}
-
-
-def test_a_norm_that_layers_lack_is_not_left_out():
-    config = MSDConfig.from_target(CONFIG_MAPPING["olmo2"](), input_layernorm=False)
-    with pytest.raises(ValueError, match="`input_layernorm` must be True"), torch.device("meta"):
-        MSDDraftModel(config)
 
 
 def test_the_folder_of_a_target_is_no_draft(tmp_path):

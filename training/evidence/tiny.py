@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -80,15 +80,20 @@ def change(fields: dict[str, Any], changes: dict[str, Any]) -> None:
             fields[name] = copy.deepcopy(value)
 
 
+def make_config(model_type: str) -> PreTrainedConfig:
+    """Make the config of a tiny model."""
+    config_class = getattr(transformers, model_types()[model_type]).config_class or CONFIG_MAPPING[model_type]
+    fields = cut(config_class().to_dict())
+    change(fields, FIELDS.get(model_type, {}))
+    return config_class(**fields)
+
+
 def make_model(model_type: str) -> PreTrainedModel:
     """Make a tiny model of random weights, large enough that an answer depends on all tokens."""
     model_class = getattr(transformers, model_types()[model_type])
     if not issubclass(model_class, GenerationMixin):
         raise ValueError("it has no `generate`")
-    config_class = model_class.config_class or CONFIG_MAPPING[model_type]
-    fields = cut(config_class().to_dict())
-    change(fields, FIELDS.get(model_type, {}))
-    config = config_class(**fields)
+    config = make_config(model_type)
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
     if num_weights > 3e8:

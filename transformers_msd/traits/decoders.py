@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -20,20 +20,31 @@ from transformers_msd.compat import CACHE
 _SIZES = ("num_hidden_layers", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
 # Factors of embeddings, which reach a draft multiplied.
 _SCALES = ("embedding_multiplier", "embedding_scale")
-_ARGUMENTS = {"inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
+# What a target's config says of how it is loaded, and what follows from the number of layers.
+_NOT_OF_LAYERS = ("dtype", "quantization_config", "auto_map", "architectures", "layer_types")
 
 
-def make_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+def make_decoder(config: PreTrainedConfig, keeps_first_norm: bool = True) -> PreTrainedModel:
     """
     Make the layers of a text config, without embeddings before and without a norm behind them.
 
     Args:
         config (`PreTrainedConfig`):
             Config of a text model, also of one that is known as a part of a larger model alone.
+        keeps_first_norm (`bool`, *optional*, defaults to `True`):
+            Whether the first layer has its input norm.
 
     Raises:
-        ValueError: If the model does not consist of embeddings, `layers` and a norm.
+        ValueError: If the model does not consist of embeddings, `layers` that see everything, and a norm.
     """
+    way_out = "Make its config with `MSDConfig.from_target(target.config)`."
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer}
+    if kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(
+            f"Layers of a draft must see everything, and keep no state, got {type(config).__name__}, whose cache has "
+            f"layers of {names}. {way_out}"
+        )
     if type(config) in MODEL_MAPPING:
         # A text config may name a dtype of its own.
         model = AutoModel.from_config(config, dtype=torch.get_default_dtype())
@@ -50,10 +61,18 @@ def make_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     if embeddings not in names or len(norms) != 1 or not isinstance(getattr(model, "layers", None), nn.ModuleList):
         raise ValueError(
             f"A draft is made of a text model of embeddings, `layers` and a norm, got {type(model).__name__} with "
-            f"{', '.join(names.values())}. Make its config with `MSDConfig.from_target(target.config)`."
+            f"{', '.join(names.values())}. {way_out}"
         )
     delattr(model, names[embeddings])
     model.set_submodule(norms[0], nn.Identity())
+    if not keeps_first_norm:
+        first = model.layers[0]
+        if not hasattr(first, "input_layernorm"):
+            raise ValueError(
+                "`input_layernorm` must be True where layers have no such norm to leave out, got False with "
+                f"{type(first).__name__}. Leave it out of the config."
+            )
+        first.input_layernorm = nn.Identity()
     return model
 
 
@@ -74,7 +93,7 @@ def decoder_layers_of(
         layers of the target's kind can't stand alone, and its fields.
     """
     for fields in _candidates(text_config, num_layers):
-        if _can_draft(type(text_config), fields):
+        if _can_draft(text_config, fields):
             return type(text_config), fields
     size, vocab_size = _number(text_config, "hidden_size"), _number(text_config, "vocab_size")
     if size is None or vocab_size is None or size % 2:
@@ -128,29 +147,33 @@ def check_decoder(
         raise ValueError(f"Overrides must make a decoder, got {dict(overrides)} ({reason}). Leave out what differs.")
 
 
+def _per_layer(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields of a config that are lists of something for each layer."""
+    most = _number(config, "num_hidden_layers")
+    others = ("_id", "_ids", "architectures")
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, list | tuple) and len(value) == most and not name.endswith(others)
+    }
+
+
 def _candidates(text_config: PreTrainedConfig, num_layers: int) -> Iterator[dict[str, Any]]:
     """
     List fields of a few layers of a target's kind: what its class makes of so few, then such as see everything,
     then each kind of layer that the target has.
     """
-    most = _number(text_config, "num_hidden_layers")
-    whole = {name: value for name, value in text_config.to_dict().items() if name != "dtype"}
+    lists = _per_layer(text_config)
+    whole = {name: value for name, value in text_config.to_dict().items() if name not in (*lists, *_NOT_OF_LAYERS)}
     own = whole.pop("per_layer_config", None) or {}
-    lists = {
-        name: value
-        for name, value in whole.items()
-        if isinstance(value, list | tuple)
-        and len(value) == most
-        and not name.endswith(("_id", "_ids", "architectures"))
-    }
-    whole = {name: value for name, value in whole.items() if name not in lists and name != "layer_types"}
     whole |= {"num_hidden_layers": num_layers} | {name: 1.0 for name in _SCALES if whole.get(name) is not None}
+    if "use_bidirectional_attention" in whole:
+        whole["use_bidirectional_attention"] = None  # a draft has not seen what it predicts
     yield whole
-    yield whole | (
-        {"layer_types": ["full_attention"] * num_layers} if "layer_types" in lists else {"sliding_window": None}
-    )
+    full = {"layer_types": ["full_attention"] * num_layers} if "layer_types" in lists else {"sliding_window": None}
+    yield whole | full
     seen = []
-    for place in reversed(range(most or 0)):
+    for place in reversed(range(_number(text_config, "num_hidden_layers") or 0)):
         cut = {name: [value[place]] * num_layers for name, value in lists.items()}
         if own:
             settings = own.get(place, own.get(str(place), {}))
@@ -160,23 +183,33 @@ def _candidates(text_config: PreTrainedConfig, num_layers: int) -> Iterator[dict
             yield whole | cut
 
 
-def _can_draft(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> bool:
-    """Tell whether a model of such layers has what a draft needs; it takes no memory."""
+def _can_draft(text_config: PreTrainedConfig, fields: dict[str, Any]) -> bool:
+    """Tell whether a model of such layers has what a draft needs, and can be loaded again; it takes no memory."""
+    config_class = type(text_config)
     try:
+        if type(AutoConfig.for_model(config_class.model_type)) is not config_class:
+            return False
         config = config_class(**fields)
-        with torch.device("meta"):
-            model = make_decoder(config)
-            if not _arguments_of(type(model)) >= _ARGUMENTS:
+        # What a class makes of its own where a list was left out must be something that the target has.
+        for name, value in _per_layer(text_config).items():
+            made = getattr(config, name)
+            if name not in fields and any(one not in value for one in made or ()):
                 return False
-            model.to(torch.bfloat16)  # the only dtype that experts take there
-            embeddings = torch.zeros(1, 2, config.hidden_size, dtype=torch.bfloat16)
-            mask, position_ids = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.long)
+        with torch.device("meta"):
+            model = make_decoder(config).to(torch.bfloat16)  # the only dtype that experts take there
+            inputs = {
+                "inputs_embeds": torch.zeros(1, 2, config.hidden_size, dtype=torch.bfloat16),
+                "attention_mask": torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16),
+                "position_ids": torch.zeros(1, 2, dtype=torch.long),
+                CACHE: DynamicCache(config=config),
+            }
+            if not {*inputs, "use_cache"} <= {*inspect.signature(type(model).forward).parameters}:
+                return False
             with suppress(NotImplementedError):  # it looks at values, which are none here
-                model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False)
-        is_full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+                model(**inputs, use_cache=True)
         # The model of a few is all of it, with a tower for pictures.
         is_whole = all(name.startswith("layers.") for name, _ in model.named_parameters())
-        return is_full and is_whole and len(model.layers) == fields["num_hidden_layers"]
+        return is_whole and len(model.layers) == fields["num_hidden_layers"] and model.supports_gradient_checkpointing
     except Exception:  # whatever a config or a model has against such layers
         return False
 
@@ -186,16 +219,13 @@ def _text_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     for found in vars(module).values():
         is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
-        if is_model and not issubclass(found, GenerationMixin) and "inputs_embeds" in _arguments_of(found):
+        is_text = is_model and not issubclass(found, GenerationMixin)
+        if is_text and "inputs_embeds" in inspect.signature(found.forward).parameters:
             return found
     raise ValueError(
         f"A draft is made of a text model, got {type(config).__name__}, which is the config of none. Make its config "
         "with `MSDConfig.from_target(target.config)`."
     )
-
-
-def _arguments_of(model_class: type[PreTrainedModel]) -> set[str]:
-    return set(inspect.signature(model_class.forward).parameters)
 
 
 def _number(config: PreTrainedConfig, name: str) -> int | None:

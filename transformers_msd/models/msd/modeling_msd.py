@@ -95,15 +95,7 @@ class MSDDraftModel(PreTrainedModel):
     def __init__(self, config: MSDConfig):
         super().__init__(config)
         text_config = config.get_text_config()
-        self.model = make_decoder(text_config)
-        if not config.input_layernorm:
-            first = self.model.layers[0]
-            if not hasattr(first, "input_layernorm"):
-                raise ValueError(
-                    f"`input_layernorm` must be True where layers have no such norm to leave out, got False with "
-                    f"{type(first).__name__}. Leave it out of the config."
-                )
-            first.input_layernorm = nn.Identity()
+        self.model = make_decoder(text_config, keeps_first_norm=config.input_layernorm)
         self.fc = nn.Linear(2 * text_config.hidden_size, text_config.hidden_size, bias=config.fc_bias)
         self.head = None
         if config.draft_vocab_size is not None:
@@ -137,6 +129,12 @@ class MSDDraftModel(PreTrainedModel):
         if module is self.fc:
             # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # Layers may keep some weights in float32.
+        dtype = self.fc.weight.dtype
+        return dtype if dtype.is_floating_point else super().dtype
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
