@@ -115,7 +115,7 @@ def assert_same(found: Any, plain: Any) -> None:
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("lengths", [(12,), (8, 12, 10)], ids=["one", "batch"])
+@pytest.mark.parametrize("lengths", [(12,), (8, 12, 10)], ids=["single", "batch"])
 @pytest.mark.parametrize(("name", "seen"), CASES)
 def test_all_that_a_call_returns_is_plain_s(name: str, seen: str, lengths: tuple[int, ...], do_sample: bool) -> None:
     model = make(name)
