@@ -5,10 +5,13 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -208,3 +211,23 @@ def test_best_draft_is_loaded_at_the_end(world, make_recipe):
     )
     assert all(torch.equal(final[name], weight) for name, weight in first.items())
     assert any(not torch.equal(final[name], weight) for name, weight in last.items())
+
+
+def test_processes_that_were_launched_end_with_the_command() -> None:
+    program = (
+        "import subprocess, sys\n"
+        "from transformers_msd.cli.train import children_end_with_us\n"
+        "with children_end_with_us():\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        "    print(child.pid, flush=True)\n"
+        "    child.wait()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
+        child = int(command.stdout.readline())
+        command.terminate()
+        assert command.wait(30) == 143
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    pytest.fail("the launched process goes on alone")

@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "transformers_msd":
             raise
         extra = _EXTRAS.get(parsed.command, "bench")
-        sys.exit(f"transformers-msd: {name} is missing: `pip install 'transformers-msd[{extra}]'`.")
+        install = f"`pip install 'transformers-msd[{extra}]'`, or '.[{extra}]' in a clone"
+        sys.exit(f"transformers-msd: {name} is missing: {install}.")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # who reads the output has read enough

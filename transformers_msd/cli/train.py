@@ -2,9 +2,13 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from transformers_msd.cli.options import check_fields
 
@@ -76,9 +80,27 @@ def run(arguments: argparse.Namespace) -> None:
     script_options = _without(options, of_line)
     command = [*launch_options, "--module", "transformers_msd.trainer.run", *script_options]
     try:
-        launch_command(launch_command_parser().parse_args(command))
+        with children_end_with_us():
+            launch_command(launch_command_parser().parse_args(command))
     except subprocess.CalledProcessError as error:  # the process has said why
         sys.exit(error.returncode)
+
+
+@contextmanager
+def children_end_with_us() -> Iterator[None]:
+    """Pass SIGTERM on to the processes that were launched, which else would go on alone."""
+    import psutil
+
+    def end(*args: Any) -> NoReturn:
+        for child in psutil.Process().children(recursive=True):
+            child.terminate()
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _without(options: list[str], removed: list[str]) -> list[str]:

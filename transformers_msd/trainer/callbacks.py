@@ -17,6 +17,7 @@ from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
+from transformers_msd.trainer.progress import Progress
 
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class AcceptanceLengthCallback(TrainerCallback):
         device = trainer.accelerator.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
-            for messages in self.prompts:
+            progress = Progress("held-out answer", len(self.prompts), is_shown=trainer.is_world_process_zero())
+            for number, messages in enumerate(self.prompts):
+                progress.update(number)
                 inputs = encode_prompts(trainer.processing_class, [messages]).to(device)
                 kind = "_image" if "pixel_values" in inputs else "_text"
                 if compare and not answers:
@@ -102,6 +105,7 @@ class AcceptanceLengthCallback(TrainerCallback):
                 output, seconds = self._timed(inputs, draft)
                 lengths = output.speculative_stats.acceptance_lengths[:, 0]
                 answers.append(_Answer(kind, lengths[lengths > 0].tolist(), plain_seconds, seconds))
+            progress.close(is_whole=False)
         trainer.model.train(was_training)
         metric = AcceptanceLength(keep_in_memory=True)
         metrics = {}
