@@ -69,8 +69,9 @@ VIDEOS = {
     "frames as pictures": "glm4v",
     "frames and a delta rule": "qwen3_5",
 }
+SLOW = ("kimi_linear",)  # its kernels for a CPU run 64 rows for each one
 CASES = [
-    pytest.param(name, seen, id=f"{mechanism} ({name})")
+    pytest.param(name, seen, id=f"{mechanism} ({name})", marks=pytest.mark.slow if name in SLOW else ())
     for seen, cases in (("", MECHANISMS), ("pictures", PICTURES), ("videos", VIDEOS))
     for mechanism, name in cases.items()
     if name in model_types()
