@@ -32,7 +32,7 @@ OTHERS = (
     *("opt", "phi4_multimodal"),
 )
 # Nothing tiny is made of these; of the others that can't be targets, drafts are made none the less.
-UNMADE = ("blt", "bailing_hybrid", "diffusion_gemma", "pi0")
+UNMADE = ("blt", "gemma4_assistant", "pi0")
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -57,12 +57,8 @@ def test_layers_are_of_the_target_s_kind_and_see_everything(model_type, num_laye
 @pytest.mark.parametrize("model_type", [name for name in model_types() if name not in UNMADE])
 @torch.no_grad()
 def test_every_draft_sees_the_past_alone_and_loads_as_it_was_saved(model_type, tmp_path):
-    try:
-        target_config = make_config(model_type)
-    except Exception as error:
-        pytest.skip(f"no tiny config: {error}")
     torch.manual_seed(0)
-    draft = MSDDraftModel(MSDConfig.from_target(target_config)).eval()
+    draft = MSDDraftModel(MSDConfig.from_target(make_config(model_type))).eval()
     hidden_size = draft.config.get_text_config().hidden_size
     inputs_embeds, features = torch.randn(2, 2, 7, hidden_size)
     changed = features.clone()

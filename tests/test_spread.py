@@ -66,7 +66,7 @@ def check(target: PreTrainedModel, drafts_itself: bool, draft: MSDDraftModel | N
             torch.manual_seed(3)
             drafted = target.generate(**inputs, **settings, assistant_model=assistant)
             assert torch.equal(drafted.sequences, plain)
-            assert drafted.speculative_stats.mean_acceptance_length >= (1 if assistant is draft else 2)
+            assert drafted.speculative_stats.mean_acceptance_length > (1 if assistant is draft else 2)
 
 
 @pytest.mark.parametrize("offload", [on_disk, on_the_host])
@@ -90,8 +90,10 @@ def test_weights_of_8_bits(folder: Path) -> None:
 def test_a_draft_of_8_bits(folder: Path, tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is no dependency")
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    whole = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=40))
-    whole.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
+    torch.manual_seed(1)
+    whole = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=60))
+    said = target.generate(**make_inputs("llama", (0, 0), lengths=(12, 9)), max_new_tokens=24)
+    whole.choose_tokens(said.flatten().bincount(minlength=VOCAB_SIZE).float(), target.get_output_embeddings())
     whole.save_pretrained(tmp_path)
     settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     draft = MSDDraftModel.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=settings).eval()

@@ -131,7 +131,7 @@ def as_chains(assistant: TreeAssistant, target: str) -> TreeAssistant:
         target (`str`):
             Name of the target, for the log.
     """
-    inner = vars(assistant).get("assistant")
+    inner = getattr(assistant, "assistant", None)
     if isinstance(inner, TreeAssistant):
         # All but what drafts is shared, so that what a runtime compiles is kept.
         wrapped = object.__new__(type(assistant))

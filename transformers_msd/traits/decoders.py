@@ -92,8 +92,9 @@ def decoder_layers_of(
         `tuple[type[PreTrainedConfig], dict[str, Any]]`: The class of the target's text config, or Llama's where
         layers of the target's kind can't stand alone, and its fields.
     """
-    for fields in _candidates(text_config, num_layers):
-        if _can_draft(text_config, fields):
+    lists = _per_layer(text_config)
+    for fields in _candidates(text_config, lists, num_layers):
+        if _can_draft(type(text_config), fields, lists):
             return type(text_config), fields
     size, vocab_size = _number(text_config, "hidden_size"), _number(text_config, "vocab_size")
     if size is None or vocab_size is None or size % 2:
@@ -158,20 +159,21 @@ def _per_layer(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _candidates(text_config: PreTrainedConfig, num_layers: int) -> Iterator[dict[str, Any]]:
+def _candidates(text_config: PreTrainedConfig, lists: Mapping[str, Any], num_layers: int) -> Iterator[dict[str, Any]]:
     """
     List fields of a few layers of a target's kind: what its class makes of so few, then such as see everything,
     then each kind of layer that the target has.
     """
-    lists = _per_layer(text_config)
     whole = {name: value for name, value in text_config.to_dict().items() if name not in (*lists, *_NOT_OF_LAYERS)}
     own = whole.pop("per_layer_config", None) or {}
     whole |= {"num_hidden_layers": num_layers} | {name: 1.0 for name in _SCALES if whole.get(name) is not None}
     if "use_bidirectional_attention" in whole:
         whole["use_bidirectional_attention"] = None  # a draft has not seen what it predicts
     yield whole
-    full = {"layer_types": ["full_attention"] * num_layers} if "layer_types" in lists else {"sliding_window": None}
-    yield whole | full
+    if "layer_types" in lists:
+        yield whole | {"layer_types": ["full_attention"] * num_layers}
+    elif whole.get("sliding_window") is not None:
+        yield whole | {"sliding_window": None}
     seen = []
     for place in reversed(range(_number(text_config, "num_hidden_layers") or 0)):
         cut = {name: [value[place]] * num_layers for name, value in lists.items()}
@@ -183,17 +185,15 @@ def _candidates(text_config: PreTrainedConfig, num_layers: int) -> Iterator[dict
             yield whole | cut
 
 
-def _can_draft(text_config: PreTrainedConfig, fields: dict[str, Any]) -> bool:
+def _can_draft(config_class: type[PreTrainedConfig], fields: dict[str, Any], lists: Mapping[str, Any]) -> bool:
     """Tell whether a model of such layers has what a draft needs, and can be loaded again; it takes no memory."""
-    config_class = type(text_config)
     try:
         if type(AutoConfig.for_model(config_class.model_type)) is not config_class:
             return False
         config = config_class(**fields)
         # What a class makes of its own where a list was left out must be something that the target has.
-        for name, value in _per_layer(text_config).items():
-            made = getattr(config, name)
-            if name not in fields and any(one not in value for one in made or ()):
+        for name in lists.keys() - fields.keys():
+            if any(one not in lists[name] for one in getattr(config, name) or ()):
                 return False
         with torch.device("meta"):
             model = make_decoder(config).to(torch.bfloat16)  # the only dtype that experts take there
