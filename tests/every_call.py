@@ -15,7 +15,15 @@ from zoo import make_draft_model, make_inputs, make_target
 from training.tiny_world.build.target import build_model, build_processor
 from training.tiny_world.build.train_draft_vlm import build_draft_vlm
 from training.tiny_world.world.rows import training_dataset
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd import (
+    EnsembleDrafter,
+    MSDConfig,
+    MSDDraftModel,
+    NgramDrafter,
+    StaticRuntime,
+    TreeConfig,
+    VLMDrafter,
+)
 from transformers_msd.bench.assistants import PhaseTimer
 from transformers_msd.bench.measure import run_method
 from transformers_msd.bench.methods import PLAIN, Method
@@ -33,6 +41,7 @@ def draft() -> None:
     msd.tree_config = TREE
     small = make_draft_model("llava")
     assistants: list[Any] = [msd, VLMDrafter(small, tree_config=TREE), EnsembleDrafter(small, tree_config=TREE)]
+    assistants.append(NgramDrafter())
     settings = {"max_new_tokens": 8, "return_dict_in_generate": True, "disable_compile": True}
     for assistant in (*assistants, *(StaticRuntime(assistant) for assistant in assistants)):
         for kind in ("dynamic", "static"):

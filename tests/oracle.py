@@ -36,7 +36,7 @@ class Oracle:
         seed: int = 0,
         num_decoys: int = 1,
     ) -> None:
-        self.tree_config = TreeConfig(gate=False)
+        self.tree_config = TreeConfig(gate=False, ngrams=False)
         self.token_ids = token_ids.tolist()
         self.vocab_size = vocab_size
         self.depth = depth

@@ -22,7 +22,7 @@ from transformers_msd import (
 )
 from transformers_msd.cli import main
 from transformers_msd.costs.calibration import costs_path, load_sizing, save_costs
-from transformers_msd.costs.rounds import Costs, batch_growth, round_cost
+from transformers_msd.costs.rounds import Costs, forward_cost, round_cost
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.target.target import Target
 from transformers_msd.tuning import measure_costs
@@ -62,22 +62,23 @@ class Untuned(TreeCandidateGenerator):
         raise NotImplementedError
 
 
-def test_assumed_costs_of_a_batch_by_hand():
-    # 20 tokens beside the weights: with one prompt a tree of 22 nodes takes 42 / 21 steps, with 20 of them 460 / 40.
-    assert batch_growth(1, 22, "cpu") == 1
-    assert batch_growth(20, 22, "cpu") == pytest.approx(11.5 / 2)
-    # Without tokens to spare it takes as many steps as it has nodes.
-    assert batch_growth(10**9, 22, "cuda") == pytest.approx(22 * 257 / 278)
+def test_assumed_costs_by_hand():
+    assert [forward_cost(num_tokens, "cpu") for num_tokens in (1, 8, 16, 24)] == [1.0, 1.9, 2.0, 2.25]
+    assert forward_cost(40, "cpu") == pytest.approx(2.75)
+    # Elsewhere 256 tokens take as long as the weights.
+    assert [forward_cost(num_tokens, "cuda") for num_tokens in (1, 258)] == [1.0, 2.0]
+    # Four levels, and a forward over 440 tokens in place of one over 20.
     tokens = torch.zeros(20, 22, dtype=torch.long)
-    assert Untuned().round_cost(TokenTree(tokens, tokens, tokens, 4)) == pytest.approx(2.0 - 1 + 11.5 / 2)
+    own = Untuned().round_cost(TokenTree(tokens, tokens, tokens, 4))
+    assert own == pytest.approx(4 * 0.17 + (2.25 + 416 * 0.25 / 8) / 2.125)
 
 
 @pytest.mark.parametrize(
     ("tree", "measured"),
     [
-        # Measured, a round costs 3.0 steps at batch size 4, 7.4 at 16; assumed, 3.5 and 7.0.
-        (TreeConfig(num_nodes=5, depth=4, top_k=1), [costs(0.1), costs(0.1, node=1.2, batch_size=16)]),
-        (TreeConfig(num_nodes=32, depth=4, top_k=8), None),
+        # Measured, a round costs 3.0 steps at batch size 4, 7.4 at 16; assumed, 5.2 and 10.
+        (TreeConfig(num_nodes=5, depth=4, top_k=1, ngrams=False), [costs(0.1), costs(0.1, node=1.2, batch_size=16)]),
+        (TreeConfig(num_nodes=32, depth=4, top_k=8, ngrams=False), None),
     ],
     ids=["measured", "assumed"],
 )

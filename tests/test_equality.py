@@ -21,7 +21,15 @@ from zoo import (
     make_target,
 )
 
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd import (
+    EnsembleDrafter,
+    MSDConfig,
+    MSDDraftModel,
+    NgramDrafter,
+    StaticRuntime,
+    TreeConfig,
+    VLMDrafter,
+)
 from transformers_msd.compat import CACHE
 from transformers_msd.trees.topology import EAGLE
 
@@ -219,7 +227,7 @@ def check_tokens(
     # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)
     model = make_draft_model(architecture, device)
-    drafters = [VLMDrafter(model, tree_config=tree)]
+    drafters = [VLMDrafter(model, tree_config=tree), NgramDrafter()]
     # The drafts' own attention in any case; views need a draft that takes `inputs_embeds`.
     if attn_implementation == "sdpa" and architecture in READ_EMBEDS:
         drafters.append(EnsembleDrafter(model, tree_config=tree))

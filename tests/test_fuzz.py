@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from test_equality import BOTH, ENDS, SAMPLED
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from zoo import ARCHITECTURES, READ_EMBEDS, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd import (
+    EnsembleDrafter,
+    MSDConfig,
+    MSDDraftModel,
+    NgramDrafter,
+    StaticRuntime,
+    TreeConfig,
+    VLMDrafter,
+)
 from transformers_msd.compat import CACHE
 
 
@@ -27,17 +36,21 @@ def draw_tree(chance: random.Random) -> TreeConfig:
         top_k=chance.randint(1, 5),
         min_probability=chance.choice((0.0, 0.0, 0.05)),
         gate=chance.random() < 0.3,
+        ngrams=chance.random() < 0.7,
     )
 
 
 def draw_assistant(chance: random.Random, architecture: str, target: PreTrainedModel, truth: torch.Tensor) -> Any:
-    tree, kind = draw_tree(chance), chance.choice(("msd", "vlm", "self", "ensemble", "oracle", "runtime"))
+    tree, kind = draw_tree(chance), chance.choice(("msd", "vlm", "self", "ensemble", "oracle", "runtime", "n-grams"))
     if kind in ("msd", "runtime"):
         settings = {"num_hidden_layers": chance.choice((1, 2)), "visual_pool_size": chance.choice((0, 1, 3))}
         torch.manual_seed(chance.randint(0, 9))
         draft = MSDDraftModel(MSDConfig.from_target(target.config, **settings)).eval()
         draft.tree_config = tree
         return StaticRuntime(draft) if kind == "runtime" else draft
+    if kind == "n-grams":
+        drafter = NgramDrafter(replace(tree, ngrams=True))
+        return StaticRuntime(drafter) if chance.random() < 0.3 else drafter
     if kind == "vlm":
         return VLMDrafter(make_draft_model(architecture), tree_config=tree)
     if kind == "self":

@@ -10,7 +10,7 @@ from zoo import ARCHITECTURES, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, TokenTree, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
-from transformers_msd.drafters.gate import FIRST_REST, FIRST_ROUNDS, LONGER, PROBE_ROUNDS, WINDOW, Gate
+from transformers_msd.drafters.gate import FIRST_REST, LONGER, Gate
 
 
 def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -21,7 +21,7 @@ def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> 
 def random_draft(target: PreTrainedModel, **settings: Any) -> MSDDraftModel:
     torch.manual_seed(1)
     draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
-    draft.tree_config = TreeConfig(num_nodes=4, depth=3, top_k=1, **settings)
+    draft.tree_config = TreeConfig(num_nodes=4, depth=3, top_k=1, ngrams=False, **settings)
     return draft
 
 
@@ -53,10 +53,10 @@ def test_rests_grow_and_probes_are_short():
     lengths = output.speculative_stats.acceptance_lengths[:, 0]
     assert lengths.float().mean() < 1.2
     num_drafted_rounds = len(lengths) - output.speculative_stats.num_plain_steps
-    # Rests of 40 and 240 steps come after 3 and 2 rounds.
-    assert num_drafted_rounds == FIRST_ROUNDS + PROBE_ROUNDS
-    assert output.speculative_stats.num_plain_steps == len(lengths) - num_drafted_rounds
-    assert FIRST_REST < output.speculative_stats.num_plain_steps <= FIRST_REST * (1 + LONGER)
+    # A round of three levels and four nodes costs 1.9 steps and gives one token. Rests of 24 and 144 steps come after
+    # four rounds and then two, or three where one gave two tokens.
+    assert num_drafted_rounds == 4 + 3 + 2
+    assert output.speculative_stats.num_plain_steps > FIRST_REST * (1 + LONGER)
 
 
 def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
@@ -67,18 +67,19 @@ def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
             return tree
 
         def round_cost(self, tree):
-            return 1.6
+            return 1.9
 
     class Emission:
         lengths = [1, 1, 1]
         pad_rows = [False, False, False]
+        num_ngrams = num_expected = [0, 0, 0]
 
     class Committed:
         lengths = root_token_ids = torch.zeros(3, dtype=torch.long)
 
     emission = Emission()
     gate = Gate(Candidates(), emission)
-    for number in range(WINDOW + 2):
+    for number in range(10):
         # Two rows wait from the third round on, one of them with pads.
         waiting = min(number, 2)
         emission.lengths = [1 + 4 * waiting, 1 + 4 * waiting + number, 1 + 2 * number]
@@ -89,16 +90,16 @@ def test_rows_that_wait_at_the_length_limit_do_not_close_the_gate():
 @pytest.mark.parametrize("architecture", ["llama", "llava", "qwen2_5_vl"])
 def test_draft_knows_what_came_to_stand_while_it_rested(architecture, monkeypatch):
     target = make_target(architecture)
-    chain = TreeConfig(num_nodes=5, depth=4, top_k=1)
+    chain = TreeConfig(num_nodes=5, depth=4, top_k=1, ngrams=False)
     drafter = VLMDrafter(copy.deepcopy(target), tree_config=chain)
-    # The first rounds count as bad whatever they were, the later ones as good.
-    monkeypatch.setattr("transformers_msd.drafters.model.ModelCandidateGenerator.assumed_round_cost", 100.0)
+    # Rounds count as bad whatever they give.
+    monkeypatch.setattr("transformers_msd.drafters.base.TreeCandidateGenerator.round_cost", lambda self, tree: 7.0)
     monkeypatch.setattr("transformers_msd.drafters.gate.LONGER", 1)
     output = generate(target, make_inputs(architecture, (1,)), max_new_tokens=80, assistant_model=drafter)
     lengths = output.speculative_stats.acceptance_lengths[:-1, 0].tolist()
-    first, rest, probe = [5] * FIRST_ROUNDS, [1] * FIRST_REST, [5] * PROBE_ROUNDS
-    expected = first + rest + probe + rest
-    assert lengths[: len(expected)] == expected[: len(lengths)]
+    first, rest, probe = [5] * 2, [1] * FIRST_REST, [5]
+    expected = first + (rest + probe) * 3
+    assert lengths == expected[: len(lengths)]
     assert len(lengths) > len(first + rest + probe)
 
 

@@ -108,7 +108,7 @@ class Spy(Wrapped):
 def make_draft(target: Any) -> MSDDraftModel:
     torch.manual_seed(1)
     draft = MSDDraftModel(MSDConfig.from_target(target.config, initializer_range=0.3)).eval()
-    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3)
+    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, ngrams=False)
     return draft
 
 
@@ -196,7 +196,7 @@ def test_a_cropped_or_replaced_cache_drops_the_state_of_the_draft() -> None:
         spy = Spy(draft)
         output = target.generate(**turn, **{CACHE: cache}, **settings, assistant_model=spy)
         assert torch.equal(output.sequences, expected.sequences)
-        return int(output[CACHE]._speculative_state.state.starts)
+        return int(output[CACHE]._speculative_state.state.drafted.starts)
 
     assert num_joined_rows(kept, turn) == 0  # a copy carries it, too
     cropped = copy.deepcopy(first[CACHE])

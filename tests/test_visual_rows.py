@@ -249,7 +249,7 @@ def test_conversations_of_two_turns_with_pictures_equal_plain_ones(pair, visual_
     firsts = [answer(who, 0, width + 18, **inputs, num_return_sequences=num_copies) for who in (None, draft)]
     assert torch.equal(firsts[0].sequences, firsts[1].sequences)
     assert firsts[1].speculative_stats.mean_acceptance_length > 2
-    carried = firsts[1][CACHE]._speculative_state.state
+    carried = firsts[1][CACHE]._speculative_state.state.drafted
     assert not settings["do_sample"] or carried.cache.get_seq_length() > carried.lengths.max()  # rows ran ahead
     batch_size = 3 * num_copies
     mask = inputs["attention_mask"].repeat_interleave(num_copies, dim=0)

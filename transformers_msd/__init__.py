@@ -8,6 +8,7 @@ from transformers_msd.call.stats import SpeculativeStats
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
 from transformers_msd.drafters.ensemble.drafter import EnsembleDrafter
 from transformers_msd.drafters.ensemble.views import Caption, Multimodal, Pooled, Prompts, TextOnly, ViewPrompt
+from transformers_msd.drafters.ngrams import NgramDrafter
 from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
@@ -28,6 +29,7 @@ __all__ = [
     "MSDConfig",
     "MSDDraftModel",
     "Multimodal",
+    "NgramDrafter",
     "Pooled",
     "Prompts",
     "SpeculativeDecoderOnlyOutput",

@@ -1,6 +1,7 @@
 """The decoding loop: draft a tree, verify it in one forward of the target, keep what the target would have said."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,23 @@ from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE, num_prompt_columns
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
-from transformers_msd.drafters.gate import Gate
+from transformers_msd.drafters.gate import Evidence, Gate
+from transformers_msd.drafters.ngrams import NgramBranches, Outcomes
 from transformers_msd.target.stateful import StatefulTarget
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import check_reach, keeps_states
 from transformers_msd.traits.tokens import encoded_token_ids
 from transformers_msd.trees.noise import NoiseTape
 from transformers_msd.trees.verify import verify
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What a call leaves for the next turn on its cache."""
+
+    drafted: Any
+    evidence: Evidence
+    outcomes: Outcomes
 
 
 def tree_decoding(
@@ -75,7 +86,7 @@ def tree_decoding(
     num_nodes = 0 if tree_config is None else tree_config.num_nodes
     is_fixed = isinstance(cache, StaticCache)
     check_reach(model, model_kwargs, prompt_length, emission.max_steps, num_nodes, is_fixed)
-    carried = take_carried(cache)
+    turn = take_carried(cache) or _Turn(None, Evidence(), Outcomes())
 
     unfit = encoded_token_ids(model.config)
     noise = None
@@ -92,10 +103,14 @@ def tree_decoding(
             noise.open()
         sampler = Sampler(logits_processor, emission, noise)
         candidates = Gate(
-            assistant.candidate_generator(target, CallInputs(arguments, sampler, carried, captures)),
+            assistant.candidate_generator(target, CallInputs(arguments, sampler, turn.drafted, captures)),
             emission,
             is_active=tree_config is None or tree_config.gate,
+            evidence=turn.evidence,
         )
+        branches = None
+        if tree_config is not None and tree_config.ngrams and tree_config.topology is None:
+            branches = NgramBranches(tree_config, emission, sampler, vocab_size, unfit, turn.outcomes)
         while True:
             logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
             choices, scores = sampler.choose(tree, logits)
@@ -112,13 +127,15 @@ def tree_decoding(
             if noise is not None:
                 noise.free(min(emission.lengths))
             tree = candidates.draft(committed).with_roots(committed.root_token_ids, unfit, vocab_size)
+            if branches is not None:
+                tree = branches.graft(tree, candidates.forward_cost)
             tree = target.fit(emission.pad(tree))
             outputs = target.forward_tree(tree)
 
     stats = emission.finish()
     stats.num_repeated = target.num_repeated
     if returns_state:
-        carry(cache, candidates.carry(committed, target))
+        carry(cache, _Turn(candidates.carry(committed, target), candidates.evidence, turn.outcomes))
     if not generation_config.return_dict_in_generate:
         return emission.sequences
     return SpeculativeDecoderOnlyOutput(

@@ -51,9 +51,13 @@ class Emission:
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         # Of these, what rounds are about: rows of trees and acceptances.
         self.rows = list(range(batch_size))
+        # Of the last round: drafted tokens that the draft expected to be accepted, and accepted ones that it did not
+        # propose, but the text so far.
+        self.num_expected = [0.0] * batch_size
+        self.num_ngrams = [0] * batch_size
         self.outputs = StepOutputs(generation_config, batch_size)
         self.num_steps = 0
-        self._prompt_ids = input_ids
+        self.prompt_ids = input_ids
         self._criteria = stopping_criteria
         self._streamer = streamer
         self._returns_state = returns_state
@@ -119,8 +123,8 @@ class Emission:
         """Ids that plain decoding sees at a step; rows that have not come so far are filled up with pad tokens."""
         filled = [(row + [self.pad_token_id] * step)[:step] for row in tokens]
         # Long whatever the prompt is, as what plain decoding picks.
-        tail = torch.tensor(filled, dtype=torch.long, device=self._prompt_ids.device)
-        return torch.cat([self._prompt_ids, tail.view(len(tokens), step)], dim=1)
+        tail = torch.tensor(filled, dtype=torch.long, device=self.prompt_ids.device)
+        return torch.cat([self.prompt_ids, tail.view(len(tokens), step)], dim=1)
 
     def pad(self, tree: TokenTree) -> TokenTree:
         """Let ended rows go on with pad tokens, which are known in advance and so accepted."""
@@ -150,8 +154,14 @@ class Emission:
     ) -> None:
         """Take over the tokens of a round, cut where their row ends, and complete the steps that all rows reached."""
         starts = self.lengths
-        found = torch.cat([acceptance.num_accepted[:, None], acceptance.token_ids], dim=1).tolist()
-        for row, (num_accepted, *token_ids) in zip(self.rows, found, strict=True):
+        num_ngrams = torch.zeros_like(acceptance.num_accepted)
+        if tree.is_ngram is not None:
+            num_ngrams = tree.is_ngram.gather(1, acceptance.path).sum(-1)
+        thousandths = (tree.num_expected * 1000).long()
+        counts = torch.stack([acceptance.num_accepted, num_ngrams, thousandths], dim=1)
+        found = torch.cat([counts, acceptance.token_ids], dim=1).tolist()
+        for row, (num_accepted, num_ngrams, thousandths, *token_ids) in zip(self.rows, found, strict=True):
+            self.num_ngrams[row], self.num_expected[row] = num_ngrams, thousandths / 1000
             for token_id in token_ids[: num_accepted + 1]:
                 if not self.needs_more(row, self.tokens[row]):
                     break

@@ -1,6 +1,6 @@
 """Where drafting does not pay, decode plainly for a while, then see whether it pays again."""
 
-from collections import deque
+from dataclasses import dataclass
 
 from transformers_msd.call.emission import Emission
 from transformers_msd.drafters.base import TreeCandidateGenerator
@@ -8,18 +8,61 @@ from transformers_msd.target.committed import Committed
 from transformers_msd.trees.tree import TokenTree
 
 
-# Rounds that are looked at in the beginning, after a rest, and while all goes well.
-FIRST_ROUNDS, PROBE_ROUNDS, WINDOW = 3, 2, 8
+# Plain steps that drafting may lose before it rests: in the beginning, after a rest, and once it has won as many.
+FIRST_LOSS, PROBE_LOSS, MOST_LOSS = 3.0, 1.0, 8.0
 # Plain steps of the first rest; each further one is so many times longer, until drafting pays again.
-FIRST_REST, LONGER = 40, 6
+FIRST_REST, LONGER = 24, 6
+# Tokens by which the draft is taken at its word in the beginning, and share of what was seen that a round forgets.
+PRIOR, FORGOTTEN = 4.0, 0.05
+
+
+@dataclass
+class Evidence:
+    """
+    What speaks for drafting, as counted in rounds; a next turn goes on with it.
+
+    Args:
+        allowance (`float`):
+            Plain steps that drafting may still lose.
+        rest (`int`):
+            Plain steps of the next rest.
+        expected (`float`):
+            Tokens that the draft expected to be accepted.
+        accepted (`float`):
+            Those that were.
+    """
+
+    allowance: float = FIRST_LOSS
+    rest: int = FIRST_REST
+    expected: float = PRIOR
+    accepted: float = PRIOR
+
+    def observe(self, accepted: float, expected: float, cost: float) -> bool:
+        """
+        Take a round that accepted so many tokens and cost so many plain steps; return whether drafting is to rest.
+
+        Two witnesses must say so: what was won and lost, which tells little after a few rounds, and the draft, by what
+        it expects of its trees, scaled by how this turned out.
+        """
+        self.expected += expected - FORGOTTEN * (self.expected - PRIOR)
+        self.accepted += accepted - FORGOTTEN * (self.accepted - PRIOR)
+        self.allowance = min(self.allowance + 1 + accepted - cost, MOST_LOSS)
+        if self.allowance >= FIRST_LOSS:
+            self.rest = FIRST_REST
+        return self.allowance < 0 and 1 + expected * self.accepted / self.expected < cost
+
+    def start_rest(self) -> int:
+        """Return how many plain steps to take, and allow less after them."""
+        num_steps, self.rest, self.allowance = self.rest, self.rest * LONGER, PROBE_LOSS
+        return num_steps
 
 
 class Gate:
     """
     Stands before a candidate generator and lets it rest while few of its tokens are accepted.
 
-    All decisions follow from the numbers of tokens that rounds emitted, never from a clock: the same call drafts the
-    same trees every time.
+    All decisions follow from the numbers of tokens that rounds emitted and the draft expected, never from a clock: the
+    same call drafts the same trees every time.
 
     Args:
         candidates ([`TreeCandidateGenerator`]):
@@ -28,18 +71,24 @@ class Gate:
             Tokens of the call so far.
         is_active (`bool`, *optional*, defaults to `True`):
             Whether there is a gate at all.
+        evidence ([`Evidence`], *optional*):
+            What the turn before left.
     """
 
-    def __init__(self, candidates: TreeCandidateGenerator, emission: Emission, is_active: bool = True) -> None:
+    def __init__(
+        self,
+        candidates: TreeCandidateGenerator,
+        emission: Emission,
+        is_active: bool = True,
+        evidence: Evidence | None = None,
+    ) -> None:
         self._candidates = candidates
         self._emission = emission
         self._is_active = is_active
+        self.evidence = evidence or Evidence()
         self._lengths: list[int] = []
-        # Of each round, the tokens it emitted less those that plain steps would have emitted meanwhile.
-        self._recent: deque[float] = deque(maxlen=WINDOW)
         self._cost = 0.0  # of the last round
-        self._num_needed = FIRST_ROUNDS
-        self._rest, self._num_left = FIRST_REST, 0
+        self._num_left = 0  # plain steps of this rest
         # What came to stand while the candidates rested.
         self._missed: list[Committed] = []
 
@@ -61,6 +110,10 @@ class Gate:
         self._cost = self._candidates.round_cost(tree)
         return tree
 
+    def forward_cost(self, batch_size: int, num_nodes: int, device_type: str) -> float:
+        """What the target's forward over trees of so many nodes costs, in plain steps."""
+        return self._candidates.forward_cost(batch_size, num_nodes, device_type)
+
     def keep_sequences(self, kept: list[bool]) -> bool:
         """Forget sequences, if the candidates can; return whether they could."""
         if not self._candidates.keep_sequences(kept):
@@ -77,24 +130,19 @@ class Gate:
         return missed[0].join(*missed[1:], committed) if missed else committed
 
     def _judge(self) -> None:
-        """Look at the round before, and close the gate if rounds have not paid of late."""
+        """Look at the round before, and close the gate if rounds do not pay."""
         before, self._lengths = self._lengths, self._emission.lengths
         if not before or self._missed:
             return
-        # Rows that have ended take pads or wait for others: neither tells how well they were drafted.
-        emitted = [
-            now - then
-            for now, then, has_ended in zip(self._lengths, before, self._emission.pad_rows, strict=True)
+        emission = self._emission
+        # Rows that have ended take pads or wait for others: neither tells how well they were drafted. What the text
+        # so far proposed was not drafted.
+        rows = [
+            (now - then - 1 - num_ngrams, num_expected)
+            for now, then, has_ended, num_ngrams, num_expected in zip(
+                self._lengths, before, emission.pad_rows, emission.num_ngrams, emission.num_expected, strict=True
+            )
             if now > then and not has_ended
         ]
-        if not emitted:
-            return
-        self._recent.append(sum(emitted) / len(emitted) - self._cost)
-        if len(self._recent) < self._num_needed:
-            return
-        if sum(self._recent) < 0:
-            self._num_left, self._rest = self._rest, self._rest * LONGER
-            self._num_needed = PROBE_ROUNDS
-            self._recent.clear()
-        else:
-            self._rest = FIRST_REST
+        if rows and self.evidence.observe(*(sum(each) / len(rows) for each in zip(*rows, strict=True)), self._cost):
+            self._num_left = self.evidence.start_rest()

@@ -120,6 +120,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             What each model reads. A later turn goes on with the same models and views.
     """
 
+    assumed_level_cost = {"cpu": 0.3, "cuda": 0.25}  # several layers
+
     def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
         self._drafter = drafter
         self._owner = Owner(drafter.models, tuple(views))

@@ -1,7 +1,7 @@
 """Token trees as plain tensors, and their settings."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,9 @@ class TreeConfig:
             place of its raw logits). 0 always fills the tree.
         gate (`bool`, *optional*, defaults to `True`):
             Whether to decode plainly for a while where few drafted tokens are accepted of late.
+        ngrams (`bool`, *optional*, defaults to `True`):
+            Whether what followed the last words where they stood before, in the prompt or the answer, is tried as a
+            branch in place of the least likely nodes, and alone while the gate is closed.
         topology (`Sequence[Sequence[int]]`, *optional*):
             The tree's shape, the same in every round, in place of one that follows the draft: for every drafted node
             the ranks on the path to it, `[[0], [1], [0, 0]]` for two choices and one after the first (Medusa, arXiv
@@ -43,6 +46,7 @@ class TreeConfig:
     top_k: int = 10
     min_probability: float = 0.0
     gate: bool = True
+    ngrams: bool = True
     topology: Topology | None = None
 
     def __post_init__(self) -> None:
@@ -58,8 +62,9 @@ class TreeConfig:
                 f"`TreeConfig.min_probability` must be at least 0 and less than 1, got {self.min_probability!r}. Try "
                 "0.02; 0 always fills the tree."
             )
-        if not isinstance(self.gate, bool):
-            raise ValueError(f"`TreeConfig.gate` must be `True` or `False`, got {self.gate!r}.")
+        for name in ("gate", "ngrams"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`TreeConfig.{name}` must be `True` or `False`, got {getattr(self, name)!r}.")
         if self.topology is not None:
             self._take_shape(read_topology(self.topology, self.depth))
 
@@ -111,12 +116,15 @@ class TokenTree:
             Log-probability that the draft gives the path from the root to each node.
         depth (`int`):
             Most drafted tokens on one path; deeper nodes are never accepted.
+        is_ngram (`torch.Tensor` of shape `(batch_size, num_nodes)`, *optional*):
+            Which nodes the draft did not propose, but the text so far.
     """
 
     token_ids: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
     depth: int
+    is_ngram: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -153,6 +161,11 @@ class TokenTree:
             return torch.zeros_like(self.parents)
         return self.ancestor_mask.sum(-1) - 1
 
+    @property
+    def num_expected(self) -> torch.Tensor:
+        """Drafted tokens that the draft expects to be accepted, of shape `(batch_size,)`."""
+        return (self.scores.exp() * (self.parents >= 0)).sum(-1)
+
     @classmethod
     def root(cls, token_ids: torch.Tensor) -> "TokenTree":
         """Make trees of a root alone from their tokens, of shape `(batch_size,)`."""
@@ -163,7 +176,8 @@ class TokenTree:
         """Move the trees to a device."""
         if self.token_ids.device == device:
             return self
-        return TokenTree(self.token_ids.to(device), self.parents.to(device), self.scores.to(device), self.depth)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenTree(**{name: own.to(device) if torch.is_tensor(own) else own for name, own in tensors.items()})
 
     def with_roots(
         self, token_ids: torch.Tensor, unfit: Sequence[int] = (), vocab_size: int | None = None
@@ -190,7 +204,7 @@ class TokenTree:
         for mask in wrong:
             parents, drafted = parents.masked_fill(mask, -1), drafted.masked_fill(mask, 0)
         roots = torch.where(nodes == 0, token_ids.to(drafted)[:, None], drafted)
-        return TokenTree(roots, parents, self.scores, self.depth)
+        return replace(self, token_ids=roots, parents=parents)
 
     def widen(self, num_nodes: int) -> "TokenTree":
         """Fill the trees up to so many nodes."""
@@ -202,6 +216,7 @@ class TokenTree:
             pad(self.parents, (0, more), value=-1),
             pad(self.scores, (0, more)),
             self.depth,
+            None if self.is_ngram is None else pad(self.is_ngram, (0, more)),
         )
 
     def chain(self) -> "TokenTree":
@@ -217,15 +232,16 @@ class TokenTree:
             parents=torch.where(places < is_on_path.sum(-1, keepdim=True), places - 1, -1),
             scores=self.scores.gather(1, nodes),
             depth=self.depth,
+            is_ngram=None if self.is_ngram is None else self.is_ngram.gather(1, nodes),
         )
 
     def with_chains(self, rows: torch.Tensor, token_id: int) -> "TokenTree":
         """Replace the trees of some rows, a mask of shape `(batch_size,)`, by a chain that repeats one token."""
         nodes = torch.arange(self.num_nodes, device=rows.device)
         chain = torch.where(nodes <= self.depth, nodes - 1, -1)
-        return TokenTree(
+        return replace(
+            self,
             token_ids=torch.where(rows[:, None] & (nodes > 0), token_id, self.token_ids),
             parents=torch.where(rows[:, None], chain, self.parents),
             scores=torch.where(rows[:, None], 0.0, self.scores),
-            depth=self.depth,
         )
