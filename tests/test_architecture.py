@@ -45,6 +45,7 @@ PUBLIC = {
     "MSDConfig": "models.msd.configuration_msd",
     "MSDDraftModel": "models.msd.modeling_msd",
     "Multimodal": "drafters.ensemble.views",
+    "NgramDrafter": "drafters.ngrams",
     "Pooled": "drafters.ensemble.views",
     "Prompts": "drafters.ensemble.views",
     "SpeculativeDecoderOnlyOutput": "call.outputs",

@@ -25,8 +25,8 @@ from transformers_msd.drafters.ensemble.views import left_pad
 from transformers_msd.drafters.prompts import prompt_of
 
 
-TREE = TreeConfig(num_nodes=9, depth=4, top_k=2)
-CHAIN = TreeConfig(num_nodes=5, depth=4, top_k=1)
+TREE = TreeConfig(num_nodes=9, depth=4, top_k=2, ngrams=False)
+CHAIN = TreeConfig(num_nodes=5, depth=4, top_k=1, ngrams=False)
 LLAVAS = ("llava", "llava_next", "llava_onevision")
 ALL_VIEWS = (Multimodal(), TextOnly((7,)), Pooled(1, 2), Caption((8, 9, 10)))
 

@@ -53,7 +53,7 @@ def test_rests_grow_and_probes_are_short():
     lengths = output.speculative_stats.acceptance_lengths[:, 0]
     assert lengths.float().mean() < 1.2
     num_drafted_rounds = len(lengths) - output.speculative_stats.num_plain_steps
-    # A round of three levels and four nodes costs 1.9 steps and gives one token. Rests of 24 and 144 steps come after
+    # A round of three levels and four nodes costs 1.9 steps and gives one token. Rests of 16 and 96 steps come after
     # four rounds and then two, or three where one gave two tokens.
     assert num_drafted_rounds == 4 + 3 + 2
     assert output.speculative_stats.num_plain_steps > FIRST_REST * (1 + LONGER)

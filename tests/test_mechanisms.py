@@ -78,7 +78,7 @@ CASES = [
 ]
 NUM_TOKENS, DEPTH = 18, 4
 TREE = TreeConfig(num_nodes=10, depth=3, top_k=3, gate=False)
-CHAIN = TreeConfig(num_nodes=DEPTH + 1, depth=DEPTH, top_k=1, gate=False)
+CHAIN = TreeConfig(num_nodes=DEPTH + 1, depth=DEPTH, top_k=1, gate=False, ngrams=False)
 SETTINGS = {
     "return_dict_in_generate": True,
     "output_scores": True,

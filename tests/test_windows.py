@@ -50,7 +50,7 @@ CONFIGS = {
         no_rope_layers=[1, 1, 0],
     ),
 }
-CHAIN = TreeConfig(num_nodes=7, depth=6, top_k=1, gate=False)
+CHAIN = TreeConfig(num_nodes=7, depth=6, top_k=1, gate=False, ngrams=False)
 NUM_TOKENS = 24
 
 

@@ -159,7 +159,7 @@ def main() -> None:
     for shape, tree in TREES.items():
         for is_gated in (False, True):
             name = f"{shape}, {'gated' if is_gated else 'drafting in every round'}"
-            own_tree = TreeConfig(tree.num_nodes, tree.depth, tree.top_k, gate=is_gated)
+            own_tree = TreeConfig(tree.num_nodes, tree.depth, tree.top_k, gate=is_gated, ngrams=False)
             print(f"\n| {name} | {' | '.join(SCENARIOS)} | mean | worst |", flush=True)
             print("|---" * (len(SCENARIOS) + 3) + "|")
             results[name] = {}

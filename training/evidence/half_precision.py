@@ -30,7 +30,10 @@ from transformers_msd.drafters.msd import MSDDrafter
 
 DOCS = Path(__file__).parents[2] / "docs"
 DTYPES = ("bfloat16", "float16")
-TREES = {"drafted, 24 nodes": TreeConfig(24, 6, 4, gate=False), "drafted, 59 nodes": TreeConfig(59, 6, 10, gate=False)}
+TREES = {
+    "drafted, 24 nodes": TreeConfig(24, 6, 4, gate=False, ngrams=False),
+    "drafted, 59 nodes": TreeConfig(59, 6, 10, gate=False, ngrams=False),
+}
 RIGHT = 0.8
 
 

@@ -27,7 +27,7 @@ from transformers_msd.drafters.msd import MSDDrafter
 DOCS = Path(__file__).parents[2] / "docs"
 WINDOW, NUM_LAYERS, WIDTH = 512, 6, 512
 CALLS = ("plain, window", "drafted, window", "plain, all", "drafted, all")
-TREE = TreeConfig(16, 5, 4, gate=False)
+TREE = TreeConfig(16, 5, 4, gate=False, ngrams=False)
 
 
 def call(name: str, num_tokens: int, folder: Path) -> dict[str, float | bool]:

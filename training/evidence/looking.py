@@ -29,7 +29,7 @@ DESIGNS = {
     "visual rows averaged by 4": {"visual_pool_size": 4},
     "visual rows left out (HiViS)": {"visual_pool_size": 0},
 }
-SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False), TreeConfig(40, 10, 4, gate=False)
+SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False, ngrams=False), TreeConfig(40, 10, 4, gate=False, ngrams=False)
 BUDGETS = ("600", "1800")
 SEEDS = ("0", "1", "2")
 NUM_PROMPTS = 20  # of a kind

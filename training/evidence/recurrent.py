@@ -100,7 +100,7 @@ def main() -> None:
         for right in RIGHT:
             for way, most in WAYS.items():
                 stateful.MOST_BEHIND = most
-                chain = TreeConfig(num_nodes=depth + 1, depth=depth, top_k=1, gate=False)
+                chain = TreeConfig(num_nodes=depth + 1, depth=depth, top_k=1, gate=False, ngrams=False)
                 assistant = Simulated(MSDDrafter(draft, chain), right)
                 assistant.continuation = plain.sequences[:, 16:]
                 drafted, seconds = call(assistant)

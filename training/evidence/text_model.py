@@ -20,7 +20,7 @@ from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, TreeConf
 from transformers_msd.trainer import AcceptanceLength, MSDTrainer, MSDTrainingConfig
 
 
-TREES = (TreeConfig(16, 5, 4, gate=False), TreeConfig(32, 6, 4, gate=False))
+TREES = (TreeConfig(16, 5, 4, gate=False, ngrams=False), TreeConfig(32, 6, 4, gate=False, ngrams=False))
 MODES = {"greedy": {"do_sample": False}, "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0}}
 PROMPT_LENGTH = 12
 

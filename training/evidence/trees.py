@@ -44,10 +44,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 DEPTH, NUM_DRAFTED = 5, len(EAGLE)
 LIKELIEST = "likeliest nodes (EAGLE-2), 10 choices"
 TREES = {
-    "chain": TreeConfig(DEPTH + 1, DEPTH, 1, gate=False),
+    "chain": TreeConfig(DEPTH + 1, DEPTH, 1, gate=False, ngrams=False),
     "static (EAGLE)": TreeConfig(topology=EAGLE, gate=False),
-    "likeliest nodes (EAGLE-2), 4 choices": TreeConfig(NUM_DRAFTED + 1, DEPTH, 4, gate=False),
-    LIKELIEST: TreeConfig(NUM_DRAFTED + 1, DEPTH, 10, gate=False),
+    "likeliest nodes (EAGLE-2), 4 choices": TreeConfig(NUM_DRAFTED + 1, DEPTH, 4, gate=False, ngrams=False),
+    LIKELIEST: TreeConfig(NUM_DRAFTED + 1, DEPTH, 10, gate=False, ngrams=False),
 }
 UNSURE_CUT = "cut where unsure (Spec-LLaVA)"
 COST_AWARE = "sized by what rounds cost"
@@ -77,12 +77,12 @@ def cut_tree(
     low, high = 1e-6, 0.5
     for _ in range(8):
         middle = (low * high) ** 0.5
-        drafter.tree_config = TreeConfig(4 * NUM_DRAFTED, DEPTH, 10, middle, gate=False)
+        drafter.tree_config = TreeConfig(4 * NUM_DRAFTED, DEPTH, 10, middle, gate=False, ngrams=False)
         if drafted_by_round(target, drafter, prompts, call) > NUM_DRAFTED:
             low = middle
         else:
             high = middle
-    return TreeConfig(4 * NUM_DRAFTED, DEPTH, 10, (low * high) ** 0.5, gate=False)
+    return TreeConfig(4 * NUM_DRAFTED, DEPTH, 10, (low * high) ** 0.5, gate=False, ngrams=False)
 
 
 def compare(

@@ -37,7 +37,7 @@ ORDERS = {
 }
 BUDGETS = ("150", "600", "1800")
 SEEDS = ("0", "1", "2")
-TREE = TreeConfig(24, 6, 4, gate=False)
+TREE = TreeConfig(24, 6, 4, gate=False, ngrams=False)
 NUM_PROMPTS = 20  # of a kind
 
 

@@ -174,7 +174,7 @@ def main() -> None:
     drafts = {Path(path).name: load_model(path, arguments.dtype, "cpu") for path in arguments.drafts}
     methods, _ = make_methods(settings, target, drafts)
     for assistant in (method.call["assistant_model"] for method in methods if method.drafts_trees):
-        assistant.tree_config = replace(assistant.tree_config, gate=False)
+        assistant.tree_config = replace(assistant.tree_config, gate=False, ngrams=False)
 
     def run(mode: str, kind: str) -> dict[str, Any]:
         prompts = prompts_of(

@@ -8,10 +8,12 @@ from transformers_msd.target.committed import Committed
 from transformers_msd.trees.tree import TokenTree
 
 
-# Plain steps that drafting may lose before it rests: in the beginning, after a rest, and once it has won as many.
-FIRST_LOSS, PROBE_LOSS, MOST_LOSS = 3.0, 1.0, 8.0
+# What drafting may lose before it rests, in plain steps, and in rounds in vain where these cost more.
+LOST_STEPS, LOST_ROUNDS = 3.0, 1.5
+# Of this, what it may lose after a rest, and what it may win beyond.
+AFTER_REST, CREDIT = 1 / 3, 5 / 3
 # Plain steps of the first rest; each further one is so many times longer, until drafting pays again.
-FIRST_REST, LONGER = 24, 6
+FIRST_REST, LONGER = 16, 6
 # Tokens by which the draft is taken at its word in the beginning, and share of what was seen that a round forgets.
 PRIOR, FORGOTTEN = 4.0, 0.05
 
@@ -22,8 +24,8 @@ class Evidence:
     What speaks for drafting, as counted in rounds; a next turn goes on with it.
 
     Args:
-        allowance (`float`):
-            Plain steps that drafting may still lose.
+        won (`float`):
+            Plain steps that rounds have saved, less those that they cost.
         rest (`int`):
             Plain steps of the next rest.
         expected (`float`):
@@ -32,28 +34,28 @@ class Evidence:
             Those that were.
     """
 
-    allowance: float = FIRST_LOSS
+    won: float = 0.0
     rest: int = FIRST_REST
     expected: float = PRIOR
     accepted: float = PRIOR
 
-    def observe(self, accepted: float, expected: float, cost: float) -> bool:
+    def observe(self, accepted: float, expected: float, cost: float) -> int:
         """
-        Take a round that accepted so many tokens and cost so many plain steps; return whether drafting is to rest.
+        Take a round that accepted so many tokens, expected others and cost so many plain steps.
 
-        Two witnesses must say so: what was won and lost, which tells little after a few rounds, and the draft, by what
-        it expects of its trees, scaled by how this turned out.
+        Returns:
+            `int`: Plain steps to take now. Two witnesses must speak for a rest: what was won and lost, which tells
+            little after a few rounds, and the draft, by what it expects of its trees, scaled by how this turned out.
         """
         self.expected += expected - FORGOTTEN * (self.expected - PRIOR)
         self.accepted += accepted - FORGOTTEN * (self.accepted - PRIOR)
-        self.allowance = min(self.allowance + 1 + accepted - cost, MOST_LOSS)
-        if self.allowance >= FIRST_LOSS:
+        may_lose = max(LOST_STEPS, LOST_ROUNDS * (cost - 1))
+        self.won = min(self.won + 1 + accepted - cost, CREDIT * may_lose)
+        if self.won >= 0:
             self.rest = FIRST_REST
-        return self.allowance < 0 and 1 + expected * self.accepted / self.expected < cost
-
-    def start_rest(self) -> int:
-        """Return how many plain steps to take, and allow less after them."""
-        num_steps, self.rest, self.allowance = self.rest, self.rest * LONGER, PROBE_LOSS
+        if self.won >= -may_lose or 1 + expected * self.accepted / self.expected >= cost:
+            return 0
+        num_steps, self.rest, self.won = self.rest, self.rest * LONGER, (AFTER_REST - 1) * may_lose
         return num_steps
 
 
@@ -144,5 +146,6 @@ class Gate:
             )
             if now > then and not has_ended
         ]
-        if rows and self.evidence.observe(*(sum(each) / len(rows) for each in zip(*rows, strict=True)), self._cost):
-            self._num_left = self.evidence.start_rest()
+        if rows:
+            accepted, expected = (sum(each) / len(rows) for each in zip(*rows, strict=True))
+            self._num_left = self.evidence.observe(accepted, expected, self._cost)

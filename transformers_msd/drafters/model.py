@@ -120,7 +120,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             What each model reads. A later turn goes on with the same models and views.
     """
 
-    assumed_level_cost = {"cpu": 0.3, "cuda": 0.25}  # several layers
+    assumed_level_cost = {"cpu": 0.25, "cuda": 0.25}  # several layers
 
     def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
         self._drafter = drafter

@@ -169,7 +169,7 @@ def measure_long_prompt(
         names, start = list(timers), repeat % len(timers)
         for name in names[start:] + names[:start]:
             timer = timers[name]
-            timer.tree_config = replace(timer.tree_config, gate=False)
+            timer.tree_config = replace(timer.tree_config, gate=False, ngrams=False)
             timed(target, 0, **inputs, do_sample=False, min_new_tokens=24, max_new_tokens=24, assistant_model=timer)
             drafting = [length for phase, _, length in timer.notes if phase == "draft"]
             if repeat:

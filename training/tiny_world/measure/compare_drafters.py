@@ -28,8 +28,8 @@ from transformers_msd import Caption, EnsembleDrafter, MSDDraftModel, Pooled, Te
 
 
 GROUPS = ("image", "images", "second turn")
-FIXED = TreeConfig(num_nodes=16, depth=5, top_k=3)
-DYNAMIC = TreeConfig(num_nodes=24, depth=8, top_k=3, min_probability=0.1)
+FIXED = TreeConfig(num_nodes=16, depth=5, top_k=3, ngrams=False)
+DYNAMIC = TreeConfig(num_nodes=24, depth=8, top_k=3, min_probability=0.1, ngrams=False)
 CAPTION_LENGTH = 24
 
 

@@ -39,7 +39,7 @@ from transformers_msd.tuning import measure_costs
 # Nodes, depth, top-k.
 FIXED_TREES = ((3, 2, 1), (5, 4, 1), (7, 6, 1), (8, 4, 2), (16, 5, 3), (24, 6, 4), (32, 6, 4))
 BATCH_SIZES = (1, 2, 4, 8, 16)
-LARGEST = TreeConfig(num_nodes=48, depth=8, top_k=4)
+LARGEST = TreeConfig(num_nodes=48, depth=8, top_k=4, ngrams=False)
 # No draft knows what a target says at this temperature.
 HOSTILE = {
     "do_sample": True,
@@ -91,7 +91,9 @@ def trees(world: World, repeats: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as home, patch("transformers_msd.costs.calibration.HF_HOME", home):
             drafts = [world.msd] if assistant is world.msd else [world.draft_vlm]
             save_costs([measure_costs(world.target, assistant)], drafts, world.target)
-            configs = {f"{n} nodes, depth {d}, top-k {k}": TreeConfig(n, d, k) for n, d, k in FIXED_TREES}
+            configs = {
+                f"{n} nodes, depth {d}, top-k {k}": TreeConfig(n, d, k, ngrams=False) for n, d, k in FIXED_TREES
+            }
             for group, prompts in world.prompts.items():
                 seconds: dict[str, list[float]] = {label: [] for label in ("cost-aware", "plain", *configs)}
                 for repeat in range(repeats + 1):  # the first one warms up
@@ -142,7 +144,7 @@ def views(world: World, repeats: int) -> dict[str, Any]:
     """Draft with four views in one batch, and with each alone."""
     text, pooled, caption = TextOnly(), Pooled(3, 3), Caption(Captioner(world.draft_vlm, world.processor))
     alone = {"multimodal": "multimodal", "text only": text, "pooled": pooled, "caption": caption}
-    tree = TreeConfig(num_nodes=16, depth=5, top_k=3, gate=False)
+    tree = TreeConfig(num_nodes=16, depth=5, top_k=3, gate=False, ngrams=False)
 
     def drafter(*chosen: Any) -> PhaseTimer:
         return PhaseTimer(EnsembleDrafter(world.draft_vlm, chosen, (1 / len(chosen),) * len(chosen), tree_config=tree))
