@@ -15,11 +15,12 @@ from zoo import make_target
 
 from training.tiny_world.build.target import build_model, build_processor
 from transformers_msd import MSDConfig, MSDDraftModel
-from transformers_msd.bench.models import named_config, num_bytes_per_step
+from transformers_msd.bench.models import named_config
 from transformers_msd.bench.report import to_markdown
 from transformers_msd.bench.run import run_benchmark
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.cli import main
+from transformers_msd.traits.sizes import num_bytes_per_step
 
 
 @pytest.fixture(scope="module")

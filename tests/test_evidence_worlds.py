@@ -35,8 +35,8 @@ from training.real_llava.rows import pack, unpack
 from training.tiny_world.build.target import load_target
 from training.tiny_world.world.rows import FEATURES
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
-from transformers_msd.bench.models import num_bytes_per_step
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.traits.sizes import num_bytes_per_step
 from transformers_msd.trees.topology import EAGLE
 
 

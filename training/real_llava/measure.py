@@ -28,14 +28,16 @@ from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import MSDDraftModel, VLMDrafter
 from transformers_msd.bench.measure import Runs, run_method
 from transformers_msd.bench.methods import Method, make_methods
-from transformers_msd.bench.models import load_model, num_bytes_per_step
+from transformers_msd.bench.models import load_model
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import CACHE
+from transformers_msd.costs.floors import round_floor
 from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.base import models_of
 from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.trainer.loading import load_processor
+from transformers_msd.traits.sizes import num_bytes_per_step
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -134,7 +136,7 @@ def floor(target: PreTrainedModel, drafter: MSDDrafter | VLMDrafter) -> float:
         read += 0 if draft.config.draft_vocab_size else target.get_output_embeddings().weight.nbytes
     else:
         read = num_bytes_per_step(draft)
-    return 1 + drafter.tree_config.depth * read / num_bytes_per_step(target)
+    return round_floor(num_bytes_per_step(target), read, drafter.tree_config.depth)
 
 
 def table(results: dict[str, Any], mode: str, kinds: list[str], cell: str) -> str:

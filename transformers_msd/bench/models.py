@@ -41,16 +41,6 @@ def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
 
 
-def num_bytes_per_step(target: PreTrainedModel) -> int:
-    """
-    Count the bytes of weights that a step of a target reads: those of its decoder, experts that no token is sent to
-    among them, and of its head. Of embeddings that are not the head, it reads only the rows of its tokens.
-    """
-    embeddings = target.get_input_embeddings().weight
-    read = {weight for weight in target.get_decoder().parameters() if weight is not embeddings}
-    return sum(weight.nbytes for weight in read | {target.get_output_embeddings().weight})
-
-
 def named_config(name: str) -> PreTrainedConfig:
     """
     Return the config of one of the known shapes, or of a file.

@@ -14,7 +14,7 @@ import transformers_msd
 from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, run_method, run_methods
 from transformers_msd.bench.methods import COMPILED_PLAIN, PLAIN, Method, draft_names, make_methods
-from transformers_msd.bench.models import load_model, named_config, num_bytes_per_step, random_draft, random_target
+from transformers_msd.bench.models import load_model, named_config, random_draft, random_target
 from transformers_msd.bench.prompts import batched, load_prompts, random_prompts
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.summary import summarize
@@ -22,6 +22,7 @@ from transformers_msd.compat import attention_of
 from transformers_msd.costs.provenance import commit, hardware
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import encode_prompts, load_processor
+from transformers_msd.traits.sizes import num_bytes_per_step
 
 
 Inputs = dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ from transformers_msd.cli.options import CommandParser
 
 
 # What commands need besides the package itself.
-_EXTRAS = {"bench": "bench", "tune": "train", "train": "train", "generate-data": "train", "check-parity": "train"}
+_EXTRAS = {"bench": "bench"} | dict.fromkeys(("check-parity", "convert", "generate-data", "train", "tune"), "train")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,25 +1,68 @@
-"""`transformers-msd convert`: turn a published MSD checkpoint into a draft folder."""
+"""`transformers-msd convert`: turn a published MSD checkpoint into a draft folder, with fewer tokens on demand."""
 
 import argparse
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from transformers_msd.cli.options import positive
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_place
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
-    parser = subparsers.add_parser("convert", help="turn a published MSD checkpoint into a draft folder")
-    parser.add_argument("checkpoint", help="folder or Hub repository of the published checkpoint")
+    parser = subparsers.add_parser(
+        "convert",
+        help="turn a published MSD checkpoint into a draft folder",
+        description="Turn a published MSD checkpoint, or a draft folder, into a draft folder. With --draft_vocab_size "
+        "the draft gets a head of its own for the tokens that the target says most, where that pays.",
+    )
+    parser.add_argument("checkpoint", help="folder or Hub repository of the published checkpoint, or of a draft")
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
     parser.add_argument("--output", required=True, help="folder to write the draft to")
+    parser.add_argument("--draft_vocab_size", type=positive, help="draft only so many tokens, the most frequent")
+    parser.add_argument("--counts_from", nargs="+", help="datasets whose answers they are counted in, as in recipes")
+    parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
+    parser.add_argument("--acceptance_length", type=float, default=4.0, help="τ with all tokens, which is assumed")
+    parser.add_argument("--force", action="store_true", help="draft fewer tokens even where it is slower")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert and save."""
+    """Convert, cut the vocabulary where that is asked for, and save."""
+    if (arguments.draft_vocab_size is None) != (arguments.counts_from is None):
+        raise ValueError(
+            "`draft_vocab_size` and `counts_from` belong together, got one of them. Give both, or neither to draft "
+            "all tokens."
+        )
     check_place(arguments.target_model, "target_model")
-    draft = convert_msd_checkpoint(arguments.checkpoint, AutoConfig.from_pretrained(arguments.target_model))
+    target_config = AutoConfig.from_pretrained(arguments.target_model)
+    draft = convert_msd_checkpoint(arguments.checkpoint, target_config)
+    if arguments.draft_vocab_size:
+        draft = _cut(draft, target_config, arguments)
     draft.save_pretrained(arguments.output)
     print(f"Wrote a draft of {draft.num_parameters():,} parameters to {arguments.output}.")
+
+
+def _cut(draft: MSDDraftModel, target_config: PreTrainedConfig, arguments: argparse.Namespace) -> MSDDraftModel:
+    """Choose tokens and say what they gain."""
+    from transformers_msd.trainer.loading import is_multimodal
+    from transformers_msd.trainer.progress import keep_bars_out_of_logs
+    from transformers_msd.trainer.recipe import DraftArguments
+    from transformers_msd.trainer.rows import load_rows
+    from transformers_msd.trainer.vocabulary import cut_vocabulary
+
+    keep_bars_out_of_logs()
+    recipe = DraftArguments(
+        target_model=arguments.target_model, datasets=arguments.counts_from, dataset_split=arguments.dataset_split
+    )
+    recipe.check_places()
+    rows = load_rows(recipe, is_multimodal(target_config))
+    smaller, cut = cut_vocabulary(
+        *(draft, arguments.target_model, rows, arguments.draft_vocab_size),
+        acceptance_length=arguments.acceptance_length,
+        force=arguments.force,
+    )
+    print(f"Drafting {arguments.draft_vocab_size:,} of {draft.config.get_text_config().vocab_size:,} tokens: {cut}.")
+    return smaller

@@ -11,6 +11,7 @@ from transformers_msd.trainer.metrics import AcceptanceLength, ExactMatch
 from transformers_msd.trainer.parity import check_parity
 from transformers_msd.trainer.trainer import MSDTrainer
 from transformers_msd.trainer.vlm import VLMDraftTrainer
+from transformers_msd.trainer.vocabulary import cut_vocabulary
 
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "MSDTrainingConfig",
     "VLMDraftTrainer",
     "check_parity",
+    "cut_vocabulary",
 ]

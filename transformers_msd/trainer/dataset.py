@@ -194,10 +194,22 @@ def token_counts(
         text_config ([`~transformers.PreTrainedConfig`]):
             Config of the draft's text model.
     """
-    counts = torch.zeros(text_config.vocab_size, dtype=torch.long)
+    return with_ends(answer_counts(dataset, processing_class, text_config.vocab_size), text_config)
+
+
+def answer_counts(
+    dataset: Dataset, processing_class: ProcessorMixin | PreTrainedTokenizerBase, vocab_size: int
+) -> torch.Tensor:
+    """Count tokens as [`token_counts`] does, but for those that end a turn, of shape `(vocab_size,)`."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
     for token_ids in answer_token_ids(dataset, processing_class):
-        counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(counts))
-    eos = text_config.eos_token_id
+        counts += torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=vocab_size)
+    return counts
+
+
+def with_ends(counts: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """Return counts of shape `(vocab_size,)` in which the tokens that end a text count most."""
+    eos, counts = text_config.eos_token_id, counts.clone()
     counts[[*eos] if isinstance(eos, list) else [eos] if eos is not None else []] = int(counts.sum()) + 1
     return counts
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_finite, check_place
+from transformers_msd.models.weights import read_weight_map
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -32,7 +33,8 @@ _TEXT_FIELDS = (
 
 def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> MSDDraftModel:
     """
-    Load a checkpoint in the published layout, for example `lucylyn/MSD-LLaVA1.5-7B`, as a draft for a target.
+    Load a checkpoint in the published layout, for example `lucylyn/MSD-LLaVA1.5-7B`, as a draft for a target. A draft
+    of ours is loaded as it is.
 
     The published drafts were trained with copies of the target's embeddings, of another vocabulary size than the
     target has in Transformers; these copies are dropped. Every other weight must have its place.
@@ -50,6 +52,8 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
         folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
     published = _load_config(folder / "config.json")
+    if published.get("model_type") == MSDConfig.model_type:
+        return _load_ours(folder, target_config)
     weights = {key: value for key, value in _load_weights(folder).items() if not _DROPPED.fullmatch(key)}
 
     draft = MSDDraftModel(_draft_config(published, weights, target_config))
@@ -58,6 +62,14 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     draft = draft.to(weights["fc.weight"].dtype)
     draft.load_state_dict(weights)
     check_finite(draft, str(path_or_repo_id))
+    return draft.eval()
+
+
+def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
+    draft = MSDDraftModel.from_pretrained(folder)
+    text_config = draft.config.get_text_config()
+    # Raises unless they are the target's.
+    MSDConfig.from_target(target_config, hidden_size=text_config.hidden_size, vocab_size=text_config.vocab_size)
     return draft.eval()
 
 
@@ -86,11 +98,7 @@ def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
         files, index = [folder / name], folder / f"{name}.index.json"
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside = [shard for shard in shards if Path(shard).name != shard]
-            if outside:
-                raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
-            files = [folder / shard for shard in shards]
+            files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
         if files[0].exists():
             try:
                 return {key: value for file in files for key, value in load(file).items()}

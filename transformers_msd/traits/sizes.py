@@ -1,0 +1,14 @@
+"""Bytes of weights that a forward reads."""
+
+import torch
+from transformers import PreTrainedModel
+
+
+def num_bytes_per_step(target: PreTrainedModel) -> int:
+    """
+    Count the bytes of weights that a step of a target reads: those of its decoder, experts that no token is sent to
+    among them, and of its head. Of embeddings that are not the head, it reads only the rows of its tokens.
+    """
+    embeddings = target.get_input_embeddings().weight
+    read: set[torch.Tensor] = {weight for weight in target.get_decoder().parameters() if weight is not embeddings}
+    return sum(weight.nbytes for weight in read | {target.get_output_embeddings().weight})
