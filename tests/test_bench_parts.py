@@ -178,7 +178,7 @@ def test_figures_of_a_method_by_hand():
     own = [run(9, 5, 2, [4, 4]), run(5, 3, 1, [3, 1])]
     method = Method("own", drafts_trees=True)
     split = [[run(9, 6, 3, [4, 4], 1.0), run(5, 4, 1, [3, 1], 0.4)]]
-    compiled = Runs(PLAIN, [[run(9, 5, 3.5, [1] * 8)]])
+    compiled = Runs(PLAIN, [[run(9, 5, 3.5, [1] * 8)]] * 2)
     figures = summarize(
         Runs(method, [own, own], split, [run(9, 30, 2, [4, 4]), run(9, 5, 2, [4, 4])]), plain, compiled, 0.1
     )
