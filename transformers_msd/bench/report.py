@@ -122,7 +122,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-        for line in _about(cell):
+        for line in about(cell):
             console.print(line, highlight=False)
     for line in _counts(report):
         console.print(line, highlight=False)
@@ -138,7 +138,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         for header, rows in tables(cell):
             lines = [header, ["---"] * len(header), *rows]
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        parts.append("\n".join(f"- {line}" for line in _about(cell)))
+        parts.append("\n".join(f"- {line}" for line in about(cell)))
     if lines := list(_counts(report)):
         parts += ["## Generations that differ", "\n".join(f"- {line}" for line in lines)]
     names = {"speedup": "speed-up by τ", "acceptance_by_depth": "acceptance by depth", "time_split": "time of a round"}
