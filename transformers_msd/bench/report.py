@@ -165,7 +165,8 @@ def _origin(report: dict[str, Any]) -> str:
     )
 
 
-def _about(cell: dict[str, Any]) -> list[str]:
+def about(cell: dict[str, Any]) -> list[str]:
+    """List what is said of a cell below its tables: its passes, what to be wary of, what is not there or differs."""
     return [_passes(cell), *_noise(cell), *_left_out(cell), *_divergences(cell)]
 
 
