@@ -286,11 +286,11 @@ STATIC = {"cache_implementation": "static"}
     ],
 )
 def test_a_round_that_takes_far_less_than_a_step_is_no_figure(call, num_rows, seconds, is_too_noisy):
-    plain, compiled = (Runs(PLAIN, passes(each, num_rows=num_rows)) for each in (1.0, 0.1))
-    own = Runs(Method("own", call, drafts_trees=True), passes(seconds, num_rows=num_rows))
+    plain, compiled = (Runs(PLAIN, passes(each, num_rows=num_rows), [[]]) for each in (1.0, 0.1))
+    own = Runs(Method("own", call, drafts_trees=True), passes(seconds, num_rows=num_rows), [[]])
     rows = [summarize(runs, plain, compiled) for runs in (plain, own)]
     assert [row["is_too_noisy"] for row in rows] == [False, is_too_noisy]
-    cell = {"methods": [row | {"split_seconds": {}} for row in rows], "num_passes": 1, "tolerance": 0.02}
+    cell = {"methods": rows, "num_passes": 1, "tolerance": 0.02}
     (_, table), _, (_, rounds) = tables(cell | {"left_out": [], "unsettled": []})
     assert [text == "too noisy" for text in table[1][3:6]] == [is_too_noisy] * 3
     assert table[1][2] == rounds[1][2] == "1000.00 (1000.00 to 1000.00)"
@@ -339,7 +339,8 @@ def test_passes_end_where_they_may():
     ],
 )
 def test_passes_that_differ_are_warned_of(plain, own, named):
-    plain_runs, own_runs = Runs(PLAIN, passes(*plain)), Runs(Method("own", drafts_trees=True), passes(*own))
+    plain_runs = Runs(PLAIN, passes(*plain), [[]])
+    own_runs = Runs(Method("own", drafts_trees=True), passes(*own), [[]])
     rows = [summarize(runs, plain_runs) for runs in (plain_runs, own_runs)]
     cell = {"methods": rows, "num_passes": 2, "tolerance": 0.02, "unsettled": ["own"], "left_out": []}
     warnings = [line for line in about(cell) if line.startswith("WARNING")]
