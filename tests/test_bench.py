@@ -15,6 +15,7 @@ from zoo import make_target
 
 from training.tiny_world.build.target import build_model, build_processor
 from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd.bench.measure import run_methods
 from transformers_msd.bench.models import named_config
 from transformers_msd.bench.report import to_markdown
 from transformers_msd.bench.run import run_benchmark
@@ -179,6 +180,9 @@ def test_random_weights_without_simulation_draft_in_every_round(tmp_path):
     assert "random weights" in report["target"]
 
 
+RATIOS = ("round_cost", "compiled_round_cost", "num_floors")
+
+
 def test_compiled_methods_stand_beside_eager_ones(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers_msd.bench.methods.CompileConfig", partial(CompileConfig, backend="eager"))
     make_target("llama").config.save_pretrained(tmp_path)
@@ -216,11 +220,12 @@ def test_compiled_methods_stand_beside_eager_ones(tmp_path, monkeypatch):
         seconds = method["round_seconds"]
         assert method["compiled_round_cost"] == pytest.approx(seconds / compiled_plain["round_seconds"])
         assert method["num_floors"] == pytest.approx(seconds / report["floor_seconds"])
-        ratios = " | ".join(
-            f"{value:.2f}"
-            for value in (seconds * 1e3, seconds / plain["round_seconds"], method["compiled_round_cost"])
-        )
-        assert f"| {method['name']} | {ratios} | " in text
+        # Of one pass, the range is the value.
+        figures = (seconds * 1e3, plain["round_seconds"] * 1e3, *(method[name] for name in RATIOS))
+        texts = [f"{value:.2f} ({value:.2f} to {value:.2f})" for value in figures]
+        if method["is_too_noisy"]:
+            texts[2:] = ["too noisy"] * 3
+        assert f"| {method['name']} | {' | '.join(texts)} | " in text
     assert "at 10 GB/s, the floor is" in text
 
 
@@ -269,3 +274,42 @@ def test_pictures_of_other_models_are_refused(tmp_path):
     make_target("qwen2_vl").config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="for LLaVA-1.5 and language models, got a config of 'qwen2_vl'"):
         main(["bench", "--random_weights", str(tmp_path / "config.json")])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_bench_that_was_stopped_is_gone_on_with(error, tmp_path, monkeypatch, capsys):
+    make_target("llama").config.save_pretrained(tmp_path)
+    command = ["--random_weights", str(tmp_path / "config.json"), "--num_rows", "1", "--prompt_length", "4"]
+    command += ["--max_new_tokens", "4", "--repeats", "1", "--baselines", "none", "--batch_sizes", "1", "2"]
+    output, calls = tmp_path / "output", []
+
+    def stopped(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return run_methods(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers_msd.bench.run.run_methods", stopped)
+        with pytest.raises((SystemExit, RuntimeError)):
+            bench(output, *command)
+    said = capsys.readouterr()
+    assert "greedy, batch size 1" in said.out
+    assert f"Stopped after 1 comparison, written to {output}; the same command goes on." in said.err
+    (first,) = json.loads((output / "bench.json").read_text())["cells"]
+    assert first["label"] in (output / "bench.md").read_text()
+
+    cells = bench(output, *command)["cells"]
+    assert f"{output} holds 1 comparison of these settings." in capsys.readouterr().err
+    assert cells[0] == first
+    assert [(cell["temperature"], cell["batch_size"]) for cell in cells] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert (output / "speedup.png").exists()
+
+    monkeypatch.setattr("transformers_msd.bench.run.random_target", lambda *_: pytest.fail("a model was made"))
+    assert bench(output, *command)["cells"] == cells
+    assert "Nothing is left to measure." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="4 comparisons measured otherwise: `max_new_tokens` was 4, and is 5. Name"):
+        bench(output, *command, "--max_new_tokens", "5")
+    (output / "bench.json").write_text("[]")
+    with pytest.raises(SystemExit, match="bench.json, which is none"):
+        bench(output, *command)

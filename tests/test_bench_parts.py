@@ -17,8 +17,10 @@ from transformers_msd.bench.assistants import PhaseTimer, Simulated
 from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, Runs, row_ends, run_method, run_methods
 from transformers_msd.bench.methods import PLAIN, Method, draft_names, make_methods
+from transformers_msd.bench.report import about, tables
 from transformers_msd.bench.run import count_divergences
 from transformers_msd.bench.settings import BenchArguments
+from transformers_msd.bench.settling import Settling
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.msd import MSDDrafter
@@ -155,22 +157,26 @@ def test_an_answer_that_ended_earlier_has_no_gap():
     assert (found.step, found.token_id, found.logit_gap) == (4, -1, None)
 
 
-def test_figures_of_a_method_by_hand():
-    def run(num_tokens: int, seconds: float, later: float, lengths: list[int], verify: float = 0.0) -> Run:
-        return Run(
-            tokens=torch.zeros(1, num_tokens),
-            num_tokens=num_tokens,
-            num_decoded=num_tokens - 1,
-            seconds=seconds,
-            decode_seconds=seconds - 1,
-            later_seconds=later,
-            num_rounds=len(lengths),
-            lengths=[lengths],
-            peak_memory=num_tokens,
-            kept_memory=100,
-            phase_seconds={"draft": 0.2, "verify": verify, "commit": 0.0},
-        )
+def run_of(
+    num_tokens: int, seconds: float, later: float, lengths: list[int], verify: float = 0.0, num_rows: int = 1
+) -> Run:
+    return Run(
+        tokens=torch.zeros(num_rows, num_tokens),
+        num_tokens=num_tokens,
+        num_decoded=num_tokens - 1,
+        seconds=seconds,
+        decode_seconds=seconds - 1,
+        later_seconds=later,
+        num_rounds=len(lengths),
+        lengths=[lengths],
+        peak_memory=num_tokens,
+        kept_memory=100,
+        phase_seconds={"draft": 0.2, "verify": verify, "commit": 0.0},
+    )
 
+
+def test_figures_of_a_method_by_hand():
+    run = run_of
     # Two prompts of 9 and 5 tokens, in two passes; a step takes 1 second, then 2.
     plain = Runs(
         PLAIN, [[run(9, 9, 7, [1] * 8), run(5, 5, 3, [1] * 4)], [run(9, 17, 14, [1] * 8), run(5, 9, 6, [1] * 4)]]
@@ -178,7 +184,7 @@ def test_figures_of_a_method_by_hand():
     own = [run(9, 5, 2, [4, 4]), run(5, 3, 1, [3, 1])]
     method = Method("own", drafts_trees=True)
     split = [[run(9, 6, 3, [4, 4], 1.0), run(5, 4, 1, [3, 1], 0.4)]]
-    compiled = Runs(PLAIN, [[run(9, 5, 3.5, [1] * 8)]])
+    compiled = Runs(PLAIN, [[run(9, 5, 3.5, [1] * 8)]] * 2)
     figures = summarize(
         Runs(method, [own, own], split, [run(9, 30, 2, [4, 4]), run(9, 5, 2, [4, 4])]), plain, compiled, 0.1
     )
@@ -186,7 +192,10 @@ def test_figures_of_a_method_by_hand():
     assert figures["acceptance_by_depth"] == [0.75, 0.75, 0.5]
     assert figures["round_seconds"] == 1.5
     assert figures["round_cost"] == 1.5 / 1.5  # plain's median is between 1 and 2 seconds
+    assert figures["round_cost_range"] == pytest.approx([1.5 / 2, 1.5])
     assert figures["compiled_round_cost"] == 3.0
+    assert figures["compiled_round_cost_range"] == [3.0, 3.0]
+    assert not figures["is_too_noisy"]
     assert figures["num_floors"] == pytest.approx(15)
     assert (figures["warm_up_seconds"], figures["num_captures"]) == (35, None)
     assert figures["decode"]["passes"] == [2.0, 2.0]  # 12 tokens in 6 seconds
@@ -254,3 +263,85 @@ def test_held_out_prompts_of_the_tiny_world_take_turns():
     assert [len(row["images"]) for row in rows] == [
         len(prompts[number]["images"]) for number in (0, 2, 4, 6, 1, 3, 5, 7)
     ]
+
+
+def passes(*step_seconds: float, num_rows: int = 1) -> list[list[Run]]:
+    """Passes of one answer of 11 tokens, in steps or rounds of so many seconds, of which the first is not timed."""
+    return [[run_of(11, 1 + 10 * each, 9 * each, [1] * 10, num_rows=num_rows)] for each in step_seconds]
+
+
+STATIC = {"cache_implementation": "static"}
+
+
+@pytest.mark.parametrize(
+    ("call", "num_rows", "seconds", "is_too_noisy"),
+    [
+        ({}, 1, 0.2, True),
+        ({}, 1, 0.79, True),
+        ({}, 1, 0.81, False),
+        ({}, 4, 0.21, False),  # the last row of four
+        ({}, 4, 0.19, True),
+        (STATIC, 1, 0.2, False),  # compiled, it may take less than an eager step, but not than its own
+        (STATIC, 1, 0.07, True),
+    ],
+)
+def test_a_round_that_takes_far_less_than_a_step_is_no_figure(call, num_rows, seconds, is_too_noisy):
+    plain, compiled = (Runs(PLAIN, passes(each, num_rows=num_rows), [[]]) for each in (1.0, 0.1))
+    own = Runs(Method("own", call, drafts_trees=True), passes(seconds, num_rows=num_rows), [[]])
+    rows = [summarize(runs, plain, compiled) for runs in (plain, own)]
+    assert [row["is_too_noisy"] for row in rows] == [False, is_too_noisy]
+    cell = {"methods": rows, "num_passes": 1, "tolerance": 0.02}
+    (_, table), _, (_, rounds) = tables(cell | {"left_out": [], "unsettled": []})
+    assert [text == "too noisy" for text in table[1][3:6]] == [is_too_noisy] * 3
+    assert table[1][2] == rounds[1][2] == "1000.00 (1000.00 to 1000.00)"
+    warnings = [
+        line for line in about(cell | {"left_out": [], "unsettled": []}) if "the machine was too noisy" in line
+    ]
+    assert len(warnings) == is_too_noisy
+
+
+@pytest.mark.parametrize(
+    ("repeats", "minutes", "own", "is_enough"),
+    [
+        (None, None, [2.0, 2.0, 2.0], False),  # too few
+        (None, None, [2.0, 2.0, 2.0, 2.0], True),
+        (None, None, [2.0, 2.4, 2.0, 2.4], False),
+        (None, None, [2.0, 2.01, 2.0, 9.0, 2.0, 2.01], True),  # one pass that was disturbed
+        (None, 1e-9, [2.0, 2.4], True),
+        (4, None, [2.0, 2.0, 2.0, 2.0], False),  # so many, settled or not
+        (4, 1e-9, [2.0], True),
+    ],
+)
+def test_passes_end_when_every_ratio_is_settled_or_time_is_up(repeats, minutes, own, is_enough):
+    arguments = BenchArguments(target_model="target", repeats=repeats, time_limit=minutes)
+    settling = Settling(arguments)
+    results = [Runs(PLAIN, passes(*([1.0] * len(own)))), Runs(Method("own"), passes(*own))]
+    assert settling.most == (repeats or 20)
+    assert settling.is_enough(results) == is_enough
+
+
+def test_passes_end_where_they_may():
+    target, batches = make_target("llama"), [make_inputs("llama", (0,))]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    (plain,), _ = run_methods(
+        target, batches, [PLAIN], settings, 9, 0, lambda: None, lambda results: len(results[0].passes) == 2
+    )
+    assert len(plain.passes) == 2
+
+
+@pytest.mark.parametrize(
+    ("plain", "own", "named"),
+    [
+        ([1.0, 1.1], [2.0, 2.2], ""),
+        ([1.0, 1.3], [2.0, 2.6], "plain generate"),  # both as slow: the ratio is the same
+        ([1.0, 1.0], [2.0, 2.6], "own"),
+        ([1.0, 1.3], [2.0, 2.0], "plain generate, own"),
+    ],
+)
+def test_passes_that_differ_are_warned_of(plain, own, named):
+    plain_runs = Runs(PLAIN, passes(*plain), [[]])
+    own_runs = Runs(Method("own", drafts_trees=True), passes(*own), [[]])
+    rows = [summarize(runs, plain_runs) for runs in (plain_runs, own_runs)]
+    cell = {"methods": rows, "num_passes": 2, "tolerance": 0.02, "unsettled": ["own"], "left_out": []}
+    warnings = [line for line in about(cell) if line.startswith("WARNING")]
+    assert [line.split(": ")[2].split(". ")[0] for line in warnings] == ([named] if named else [])

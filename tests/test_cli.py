@@ -52,6 +52,7 @@ USAGE = {
     "nonsense": "invalid choice: 'nonsense'",
     "train": "--target_model",
     f"tune {TARGET} {DRAFT} --prompt_length 0": "must be at least 1, got 0",
+    f"tune {TARGET} {DRAFT} --tolerance 0": "must be above 0, got 0",
     f"tune {TARGET} {DRAFT} --wat 1": "`wat` is no option of transformers-msd tune. `--help` lists them all.",
     f"tune {TARGET} {DRAFT} more": "unrecognized arguments: more",
     "convert a --target b --output c": "`target` is no option of transformers-msd convert. Did you mean `target_mod",

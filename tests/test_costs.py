@@ -2,7 +2,10 @@
 
 import copy
 import json
+import math
+import statistics
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +23,11 @@ from transformers_msd import (
     TreeConfig,
     VLMDrafter,
 )
+from transformers_msd.bench.models import load_model
 from transformers_msd.cli import main
 from transformers_msd.costs.calibration import costs_path, load_sizing, save_costs
 from transformers_msd.costs.rounds import Costs, forward_cost, round_cost
+from transformers_msd.costs.settling import uncertainty
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.target.target import Target
 from transformers_msd.tuning import measure_costs
@@ -172,7 +177,7 @@ def test_measuring_leaves_the_draft_as_it_was():
     target = make_target("llama")
     tree = TreeConfig(num_nodes=5, depth=3, top_k=2)
     drafter = VLMDrafter(make_draft_model("llama"), tree_config=tree)
-    measured = measure_costs(target, drafter, prompt_length=32)
+    measured = measure_costs(target, drafter, prompt_length=32, tolerance=math.inf)
     assert drafter.tree_config == tree
     assert measured.step > 0
     assert measured.rounds == sorted(measured.rounds)
@@ -190,7 +195,7 @@ def test_measuring_takes_as_many_rounds_whether_drafts_are_right_or_wrong(monkey
     counts = []
     for draft in (copy.deepcopy(target), wrong):
         rounds.clear()
-        measure_costs(target, VLMDrafter(draft), prompt_length=8)
+        measure_costs(target, VLMDrafter(draft), prompt_length=8, tolerance=math.inf)
         counts.append(len(rounds))
     assert counts[0] == counts[1] < 200
 
@@ -208,7 +213,7 @@ def test_command_measures_and_saves(tmp_path, capsys):
     torch.manual_seed(1)
     MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(tmp_path / "draft")
     models = ["--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")]
-    main(["tune", *models, "--prompt_length", "16"])
+    main(["tune", *models, "--prompt_length", "16", "--tolerance", "inf"])
     assert "A plain step takes" in capsys.readouterr().out
     target = type(make_target("llama")).from_pretrained(tmp_path / "target")
     draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
@@ -216,3 +221,68 @@ def test_command_measures_and_saves(tmp_path, capsys):
     assert load_sizing([draft], target).measured == [Costs(**each) for each in saved]
     assert [each["batch_size"] for each in saved] == [1, 4, 16]
     assert saved[2]["step"] > 0
+
+
+CHECKPOINTS = Path(__file__).parents[1] / "training/tiny_world/checkpoints"
+TUNE = ["tune", "--target_model", str(CHECKPOINTS / "target"), "--prompt_length", "8", "--device", "cpu"]
+# As `tune` wrote them before it noted how uncertain they are.
+OLD = '[{"step": 0.01, "num_nodes": [2, 4], "rounds": [0.02, 0.03], "level": 0.004, "depth": 2, "batch_size": 1}]'
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2.0], math.inf),
+        ([2.0, 2.0, 2.0, 2.0], 0.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 2 / math.sqrt(5) / 3),
+        ([1.0, 2.0, 3.0, 4.0, 500.0], 2 / math.sqrt(5) / 3),  # one pass may be as slow as it likes
+        ([5.0, 1.0, 4.0, 2.0, 3.0] * 100, 2 / math.sqrt(500) / 3),
+    ],
+)
+def test_uncertainty_of_a_median_by_hand(values: list[float], expected: float) -> None:
+    assert uncertainty(values) == pytest.approx(expected)
+
+
+def test_uncertainty_is_about_one_standard_error() -> None:
+    values = torch.randn(2000, 100, generator=torch.Generator().manual_seed(0)) + 100
+    told = statistics.mean(100 * uncertainty(row) for row in values.tolist())
+    assert told == pytest.approx(float(values.median(1).values.std()), rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("draft", ["draft", "draft_vlm", "target"])
+def test_what_is_stored_is_shown_and_removed_without_loading_weights(draft, dtype, capsys, monkeypatch):
+    folder = str(CHECKPOINTS / draft)
+    target, model = (load_model(name, dtype, "cpu") for name in (TUNE[2], folder))
+    path = costs_path([model], target)
+    look = [*TUNE, "--draft_model", folder, "--dtype", dtype]
+    monkeypatch.setattr("transformers_msd.bench.models.load_model", lambda *_: pytest.fail("weights were loaded"))
+    main([*look, "--show"])
+    assert f"Nothing is stored for {folder} and {TUNE[2]}, {target.dtype}, " in capsys.readouterr().out
+    path.parent.mkdir(parents=True)
+    path.write_text(OLD)
+    main([*look, "--show"])
+    said = capsys.readouterr().out
+    assert "A plain step takes 10.00 ms, a further level of a tree 4.00 ms." in said
+    assert "A round of   4 nodes in 2 levels: 30.00 ms, 3.00 plain steps" in said
+    assert f"Stored in {path}." in said
+    assert load_sizing([model], target).costs == Costs(0.01, [2, 4], [0.02, 0.03], 0.004, 2)
+    main([*look, "--forget"])
+    assert capsys.readouterr().out == f"Removed {path}.\n"
+    assert not path.exists()
+    main([*look, "--forget"])
+    assert "Nothing is stored" in capsys.readouterr().out
+
+
+def test_costs_that_do_not_settle_are_refused_and_nothing_is_stored(cache_folder, monkeypatch):
+    monkeypatch.setattr("transformers_msd.tuning.MAX_PASSES", 4)
+    with pytest.raises(SystemExit, match=r"must be settled to 0\.0%, got in 4 passes: a round of .* uncertain by .*%"):
+        main([*TUNE, "--draft_model", str(CHECKPOINTS / "draft"), "--tolerance", "1e-9"])
+    assert not list(cache_folder.rglob("*.json"))
+
+
+def test_a_round_far_cheaper_than_a_step_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers_msd.tuning.MAX_PASSES", 4)
+    monkeypatch.setattr("transformers_msd.tuning.LEAST_ROUND", 1e9)
+    with pytest.raises(ValueError, match="which can't be, as a forward of the target is in both"):
+        measure_costs(make_target("llama"), VLMDrafter(make_draft_model("llama")), 8, tolerance=math.inf)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_msd.costs.rounds import Costs
+from transformers_msd.costs.settling import LEAST_PASSES, LEAST_ROUND, uncertainty
 from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.model import ModelDrafter
@@ -25,7 +26,9 @@ from transformers_msd.trees.tree import TokenTree, TreeConfig
 # Batch sizes, and the trees that are measured with each; single prompts choose their trees by these.
 SIZES = {1: (2, 4, 8, 16, 32, 64), 4: (4, 16, 64), 16: (4, 16, 64)}
 SHALLOW, DEEP = 2, 6
-NUM_ROUNDS, NUM_PASSES = 12, 4
+NUM_ROUNDS, NUM_PASSES, MAX_PASSES = 12, LEAST_PASSES, 24
+# What is measured is stored when no ratio to a plain step is further off than this share of it.
+TOLERANCE = 0.05
 NEVER_SAID = 2**31 - 1  # as EOS token: no answer ends early
 
 
@@ -69,8 +72,8 @@ class _Timed(Ungated):
 
 
 def num_calls(batch_size: int) -> int:
-    """Count the calls that [`measure_costs`] makes."""
-    return len(_shapes(batch_size)) * _num_passes(batch_size)
+    """Count the calls that [`measure_costs`] makes at the most."""
+    return len(_shapes(batch_size)) * (1 + MAX_PASSES)
 
 
 def _shapes(batch_size: int) -> list[tuple[int, int]]:
@@ -79,19 +82,18 @@ def _shapes(batch_size: int) -> list[tuple[int, int]]:
     return [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[len(sizes) // 2], DEEP)]
 
 
-def _num_passes(batch_size: int) -> int:
-    return 1 + (NUM_PASSES if batch_size == 1 else max(NUM_PASSES // 2, 1))
-
-
 def measure_costs(
     target: PreTrainedModel,
     assistant: Any,
     prompt_length: int = 256,
     batch_size: int = 1,
     on_call: Callable[[], None] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Costs:
     """
-    Run rounds with trees of several shapes, and plain steps, on prompts of random tokens.
+    Run rounds with trees of several shapes, and plain steps, on prompts of random tokens, in passes of all of them in
+    turn, until every round is settled as a ratio to the plain step: after 4 passes at the least, the interquartile
+    range of the ratio in single passes, over the square root of their number, is at most `tolerance` of its median.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -104,14 +106,19 @@ def measure_costs(
             Prompts that are answered together, one of `SIZES`.
         on_call (`Callable`, *optional*):
             Called after each of [`num_calls`] calls.
+        tolerance (`float`, *optional*, defaults to 0.05):
+            Share by which ratios may be uncertain.
 
     Raises:
-        ValueError: If the assistant can't draft for this target, or a size can't be measured.
+        ValueError: If the assistant can't draft for this target, a size can't be measured, or ratios are not settled
+            after 24 passes, or a round takes far less than a plain step, which has no forward less.
     """
     if batch_size not in SIZES:
         raise ValueError(f"`batch_size` must be one of {list(SIZES)}, got {batch_size!r}.")
     if type(prompt_length) is not int or prompt_length < 1:
         raise ValueError(f"`prompt_length` must be a whole number, 1 at least, got {prompt_length!r}.")
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` must be a share above 0, got {tolerance!r}. 0.05 is 5 %.")
     found = assistant_for(assistant)
     if not isinstance(found, MSDDrafter | ModelDrafter):
         raise ValueError(
@@ -126,9 +133,10 @@ def measure_costs(
     config = drafter.tree_config
 
     sizes, shapes = SIZES[batch_size], _shapes(batch_size)
-    seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    # Of each pass.
+    seconds: dict[tuple[int, int], list[list[float]]] = {shape: [] for shape in shapes}
     # In turn, so that what else the machine does slows all of them; the first pass warms up.
-    for number in range(_num_passes(batch_size)):
+    for number in range(1 + MAX_PASSES):
         for num_nodes, depth in shapes:
             if depth:
                 # Wide enough to fill the tree.
@@ -142,12 +150,57 @@ def measure_costs(
                 )
             if number:
                 # The first round pays for what is made once.
-                seconds[num_nodes, depth] += [end - start for start, end in pairwise(timed.times[1:])]
+                seconds[num_nodes, depth].append([end - start for start, end in pairwise(timed.times[1:])])
             if on_call is not None:
                 on_call()
-    step, *rounds, deep = (median(values) for values in seconds.values())
+        if number >= NUM_PASSES and _spread(seconds) <= tolerance and _least_ratio(seconds) >= LEAST_ROUND:
+            break
+    else:
+        raise ValueError(_what_was_seen(seconds, batch_size, tolerance))
+    step, *rounds, deep = map(_median, seconds.values())
     level = max((deep - rounds[len(sizes) // 2]) / (DEEP - SHALLOW), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])
-    return Costs(step, list(sizes), rounds, level, SHALLOW, batch_size)
+    return Costs(step, list(sizes), rounds, level, SHALLOW, batch_size, _spread(seconds))
+
+
+def _median(passes: list[list[float]]) -> float:
+    return median(value for values in passes for value in values)
+
+
+def _ratios(seconds: dict[tuple[int, int], list[list[float]]]) -> dict[tuple[int, int], list[float]]:
+    """Divide rounds of each shape by the plain step of the same pass."""
+    (_, steps), *rounds = seconds.items()
+    return {
+        shape: [median(own) / median(step) for own, step in zip(passes, steps, strict=True)]
+        for shape, passes in rounds
+    }
+
+
+def _spread(seconds: dict[tuple[int, int], list[list[float]]]) -> float:
+    """Return the uncertainty of the ratio that is least settled."""
+    return max(map(uncertainty, _ratios(seconds).values()))
+
+
+def _least_ratio(seconds: dict[tuple[int, int], list[list[float]]]) -> float:
+    return min(map(median, _ratios(seconds).values()))
+
+
+def _what_was_seen(seconds: dict[tuple[int, int], list[list[float]]], batch_size: int, tolerance: float) -> str:
+    """Say why what was measured is of no use, and what to do."""
+    found = _ratios(seconds)
+    shape = max(found, key=lambda shape: uncertainty(found[shape]))
+    ratios = found[shape]
+    seen = (
+        f"a round of {shape[0]} nodes in {shape[1]} levels took {min(ratios):.2f} to {max(ratios):.2f} plain steps, "
+        f"its median uncertain by {uncertainty(ratios):.1%}"
+    )
+    if (least := _least_ratio(seconds)) < LEAST_ROUND:
+        seen = f"a round took {least:.2f} plain steps, which can't be, as a forward of the target is in both"
+    prompts = "one prompt" if batch_size == 1 else f"{batch_size} prompts"
+    return (
+        f"Rounds with {prompts} at a time must be settled to {tolerance:.1%}, got in {len(ratios)} passes: {seen}. "
+        "Measure again with nothing else running, or take more uncertain costs by a larger `tolerance`. Nothing was "
+        "stored."
+    )

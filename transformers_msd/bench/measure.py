@@ -194,6 +194,7 @@ def run_methods(
     repeats: int,
     seed: int,
     on_run: Callable[[], None],
+    is_enough: Callable[[list[Runs]], bool] | None = None,
 ) -> tuple[list[Runs], list[tuple[str, str]]]:
     """
     Let all methods answer all batches: once to warm up, then in timed passes, method after method for each batch, so
@@ -210,11 +211,13 @@ def run_methods(
         settings (`dict[str, Any]`):
             Arguments of `generate` that all methods share.
         repeats (`int`):
-            Timed passes.
+            Timed passes at the most.
         seed (`int`):
             Seed of sampling; every batch has one of its own.
         on_run (`Callable`):
             Called after every run.
+        is_enough (`Callable`, *optional*):
+            Asked after every timed pass whether it may be the last.
 
     Returns:
         The runs of each method, and the names of baselines that raised an error with what it says.
@@ -261,6 +264,8 @@ def run_methods(
         if number == 0:
             for result in results:
                 result.warm_up.extend(result.passes.pop() + result.split.pop())
+        elif is_enough is not None and is_enough(results):
+            break
     return results, failures
 
 

@@ -48,6 +48,11 @@ class Method:
         return self.drafts_trees or not self.call
 
     @property
+    def has_plain_forwards(self) -> bool:
+        """Whether the target's forwards run as in plain `generate`, on a cache of the same kind."""
+        return "cache_implementation" not in self.call
+
+    @property
     def runtime(self) -> StaticRuntime | None:
         """What drafts by compiled code, where it is one."""
         assistant = self.call.get("assistant_model")

@@ -41,6 +41,19 @@ def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
 
 
+def outline_model(name: str, dtype: str) -> PreTrainedModel:
+    """
+    Make what [`load_model`] loads without its weights, on the meta device; with them, on a CPU, where only these tell
+    their dtype or their number.
+    """
+    config = AutoConfig.from_pretrained(name)
+    named = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if named is None or getattr(config, "quantization_config", None) is not None:
+        return load_model(name, dtype, "cpu")
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, dtype=named)
+
+
 def named_config(name: str) -> PreTrainedConfig:
     """
     Return the config of one of the known shapes, or of a file.

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from transformers_msd.bench.methods import COMPILED_PLAIN, PLAIN
+from transformers_msd.bench.report import step_time
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b", "#7f7f7f")
@@ -23,7 +24,7 @@ def plot_speedups(report: dict[str, Any], path: Path) -> None:
     for cell, axes in panels:
         for method in cell["methods"]:
             tau, rates = method["acceptance_length"], method["decode"]
-            if tau is None:
+            if tau is None or method["is_too_noisy"]:
                 continue
             low, high = rates["speedup_range"]
             speedup = rates["speedup"]
@@ -74,7 +75,8 @@ def plot_split(report: dict[str, Any], path: Path) -> None:
                 axes.barh(place, width, left=start, color=colour, label=phase, height=0.65)
                 start += width
             if place > 0:
-                axes.text(start, place, f" {method['round_cost']:.2f} steps", va="center", fontsize=8)
+                cost = "too noisy" if method["is_too_noisy"] else f"{method['round_cost']:.2f} steps"
+                axes.text(start, place, f" {cost}", va="center", fontsize=8)
         names = [method["name"] for method in (*steps, *methods)]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
@@ -104,10 +106,12 @@ def _panels(
     about = f"{report['target']}, {report['dtype']}, {report['hardware']}"
     num_letters = int(14 * size[0])  # of a line, at this size
     figure.suptitle("\n".join(fill(text, num_letters) for text in (title, about)), fontsize=9)
-    all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
-    panels = list(zip(cells, all_axes, strict=True))
+    all_axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for axes in all_axes[len(cells) :]:  # of a report that is not finished
+        axes.set_visible(False)
+    panels = list(zip(cells, all_axes, strict=False))
     for cell, axes in panels:
-        axes.set_title(cell["label"])
+        axes.set_title(f"{cell['label']}; plain step, ms: {step_time(cell['methods'][0])}", fontsize=9)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     return figure, panels

@@ -4,22 +4,22 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-import transformers_msd
 from transformers_msd.bench.divergence import find_divergences
 from transformers_msd.bench.measure import Run, run_method, run_methods
 from transformers_msd.bench.methods import COMPILED_PLAIN, PLAIN, Method, draft_names, make_methods
 from transformers_msd.bench.models import load_model, named_config, random_draft, random_target
 from transformers_msd.bench.prompts import batched, load_prompts, random_prompts
+from transformers_msd.bench.saved import is_measured, origin
 from transformers_msd.bench.settings import BenchArguments
+from transformers_msd.bench.settling import TOLERANCE, Settling, unsettled
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import attention_of
-from transformers_msd.costs.provenance import commit, hardware
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import encode_prompts, load_processor
 from transformers_msd.traits.sizes import num_bytes_per_step
@@ -29,7 +29,11 @@ Inputs = dict[str, torch.Tensor]
 
 
 def run_benchmark(
-    arguments: BenchArguments, command: str, on_run: Callable[[str, int, int], None] | None = None
+    arguments: BenchArguments,
+    command: str,
+    on_run: Callable[[str, int, int], None] | None = None,
+    on_cell: Callable[[dict[str, Any]], None] | None = None,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Run a benchmark.
@@ -40,7 +44,11 @@ def run_benchmark(
         command (`str`):
             The command that reports name.
         on_run (`Callable`, *optional*):
-            Called after every run of a method with what it belongs to, its number, and how many there are.
+            Called after every run of a method with what it belongs to, its number, and how many there are at the most.
+        on_cell (`Callable`, *optional*):
+            Called with the report after every comparison.
+        before (`dict[str, Any]`, *optional*):
+            A report of the same settings, whose comparisons are not measured again.
 
     Returns:
         `dict[str, Any]`: The report as it is saved in JSON. Times are in seconds, memory in bytes.
@@ -53,31 +61,33 @@ def run_benchmark(
         "num_parameters": target.num_parameters(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": attention_of(target.config),
-        "hardware": hardware(target.device),
         "num_bytes_per_step": num_bytes_per_step(target),
         "floor_seconds": None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "transformers_msd": transformers_msd.__version__,
         "command": command,
-        "commit": commit(),
         "num_prompts": num_prompts,
         "settings": asdict(arguments),
-        "cells": [],
-        "divergences": [],
-    }
+        **{name: [] if before is None else before[name] for name in ("cells", "counted_temperatures", "divergences")},
+    } | origin(arguments)
     if arguments.memory_bandwidth is not None:
         report["floor_seconds"] = report["num_bytes_per_step"] / (arguments.memory_bandwidth * 1e9)
-    num_runs = sum(_num_runs(arguments, methods, size, num_prompts) for size in arguments.batch_sizes)
-    on_run = _counter(on_run, len(arguments.temperatures) * num_runs)
+    wanted = [
+        (temperature, batch_size)
+        for temperature in arguments.temperatures
+        for batch_size in arguments.batch_sizes
+        if not is_measured(report, temperature, batch_size)
+    ]
+    counter = _Counter([_num_runs(arguments, methods, size, num_prompts) for _, size in wanted], on_run)
     for temperature in arguments.temperatures:
         settings = _call_settings(arguments, temperature)
-        for batch_size in arguments.batch_sizes:
+        for batch_size in [size for own, size in wanted if own == temperature]:
             batches, floor_seconds = make_batches(batch_size), report["floor_seconds"]
-            cell = _run_cell(arguments, target, batches, methods, settings, batch_size, floor_seconds, on_run)
+            cell = _run_cell(arguments, target, batches, methods, settings, batch_size, floor_seconds, counter.count)
             cell["left_out"] = [{"name": name, "reason": reason} for name, reason in left_out] + cell["left_out"]
             report["cells"].append({"temperature": temperature, "batch_size": batch_size} | cell)
-        if arguments.num_divergences:
+            counter.end_cell()
+            if on_cell is not None:
+                on_cell(report)
+        if arguments.num_divergences and temperature not in report["counted_temperatures"]:
             ours = [method for method in methods if method.drafts_trees and method.simulated is None]
             batches = make_batches(1)
             report["divergences"] += [
@@ -85,6 +95,9 @@ def run_benchmark(
                 | count_divergences(target, batches, method, settings, arguments.num_divergences, arguments.seed)
                 for method in ours
             ]
+            report["counted_temperatures"].append(temperature)
+            if on_cell is not None:
+                on_cell(report)
     return report
 
 
@@ -105,8 +118,10 @@ def _run_cell(
     ]
     mode = f"T = {settings['temperature']:g}" if settings["do_sample"] else "greedy"
     label = f"{mode}, batch size {batch_size}"
-    notify = partial(on_run, label)
-    results, failures = run_methods(target, batches, own, settings, arguments.repeats, arguments.seed, notify)
+    notify, settling = partial(on_run, label), Settling(arguments)
+    results, failures = run_methods(
+        target, batches, own, settings, settling.most, arguments.seed, notify, settling.is_enough
+    )
     compiled_plain = next((result for result in results if result.method.name == COMPILED_PLAIN), None)
     rows = [summarize(result, results[0], compiled_plain, floor_seconds) for result in results]
     for result in results:
@@ -118,6 +133,9 @@ def _run_cell(
     return {
         "label": label,
         "num_batches": len(batches),
+        "num_passes": len(results[0].passes),
+        "tolerance": TOLERANCE,
+        "unsettled": unsettled(results),
         "methods": rows,
         "left_out": [{"name": name, "reason": reason} for name, reason in left_out + failures],
     }
@@ -128,9 +146,9 @@ def _methods_of_cell(methods: list[Method], batch_size: int) -> list[Method]:
 
 
 def _num_runs(arguments: BenchArguments, methods: list[Method], batch_size: int, num_prompts: int) -> int:
-    """Count the runs of a cell: of each method for each batch and pass, and again with its phases timed."""
+    """Count the most runs of a cell: of each method for each batch and pass, and again with its phases timed."""
     for_a_batch = sum(1 + method.drafts_trees for method in _methods_of_cell(methods, batch_size))
-    return (arguments.repeats + 1) * for_a_batch * math.ceil(num_prompts / batch_size)
+    return (Settling(arguments).most + 1) * for_a_batch * math.ceil(num_prompts / batch_size)
 
 
 def _prepare(
@@ -178,16 +196,21 @@ def _call_settings(arguments: BenchArguments, temperature: float) -> dict[str, A
     return settings
 
 
-def _counter(on_run: Callable[[str, int, int], None] | None, total: int) -> Callable[[str], None]:
-    number = 0
+class _Counter:
+    """Counts runs; a cell that ends early counts as if it had not."""
 
-    def count(label: str) -> None:
-        nonlocal number
-        number += 1
-        if on_run is not None:
-            on_run(label, number, total)
+    def __init__(self, cells: list[int], on_run: Callable[[str, int, int], None] | None) -> None:
+        self._total, self._on_run = sum(cells), on_run
+        self._ends = accumulate(cells)
+        self._number = 0
 
-    return count
+    def count(self, label: str) -> None:
+        self._number += 1
+        if self._on_run is not None:
+            self._on_run(label, self._number, self._total)
+
+    def end_cell(self) -> None:
+        self._number = next(self._ends)
 
 
 def _equality(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from transformers_msd.costs.settling import LEAST_PASSES
 from transformers_msd.drafters.ensemble.views import VIEWS
 from transformers_msd.trainer.fields import check_least, check_types
 from transformers_msd.trainer.loading import check_dtype, device_of
@@ -54,8 +55,14 @@ class BenchArguments:
             Temperatures of sampling; 0 is greedy.
         max_new_tokens (`int`, *optional*, defaults to 128):
             Longest answer. Random weights never end before.
-        repeats (`int`, *optional*, defaults to 5):
-            Passes over the prompts that are timed, after one to warm up.
+        repeats (`int`, *optional*):
+            Passes over the prompts that are timed, after one to warm up. By default 4 at the least, and more until
+            every ratio is settled: the interquartile range of its values in single passes, over the square root of
+            their number, is at most 2 % of their median.
+        max_passes (`int`, *optional*, defaults to 20):
+            Passes after which a comparison ends, settled or not, where `repeats` is not given.
+        time_limit (`float`, *optional*):
+            Minutes after which a comparison begins no further pass.
         baselines (`list[str]`, *optional*, defaults to `["static", "assisted", "prompt_lookup"]`):
             What runs beside plain `generate` and the drafts: plain `generate` with a static cache, Transformers'
             assisted generation with the drafts that are models of their own, prompt lookup.
@@ -73,7 +80,8 @@ class BenchArguments:
         seed (`int`, *optional*, defaults to 0):
             Seed of sampling, random weights and simulated drafts.
         output (`str`, *optional*):
-            Folder for `bench.json`, `bench.md` and plots.
+            Folder for `bench.json`, `bench.md` and plots, written after each comparison. A folder that holds an
+            unfinished report of the same settings is gone on with.
     """
 
     target_model: str | None = field(default=None, metadata={"help": "Folder or Hub repository of the target."})
@@ -93,7 +101,9 @@ class BenchArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts answered together."})
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "0 is greedy."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
-    repeats: int = field(default=5, metadata={"help": "Timed passes over the prompts."})
+    repeats: int | None = field(default=None, metadata={"help": "Timed passes; by default until ratios settle."})
+    max_passes: int = field(default=20, metadata={"help": "Timed passes at the most, settled or not."})
+    time_limit: float | None = field(default=None, metadata={"help": "Minutes after which no pass begins."})
     baselines: list[str] = field(
         default_factory=lambda: list(BASELINES), metadata={"help": f"Some of {', '.join(BASELINES)}, or `none`."}
     )
@@ -107,7 +117,7 @@ class BenchArguments:
 
     def __post_init__(self):
         check_types(self)
-        check_least(self, num_divergences=0)
+        check_least(self, num_divergences=0, repeats=1, max_passes=LEAST_PASSES)
         if (self.target_model is None) == (self.random_weights is None):
             raise ValueError(
                 "Either `target_model` or `random_weights` must be given, got "
@@ -122,7 +132,7 @@ class BenchArguments:
             raise ValueError(
                 "`simulate_acceptance` needs a draft whose time is paid, got none. Name one in `draft_models`."
             )
-        for name in ("prompt_length", "num_rows", "repeats"):
+        for name in ("prompt_length", "num_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.max_new_tokens < 3:
@@ -142,6 +152,8 @@ class BenchArguments:
             raise ValueError(f"`baselines` must be some of {', '.join(BASELINES)}, or `none`, got {unknown}.")
         if not self.runtimes or set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"`runtimes` must be some of {', '.join(RUNTIMES)}, got {self.runtimes}.")
+        if self.time_limit is not None and self.time_limit <= 0:
+            raise ValueError(f"`time_limit` must be above 0 minutes, got {self.time_limit}.")
         if self.memory_bandwidth is not None and self.memory_bandwidth <= 0:
             raise ValueError(f"`memory_bandwidth` must be above 0 GB/s, got {self.memory_bandwidth}.")
         unknown = sorted({view for views in self.views for view in views.split(",")} - set(VIEWS))

@@ -19,16 +19,30 @@ from transformers_msd.costs.sizing import Sizing
 logger = logging.get_logger(__name__)
 
 
-def costs_path(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Path:
-    """Return the file for a target and the models that draft for it, on the device the target is on."""
-    device = target.device
+def costs_path(drafts: Sequence[PreTrainedModel], target: PreTrainedModel, device: torch.device | None = None) -> Path:
+    """
+    Return the file for a target and the models that draft for it.
+
+    Args:
+        drafts (`Sequence[PreTrainedModel]`):
+            The models that draft; without weights will do.
+        target ([`~transformers.PreTrainedModel`]):
+            The target; without weights will do, if the device is given.
+        device (`torch.device`, *optional*):
+            The device that was measured, by default that of the target.
+    """
+    names = [f"{model.config.name_or_path} {model.num_parameters()}" for model in (*drafts, target)]
+    names += conditions(target, device or target.device)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return _folder() / f"{digest}.json"
+
+
+def conditions(target: PreTrainedModel, device: torch.device) -> list[str]:
+    """Name what the costs of a pair hold for: dtype, attention, and a GPU, or a CPU by the threads that compute."""
     machine = f"{device.type} of {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    names = [f"{model.config.name_or_path} {model.num_parameters()}" for model in (*drafts, target)]
-    names += [str(target.dtype), attention_of(target.config), machine]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    return _folder() / f"{digest}.json"
+    return [str(target.dtype), attention_of(target.config), machine]
 
 
 def _folder() -> Path:
@@ -50,12 +64,28 @@ def load_sizing(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> S
     if not _folder().exists():  # names and sizes of models need not be looked up
         return None
     path = costs_path(drafts, target)
+    try:
+        measured = read_costs(path)
+        return None if measured is None else Sizing(measured)
+    except ValueError as error:
+        logger.warning_once(str(error))
+        return None
+
+
+def read_costs(path: Path) -> list[Costs] | None:
+    """
+    Read what was saved, None where nothing was.
+
+    Raises:
+        ValueError: If the file holds no costs.
+    """
     if not path.exists():
         return None
     try:
-        return Sizing([Costs(**costs) for costs in json.loads(path.read_text())])
+        measured = [Costs(**costs) for costs in json.loads(path.read_text())]
+        Sizing(measured)
     except (IndexError, TypeError, ValueError) as error:
-        logger.warning_once(
+        raise ValueError(
             f"{path} holds no costs ({error}), and is not read. Measure again: `transformers-msd tune`."
-        )
-        return None
+        ) from None
+    return measured

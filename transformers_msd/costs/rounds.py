@@ -29,6 +29,8 @@ class Costs:
             Levels of the measured trees.
         batch_size (`int`, *optional*, defaults to 1):
             Prompts that were answered together.
+        uncertainty (`float`, *optional*):
+            Share by which the ratios of rounds to the step may be off; None where it was not noted.
     """
 
     step: float
@@ -37,6 +39,7 @@ class Costs:
     level: float
     depth: int
     batch_size: int = 1
+    uncertainty: float | None = None
 
     def round(self, num_nodes: int, depth: int) -> float:
         """Seconds of a round with a tree of this size, linear between the sizes that were measured and beyond them."""
