@@ -6,6 +6,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from transformers_msd.trees.host import to_device
+
 
 class States:
     """
@@ -27,7 +29,7 @@ class States:
 
     def settle(self, stand: list[bool]) -> None:
         """Keep the states of the sequences that `stand`, and put those of all others back."""
-        rows = None if all(stand) or not any(stand) else torch.tensor(stand, device=self._kept[0].device)
+        rows = None if all(stand) or not any(stand) else to_device(stand, self._kept[0].device)
         for (states, place), kept in zip(self._places(), self._kept, strict=True):
             if any(stand):
                 kept.copy_(states[place] if rows is None else _choose(rows, states[place], kept))
@@ -36,7 +38,7 @@ class States:
 
     def take(self, others: "States", taken: list[bool]) -> None:
         """Put other states in the place of those of some sequences, here and in the cache."""
-        rows = torch.tensor(taken, device=self._kept[0].device)
+        rows = to_device(taken, self._kept[0].device)
         for (states, place), kept, other in zip(self._places(), self._kept, others._kept, strict=True):
             kept.copy_(_choose(rows, other, kept))
             states[place].copy_(_choose(rows, other, states[place]))

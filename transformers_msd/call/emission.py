@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers_msd.call.outputs import StepOutputs
 from transformers_msd.call.stats import Rounds, SpeculativeStats
 from transformers_msd.compat import pad_token_id_of
+from transformers_msd.trees.host import to_device
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
 
@@ -119,7 +120,7 @@ class Emission:
         """Ids that plain decoding sees at a step; rows that have not come so far are filled up with pad tokens."""
         filled = [(row + [self.pad_token_id] * step)[:step] for row in tokens]
         # Long whatever the prompt is, as what plain decoding picks.
-        tail = torch.tensor(filled, dtype=torch.long, device=self._prompt_ids.device)
+        tail = to_device(filled, self._prompt_ids.device, torch.long)
         return torch.cat([self._prompt_ids, tail.view(len(tokens), step)], dim=1)
 
     def pad(self, tree: TokenTree) -> TokenTree:
@@ -127,7 +128,7 @@ class Emission:
         pad_rows = self.pad_rows
         if not (any(pad_rows) and self._returns_state):
             return tree
-        return tree.with_chains(torch.tensor(pad_rows, device=tree.token_ids.device), self.pad_token_id)
+        return tree.with_chains(to_device(pad_rows, tree.token_ids.device), self.pad_token_id)
 
     def going_on(self) -> list[bool] | None:
         """Tell which of `rows` go on, where enough others may leave for it to pay; `None` where they may not."""

@@ -18,6 +18,7 @@ from transformers.generation import (
 )
 
 from transformers_msd.call.emission import Emission
+from transformers_msd.trees.host import to_device
 from transformers_msd.trees.noise import NoiseTape
 from transformers_msd.trees.tree import TokenTree
 
@@ -88,7 +89,7 @@ class Sampler:
         pad_rows = self._emission.pad_rows
         pad_rows = [pad_rows[row] for row in self._emission.rows]
         if any(pad_rows):
-            pad_rows = torch.tensor(pad_rows, device=choices.device)[:, None]
+            pad_rows = to_device(pad_rows, choices.device)[:, None]
             choices = choices.masked_fill(pad_rows, self._emission.pad_token_id)
         return choices.to(tree.token_ids.device), scores
 

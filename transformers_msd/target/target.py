@@ -15,6 +15,7 @@ from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
+from transformers_msd.trees.host import to_device
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
@@ -230,7 +231,7 @@ class Target:
         host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
         new = [max(now - before, 0) for now, before in zip(host_lengths, self.host_lengths, strict=True)]
         device = self.lengths.device
-        roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
+        roots, lengths, counts = to_device([[row[-1] for row in tokens], host_lengths, new], device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
             prompt, self._prompt = self._prompt, None
