@@ -6,7 +6,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from transformers_msd.trees.host import to_device
+from transformers_msd.trees.host import keep_rows, to_device
 
 
 class States:
@@ -45,12 +45,12 @@ class States:
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences of the copy; `kept` tells of each whether it stays."""
-        self._kept = [tensor[kept] for tensor in self._kept]
+        self._kept = [keep_rows(tensor, kept) for tensor in self._kept]
 
     def drop_from_cache(self, kept: list[bool]) -> None:
         """Drop sequences of the cache."""
         for states, place in list(self._places()):
-            states[place] = states[place][kept]
+            states[place] = keep_rows(states[place], kept)
 
 
 def _choose(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

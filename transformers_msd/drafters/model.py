@@ -20,7 +20,7 @@ from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unwrapped
 from transformers_msd.trees.growing import grow_tree
-from transformers_msd.trees.host import has_to_wait
+from transformers_msd.trees.host import has_to_wait, keep_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -197,8 +197,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         for place, draft in enumerate(self._drafts):
             rows = kept * (len(draft.lengths) // len(kept))
             draft.keep_sequences(rows)
-            self._offsets[place] = self._offsets[place][rows]
-        self._levels = [(token_ids[kept], slots[kept]) for token_ids, slots in self._levels]
+            self._offsets[place] = keep_rows(self._offsets[place], rows)
+        self._levels = [tuple(keep_rows(own, kept) for own in level) for level in self._levels]
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried | None:

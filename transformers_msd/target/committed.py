@@ -5,6 +5,7 @@ from itertools import compress
 
 import torch
 
+from transformers_msd.trees.host import keep_rows
 from transformers_msd.trees.masks import take_rows
 
 
@@ -112,11 +113,11 @@ class Committed:
         """Keep some of the sequences; `kept` tells of each whether it stays."""
         host_lengths = list(compress(self.host_lengths, kept))
         rows = {
-            field.name: getattr(self, field.name)[kept, : max(*host_lengths, 1)]
+            field.name: keep_rows(getattr(self, field.name), kept)[:, : max(*host_lengths, 1)]
             for field in fields(self)
             if field.name not in ("lengths", "host_lengths")
         }
-        return Committed(**rows, lengths=self.lengths[kept], host_lengths=host_lengths)
+        return Committed(**rows, lengths=keep_rows(self.lengths, kept), host_lengths=host_lengths)
 
     @property
     def root_token_ids(self) -> torch.Tensor:

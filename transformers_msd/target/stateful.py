@@ -10,7 +10,7 @@ from transformers_msd.caches.blocks import holds_rows
 from transformers_msd.caches.states import States
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
-from transformers_msd.trees.host import to_device
+from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.masks import causal_mask, take_rows
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
@@ -160,7 +160,7 @@ class StatefulTarget(Target):
 
     def keep_sequences(self, kept: list[bool]) -> None:
         super().keep_sequences(kept)
-        self._standing = self._standing[kept]
+        self._standing = keep_rows(self._standing, kept)
         self._states.drop_from_cache(kept)
         for states in (self._states, self._states_of_prompt):
             states.keep_sequences(kept)

@@ -15,7 +15,7 @@ from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
-from transformers_msd.trees.host import to_device
+from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
@@ -261,12 +261,12 @@ class Target:
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences; `kept` tells of each whether it stays."""
         self.room.keep_sequences(kept)
-        self._num_real = self._num_real[kept]
+        self._num_real = keep_rows(self._num_real, kept)
         for name, value in self._model_kwargs.items():
             # As Transformers has them: positions may have axes before the batch, or none of the batch.
             dim = -2 if name == "position_ids" else 0
             if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
-                self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
+                self._model_kwargs[name] = keep_rows(value, kept, dim)
 
     @property
     def _is_packed(self) -> bool:

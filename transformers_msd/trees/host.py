@@ -28,3 +28,20 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
     if device.type == "cuda":
         host = host.pin_memory()  # what is not pinned would be copied at once
     return host.to(device, non_blocking=True)
+
+
+def keep_rows(tensor: torch.Tensor, kept: list[bool], dim: int = 0) -> torch.Tensor:
+    """
+    Copy some rows of a tensor, without asking its device how many there are.
+
+    Args:
+        tensor (`torch.Tensor`):
+            The tensor.
+        kept (`list[bool]`):
+            Of each row whether it stays.
+        dim (`int`, *optional*, defaults to 0):
+            The dimension of the rows.
+    """
+    return tensor.index_select(
+        dim, to_device([row for row, stays in enumerate(kept) if stays], tensor.device, torch.long)
+    )

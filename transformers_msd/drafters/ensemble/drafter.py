@@ -19,7 +19,7 @@ from transformers_msd.drafters.model import ModelCandidateGenerator, ModelDrafte
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.tokens import visual_token_ids
-from transformers_msd.trees.host import to_device
+from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -150,8 +150,8 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
     def keep_sequences(self, kept: list[bool]) -> bool:
         if not super().keep_sequences(kept):
             return False
-        self._said = [logits[:, kept] for logits in self._said]
-        self._weights = self._weights[:, kept]
+        self._said = [keep_rows(logits, kept, dim=1) for logits in self._said]
+        self._weights = keep_rows(self._weights, kept, dim=1)
         self._history = list(compress(self._history, kept))
         return True
 
