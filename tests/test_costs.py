@@ -113,6 +113,18 @@ def test_most_tokens_for_each_second_by_hand():
     assert not sizing.goes_on(probabilities, [0.1], depth=2, most=9)
 
 
+def test_trees_that_were_grown_without_asking_are_as_deep_as_the_last_one_should_have_been():
+    sizing = Sizing([costs(level=0.5)])
+    assert sizing.plan(6) == 6  # nothing is known yet
+    # A level costs 0.5 s. 0.9 and 0.5 could pass on 1.4 tokens, 0.2 and 0.1 only 0.3.
+    levels = [[0.9, 0.05], [0.5, 0.9, 0.0, 0.0], [0.2, 0.1], [0.01]]
+    assert sizing.settle_whole(levels, width=2, most=9) == 4
+    assert sizing.plan(6) == 3
+    assert sizing.settle_whole(levels[:1], width=2, most=9) == 1
+    assert [sizing.plan(most) for most in (6, 1)] == [2, 1]  # the only level paid
+    assert sizing.settle_whole([[], []], width=2, most=9) == 1  # nothing is likely enough
+
+
 def test_probabilities_are_scaled_by_how_they_turned_out():
     sizing = Sizing([costs(level=0.5, node=0.6)])
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 3

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,34 @@ TESTS = Path(__file__).parent
 SECOND_DEVICE = TESTS.parents[1] / "shared/tools/second_device"
 
 
-@pytest.mark.skipif(not SECOND_DEVICE.exists(), reason="needs ../shared")
-@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs a compiler")
-def test_tokens_on_other_devices_equal_plain_generate() -> None:
-    command = [sys.executable, "-W", "ignore", str(TESTS / "other_devices.py"), str(SECOND_DEVICE)]
+pytestmark = [
+    pytest.mark.skipif(not SECOND_DEVICE.exists(), reason="needs ../shared"),
+    pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs a compiler"),
+]
+
+
+def run(program: str, **environment: str) -> Any:
+    """Run a program with the second device, and return what it prints last."""
+    command = [sys.executable, "-W", "ignore", str(TESTS / program), str(SECOND_DEVICE)]
     # Built once for each torch; whoever was killed while it built has left a lock that nobody would ever open.
     folder = Path(tempfile.gettempdir(), f"second_device_{torch.__version__}")
     folder.mkdir(exist_ok=True)
     for lock in folder.glob("*/lock"):
         if time.time() - lock.stat().st_mtime > 600:
             lock.unlink()
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    environment = {"PYTHONPATH": str(TESTS.parent), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=1200)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_tokens_on_other_devices_equal_plain_generate() -> None:
+    result = run("other_devices.py")
     assert result["num_cases"] > 100
     assert result["faults"] == {}
+
+
+def test_a_round_makes_the_host_wait_twice_at_most(tmp_path: Path) -> None:
+    waits = run("host_waits.py", HF_HOME=str(tmp_path))
+    assert len(waits) > 50
+    assert {name: rounds for name, rounds in waits.items() if not rounds or max(rounds) > 2} == {}

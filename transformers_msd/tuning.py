@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from transformers_msd.costs.rounds import Costs
 from transformers_msd.costs.settling import LEAST_PASSES, LEAST_ROUND, uncertainty
+from transformers_msd.costs.sizing import Sizing
 from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.model import ModelDrafter
@@ -48,6 +49,21 @@ class _NothingGenerator(TreeCandidateGenerator):
         return TokenTree.root(committed.root_token_ids)
 
 
+class _Whole(Sizing):
+    """Asks the device what the rounds of a measured pair ask, and keeps the trees as they are."""
+
+    def __init__(self) -> None:
+        super().__init__([Costs(step=1.0, num_nodes=[1], rounds=[1.0], level=0.0, depth=0)])
+
+    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int) -> bool:
+        super().goes_on(probabilities, frontier, depth, most)
+        return True
+
+    def choose(self, probabilities: list[float], depth: int, most: int) -> tuple[int, float]:
+        rate = super().choose(probabilities, depth, most)[1]
+        return min(most, max(len(probabilities), 1)), rate
+
+
 class _Timed(Ungated):
     """Notes when each round of a call begins, and ends the call by [`_EnoughRounds`]."""
 
@@ -57,7 +73,7 @@ class _Timed(Ungated):
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         candidates = super().candidate_generator(target, inputs)
-        candidates.sizing = None  # what was measured before must not change what is measured
+        candidates.sizing = _Whole()  # what was measured before must not change what is measured
         draft = candidates.draft
 
         def timed(committed: Committed) -> TokenTree:

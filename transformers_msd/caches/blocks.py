@@ -12,6 +12,7 @@ from transformers.cache_utils import (
 )
 
 from transformers_msd.traits.windows import Window
+from transformers_msd.trees.host import keep_rows
 
 
 # Columns to spare, and layers that share a tensor: what is copied at a time where these columns run out.
@@ -68,7 +69,7 @@ class Block:
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Copy the sequences that stay."""
-        self._tensors = [tensor[:, kept] for tensor in self._tensors]
+        self._tensors = [keep_rows(tensor, kept, dim=1) for tensor in self._tensors]
         self.keys, self.values = (list(tensor) for tensor in self._tensors)
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from transformers_msd.caches.blocks import (
     holds_rows,
 )
 from transformers_msd.traits.windows import Window
+from transformers_msd.trees.host import keep_rows
 from transformers_msd.trees.masks import tree_attention_mask
 
 
@@ -157,9 +158,9 @@ class Room:
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences; `kept` tells of each whether it stays. Unsettled rows of the others stay where they are."""
-        self.lengths, self.host_lengths = self.lengths[kept], list(compress(self.host_lengths, kept))
+        self.lengths, self.host_lengths = keep_rows(self.lengths, kept), list(compress(self.host_lengths, kept))
         if self.is_real is not None:
-            self.is_real = self.is_real[kept]
+            self.is_real = keep_rows(self.is_real, kept)
         for block in self._blocks:
             block.keep_sequences(kept)
 

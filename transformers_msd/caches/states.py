@@ -6,6 +6,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from transformers_msd.trees.host import keep_rows, to_device
+
 
 class States:
     """
@@ -27,7 +29,7 @@ class States:
 
     def settle(self, stand: list[bool]) -> None:
         """Keep the states of the sequences that `stand`, and put those of all others back."""
-        rows = None if all(stand) or not any(stand) else torch.tensor(stand, device=self._kept[0].device)
+        rows = None if all(stand) or not any(stand) else to_device(stand, self._kept[0].device)
         for (states, place), kept in zip(self._places(), self._kept, strict=True):
             if any(stand):
                 kept.copy_(states[place] if rows is None else _choose(rows, states[place], kept))
@@ -36,19 +38,19 @@ class States:
 
     def take(self, others: "States", taken: list[bool]) -> None:
         """Put other states in the place of those of some sequences, here and in the cache."""
-        rows = torch.tensor(taken, device=self._kept[0].device)
+        rows = to_device(taken, self._kept[0].device)
         for (states, place), kept, other in zip(self._places(), self._kept, others._kept, strict=True):
             kept.copy_(_choose(rows, other, kept))
             states[place].copy_(_choose(rows, other, states[place]))
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences of the copy; `kept` tells of each whether it stays."""
-        self._kept = [tensor[kept] for tensor in self._kept]
+        self._kept = [keep_rows(tensor, kept) for tensor in self._kept]
 
     def drop_from_cache(self, kept: list[bool]) -> None:
         """Drop sequences of the cache."""
         for states, place in list(self._places()):
-            states[place] = states[place][kept]
+            states[place] = keep_rows(states[place], kept)
 
 
 def _choose(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -3,19 +3,31 @@
 from itertools import compress
 
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationConfig
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_msd.call.outputs import StepOutputs
 from transformers_msd.call.stats import Rounds, SpeculativeStats
 from transformers_msd.compat import pad_token_id_of
+from transformers_msd.trees.host import has_to_wait, to_device
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
 
 
 # Share of the batch that must have ended for the others to be copied: all copies of a call are of at most 3 batches.
 LEAVING_SHARE = 0.25
+# Told by exact type: the first are decided on the host, where the tokens are; all of them look at each row by itself,
+# and may be asked about steps that are not reached.
+HOST_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
+FORGETFUL_CRITERIA = (*HOST_CRITERIA, MaxTimeCriteria, StopStringCriteria)
 
 
 class Emission:
@@ -66,11 +78,15 @@ class Emission:
         # Plain decoding asks its criteria after a token, and so emits one in any case.
         self.max_steps = None if max_length is None else max(max_length - input_ids.shape[1], 1)
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
-        self._eos_token_ids = {token_id for ids in eos for token_id in ids.tolist()}
-        # Told by exact type: these are decided on the host, where the tokens are.
-        self._on_host = all(
-            type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in stopping_criteria
+        self.eos_token_ids = {token_id for ids in eos for token_id in ids.tolist()}
+        self._on_host = all(type(criterion) in HOST_CRITERIA for criterion in stopping_criteria)
+        self._asks_ahead = has_to_wait(input_ids.device) and all(
+            type(criterion) in FORGETFUL_CRITERIA for criterion in stopping_criteria
         )
+        # What the criteria said of steps of this round that are not complete yet.
+        self._verdicts: list[list[bool]] = []
+        # Tokens of all rows on the device, as long as they are those of `tokens`.
+        self._tail: torch.Tensor | None = None
         # Plain decoding pads ended rows if any criterion has an EOS id, and lets them go on otherwise.
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self.pad_token_id = pad_token_id_of(generation_config)
@@ -81,7 +97,7 @@ class Emission:
     @property
     def sequences(self) -> torch.Tensor:
         """The prompt and all complete steps, of shape `(batch_size, sequence_length)`."""
-        return self.prefix(self.tokens, self.num_steps)
+        return self.prefix(self.tail(self.num_steps))
 
     @property
     def tokens_of_rows(self) -> list[list[int]]:
@@ -117,21 +133,37 @@ class Emission:
         """Whether a row that stood at these tokens would go on."""
         if self._idle_rows[row] or (self.max_steps is not None and len(tokens) >= self.max_steps):
             return False
-        return not tokens or tokens[-1] not in self._eos_token_ids or self.pad_rows[row]
+        return not tokens or tokens[-1] not in self.eos_token_ids or self.pad_rows[row]
 
-    def prefix(self, tokens: list[list[int]], step: int) -> torch.Tensor:
-        """Ids that plain decoding sees at a step; rows that have not come so far are filled up with pad tokens."""
-        filled = [(row + [self.pad_token_id] * step)[:step] for row in tokens]
-        # Long whatever the prompt is, as what plain decoding picks.
-        tail = torch.tensor(filled, dtype=torch.long, device=self.prompt_ids.device)
-        return torch.cat([self.prompt_ids, tail.view(len(tokens), step)], dim=1)
+    def tail(self, num_steps: int) -> torch.Tensor:
+        """
+        Give the first generated tokens of all rows, those of rows that have not come so far filled up with pad tokens.
+
+        Args:
+            num_steps (`int`):
+                How many.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_steps)`, on the device of the prompt.
+        """
+        if self._tail is None:
+            longest = max(map(len, self.tokens))
+            filled = [row + [self.pad_token_id] * (longest - len(row)) for row in self.tokens]
+            # Long whatever the prompt is, as what plain decoding picks.
+            self._tail = to_device(filled, self.prompt_ids.device, torch.long).view(len(filled), longest)
+        more = max(num_steps - self._tail.shape[1], 0)
+        return pad(self._tail, (0, more), value=self.pad_token_id)[:, :num_steps]
+
+    def prefix(self, tail: torch.Tensor) -> torch.Tensor:
+        """Put the prompt before generated tokens: the ids that plain decoding sees."""
+        return torch.cat([self.prompt_ids, tail], dim=1)
 
     def pad(self, tree: TokenTree) -> TokenTree:
         """Let ended rows go on with pad tokens, which are known in advance and so accepted."""
         pad_rows = self.pad_rows
         if not (any(pad_rows) and self._returns_state):
             return tree
-        return tree.with_chains(torch.tensor(pad_rows, device=tree.token_ids.device), self.pad_token_id)
+        return tree.with_chains(to_device(pad_rows, tree.token_ids.device), self.pad_token_id)
 
     def going_on(self) -> list[bool] | None:
         """Tell which of `rows` go on, where enough others may leave for it to pay; `None` where they may not."""
@@ -154,6 +186,7 @@ class Emission:
     ) -> None:
         """Take over the tokens of a round, cut where their row ends, and complete the steps that all rows reached."""
         starts = self.lengths
+        self._tail, self._verdicts = None, []
         num_ngrams = torch.zeros_like(acceptance.num_accepted)
         if tree.is_ngram is not None:
             num_ngrams = tree.is_ngram.gather(1, acceptance.path).sum(-1)
@@ -168,7 +201,7 @@ class Emission:
                 if token_id < 0:
                     raise RuntimeError("The scores have NaN or inf, or no token is left: nothing can be sampled.")
                 self.tokens[row].append(token_id)
-            if self._eos_ends[row] is None and self.tokens[row] and self.tokens[row][-1] in self._eos_token_ids:
+            if self._eos_ends[row] is None and self.tokens[row] and self.tokens[row][-1] in self.eos_token_ids:
                 self._eos_ends[row] = len(self.tokens[row])
         counts = [length - start for length, start in zip(self.lengths, starts, strict=True)]
         self.outputs.add(acceptance.path, counts, scores, logits, hidden_states)
@@ -189,9 +222,9 @@ class Emission:
         self.num_steps += 1
         if self._on_host:
             at_limit = self.max_steps is not None and self.num_steps >= self.max_steps
-            ended = [at_limit or token_id in self._eos_token_ids for token_id in token_ids]
+            ended = [at_limit or token_id in self.eos_token_ids for token_id in token_ids]
         else:
-            ended = self._criteria(self.sequences, self.outputs.scores).tolist()
+            ended = self._ask_criteria()
         if self._streamer is not None:
             self._streamer.put(torch.tensor(token_ids))
         for row, has_ended in enumerate(ended):
@@ -203,11 +236,24 @@ class Emission:
             for row in range(len(self.tokens)):
                 self._truncate(row)
 
+    def _ask_criteria(self) -> list[bool]:
+        """Ask which rows end with the last complete step; what need not be asked step by step, once for a round."""
+        if not self._verdicts:
+            last = self.num_steps
+            if self._asks_ahead:
+                going = [row for row, is_idle in zip(self.tokens, self._idle_rows, strict=True) if not is_idle]
+                last = max(last, min(map(len, going or self.tokens)))
+            prefixes = [self.prefix(self.tail(step)) for step in range(self.num_steps, last + 1)]
+            said = [self._criteria(prefix, self.outputs.scores) for prefix in prefixes]
+            self._verdicts = torch.stack(said).tolist()
+        return self._verdicts.pop(0)
+
     def _truncate(self, row: int) -> None:
         """Drop the tokens of a row beyond the complete steps."""
         if self._eos_ends[row] is not None and self._eos_ends[row] <= self.num_steps and not self.is_done:
             return  # what follows are the pad tokens that belong there
         del self.tokens[row][self.num_steps :]
+        self._tail = None
         self.outputs.truncate(row, self.num_steps)
 
     def finish(self) -> SpeculativeStats:

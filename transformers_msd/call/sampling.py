@@ -2,13 +2,20 @@
 
 import torch
 from transformers.generation import (
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
@@ -18,6 +25,8 @@ from transformers.generation import (
 )
 
 from transformers_msd.call.emission import Emission
+from transformers_msd.call.walk import Walk
+from transformers_msd.trees.host import has_to_wait, to_device
 from transformers_msd.trees.noise import NoiseTape
 from transformers_msd.trees.tree import TokenTree
 
@@ -33,6 +42,17 @@ ROW_WISE_PROCESSORS = (
     SuppressTokensLogitsProcessor,
     TopHLogitsWarper,
     TypicalLogitsWarper,
+)
+# These read the ids and keep nothing between two calls: they may be asked about steps that are not reached.
+FORGETFUL_PROCESSORS = (
+    *ROW_WISE_PROCESSORS,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
 )
 
 
@@ -52,6 +72,7 @@ class Sampler:
     def __init__(self, processors: LogitsProcessorList, emission: Emission, noise: NoiseTape | None) -> None:
         self._processors = processors
         self._row_wise = all(type(processor) in ROW_WISE_PROCESSORS for processor in processors)
+        self._forgetful = all(type(processor) in FORGETFUL_PROCESSORS for processor in processors)
         # Those of the processors that a draft can follow.
         self.draft_warpers = tuple(processor for processor in processors if type(processor) in DRAFT_WARPERS)
         self._emission = emission
@@ -88,44 +109,37 @@ class Sampler:
         pad_rows = self._emission.pad_rows
         pad_rows = [pad_rows[row] for row in self._emission.rows]
         if any(pad_rows):
-            pad_rows = torch.tensor(pad_rows, device=choices.device)[:, None]
+            pad_rows = to_device(pad_rows, choices.device)[:, None]
             choices = choices.masked_fill(pad_rows, self._emission.pad_token_id)
         return choices.to(tree.token_ids.device), scores
 
     def _choose_step_by_step(self, tree: TokenTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Walk down the trees and call the processors as plain decoding does: step by step, all rows at once."""
-        emission = self._emission
-        choices = torch.full_like(tree.token_ids, -1)
-        scores = logits.clone()
-        # Rows that have left stand at the first node, and nothing is asked of it.
-        places = [emission.rows.index(row) if row in emission.rows else 0 for row in range(len(emission.tokens))]
-        children = [
-            {edge: node for node, edge in enumerate(zip(*edges, strict=True))}
-            for edges in zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
+        """
+        Walk down the trees and call the processors as plain decoding does: step by step, all rows at once. A device
+        that the host would wait for is not asked how far rows come, if the processors need not know.
+        """
+        emission, device = self._emission, logits.device
+        starts = [len(row) for row in emission.tokens]
+        goes_on = [
+            row in emission.rows and emission.needs_more(row, emission.tokens[row]) for row in range(len(starts))
         ]
-        nodes = [0] * len(places)
-        tokens = [list(row) for row in emission.tokens]
-        active = [row for row in emission.rows if emission.needs_more(row, tokens[row])]
-        while active:
-            step = min(len(tokens[row]) for row in active)
+        # Last steps that rows can come to.
+        ends = [start + tree.depth for start in starts]
+        if emission.max_steps is not None:
+            ends = [min(end, emission.max_steps - 1) for end in ends]
+        asks = not (self._forgetful and has_to_wait(device))
+        walk = Walk(emission, tree.to(device), logits, starts, goes_on)
+        step = -1
+        while steps := [
+            max(start, step + 1) for start, end, goes in zip(starts, ends, goes_on, strict=True) if goes and step < end
+        ]:
+            step = min(steps)
             # Rows at other steps hold a prefix of the same length, and what comes of it is ignored.
-            step_logits = torch.stack([logits[place, node] for place, node in zip(places, nodes, strict=True)])
-            step_scores = self._processors(emission.prefix(tokens, step), step_logits)
-            picked = _pick(step_scores, None if self._noise is None else self._noise.at(step)).tolist()
-            for row in [row for row in active if len(tokens[row]) == step]:
-                token_id = emission.pad_token_id if emission.pad_rows[row] else picked[row]
-                if token_id < 0:
-                    active.remove(row)
-                    continue
-                choices[places[row], nodes[row]] = token_id
-                scores[places[row], nodes[row]] = step_scores[row]
-                tokens[row].append(token_id)
-                child = children[places[row]].get((nodes[row], token_id))
-                if child is None or not emission.needs_more(row, tokens[row]):
-                    active.remove(row)
-                else:
-                    nodes[row] = child
-        return choices, scores
+            step_scores = self._processors(walk.prefix(step), walk.logits())
+            walk.descend(step, _pick(step_scores, None if self._noise is None else self._noise.at(step)), step_scores)
+            if asks:
+                goes_on = walk.goes_on.tolist()
+        return walk.choices.to(tree.token_ids.device), walk.scores
 
     def rank(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
         """

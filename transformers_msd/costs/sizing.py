@@ -26,6 +26,7 @@ class Sizing:
         self._expected = self._accepted = self.PRIOR
         # Of the last tree: tokens expected, and its depth.
         self._last, self._depth = 0.0, 0
+        self._planned: int | None = None
 
     def observe(self, num_accepted: int) -> None:
         """Learn how many tokens were accepted since the last tree; more than it was deep were not drafted."""
@@ -70,3 +71,29 @@ class Sizing:
         number, _ = self.choose(probabilities, depth, most)
         self._last, self._depth = sum(probabilities[:number]), depth
         return number
+
+    def plan(self, most: int) -> int:
+        """Tell how many levels to grow of a tree that is looked at only when it is grown, `most` at most."""
+        return most if self._planned is None else min(self._planned, most)
+
+    def settle_whole(self, levels: list[list[float]], width: int, most: int) -> int:
+        """
+        Choose how many nodes to keep of such a tree, and plan the next: as many levels as would have been grown of
+        this one, level by level, and twice as many where all of them paid.
+
+        Args:
+            levels (`list[list[float]]`):
+                Probabilities of the paths to the candidates of each level.
+            width (`int`):
+                Most nodes of a level that were expanded.
+            most (`int`):
+                Most nodes to keep, the root not among them.
+        """
+        paths: list[float] = []
+        self._planned = 2 * len(levels)
+        for depth, level in enumerate(levels, 1):
+            frontier = sorted(level, reverse=True)[:width]
+            paths = sorted(paths + level, reverse=True)
+            if depth < self._planned and not self.goes_on(paths, frontier, depth, most):
+                self._planned = depth
+        return self.settle(paths, len(levels), most)

@@ -20,6 +20,7 @@ from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unwrapped
 from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.host import has_to_wait, keep_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -184,10 +185,9 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             parts = []
             for draft in self._drafts:
                 copies = len(draft.lengths) // len(token_ids)
-                outputs = draft.forward_rows(
-                    draft.readable(token_ids).repeat(copies, 1), torch.tensor(depth), visible.repeat(copies, 1, 1)
-                )
-                parts.append(self._by_view(outputs.logits, copies).to(token_ids.device))
+                ids = draft.readable(token_ids).repeat(copies, 1)
+                logits = draft.forward_rows(ids, torch.tensor(depth), visible.repeat(copies, 1, 1)).logits
+                parts.append(self._by_view(logits, copies).to(token_ids.device))
             depth += 1
             return self._sampler.rank(self.mix(torch.cat(parts)), depth)
 
@@ -199,8 +199,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         for place, draft in enumerate(self._drafts):
             rows = kept * (len(draft.lengths) // len(kept))
             draft.keep_sequences(rows)
-            self._offsets[place] = self._offsets[place][rows]
-        self._levels = [(token_ids[kept], slots[kept]) for token_ids, slots in self._levels]
+            self._offsets[place] = keep_rows(self._offsets[place], rows)
+        self._levels = [tuple(keep_rows(own, kept) for own in level) for level in self._levels]
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried | None:
@@ -222,18 +222,16 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             committed, self._pending = self._pending.join(committed), None
             if restart:
                 self._drafts, self._offsets = [], []
-        token_ids, lengths = committed.token_ids, committed.lengths
+        new = committed
         if is_first := not self._drafts:
-            self._drafts = self.start(len(lengths))
-            token_ids, lengths = committed.root_token_ids[:, None], torch.ones_like(lengths)
+            self._drafts, new = self.start(len(committed.lengths)), committed.last()
         device = self._drafts[0].lengths.device
-        token_ids, lengths = token_ids.to(device), lengths.to(device)
-        matched, rows = self._match(token_ids, lengths)
-        # What is left of each sequence, moved to the left; the only question to the device.
-        left = lengths - matched
-        host_matched, host_left = torch.stack([matched, left]).tolist()
+        token_ids, lengths = new.token_ids.to(device), new.lengths.to(device)
+        matched, rows, host_matched = self._match(token_ids, lengths)
+        left, host_left = lengths - matched, [n - own for n, own in zip(new.host_lengths, host_matched, strict=True)]
         num_left = max(*host_left, 1)
         if self._inputs.captures is not None:  # few shapes are to occur
+            num_left = max(num_left, self._drafter.tree_config.depth + 1 if has_to_wait(device) else 1)
             num_left = 1 << (num_left - 1).bit_length()
         places = torch.arange(num_left, device=device) + matched[:, None]
         new_ids = token_ids.gather(1, places.clamp(max=token_ids.shape[1] - 1))
@@ -252,8 +250,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             ]
         logits = torch.cat(parts)
         self.observe(committed, logits, matched, rows)
-        last = (left - 1).clamp(min=0)
-        return self.mix(logits[:, torch.arange(len(last)), last][:, :, None])
+        sequences = torch.arange(len(left), device=device)
+        return self.mix(logits[:, sequences, (left - 1).clamp(min=0)][:, :, None])
 
     def observe(self, committed: Committed, logits: torch.Tensor, matched: torch.Tensor, rows: torch.Tensor) -> None:
         """
@@ -280,16 +278,18 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             logits = pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
         return logits.unflatten(0, (num_views, -1))
 
-    def _match(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _match(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """
-        Find the rows of the last tree that hold the first tokens that came to stand, all but the very last.
+        Find the rows of the last tree that hold the first tokens that came to stand, all but the very last. Where the
+        host would wait for it, none are looked for, and all run again: a few rows more take such a device no longer.
 
         Returns:
-            Their number, of shape `(batch_size,)`, and the rows, of shape `(batch_size, depth)`, fillers behind.
+            Their number, `(batch_size,)`, the rows, `(batch_size, depth)`, fillers behind, and the number on the host.
         """
+        if has_to_wait(lengths.device):
+            return torch.zeros_like(lengths), lengths.new_zeros(len(lengths), 0), [0] * len(lengths)
         matched, place, first = torch.zeros_like(lengths), torch.zeros_like(lengths), 0
-        standing = torch.ones_like(lengths, dtype=torch.bool)
-        rows = []
+        standing, rows = torch.ones_like(lengths, dtype=torch.bool), []
         for depth, (level, slots) in enumerate(self._levels[: token_ids.shape[1] - 1]):
             hits = (level == token_ids[:, depth, None]) & ((slots == place[:, None]) | (depth == 0))
             standing = standing & hits.any(-1) & (depth + 1 < lengths)
@@ -297,4 +297,4 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
             rows.append(torch.where(standing, place + first, 0))
             matched = matched + standing
             first += level.shape[1]
-        return matched, torch.stack(rows, dim=1) if rows else lengths.new_zeros(len(lengths), 0)
+        return matched, torch.stack(rows, dim=1) if rows else lengths.new_zeros(len(lengths), 0), matched.tolist()

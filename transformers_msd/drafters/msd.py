@@ -19,6 +19,7 @@ from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unready_fact
 from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.host import keep_rows
 from transformers_msd.trees.masks import causal_mask, take_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
@@ -218,7 +219,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._room is not None:
             self._room.keep_sequences(kept)
             self._room.settle(None, self._room.lengths, self._room.host_lengths)
-            self._starts = self._starts[kept]
+            self._starts = keep_rows(self._starts, kept)
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:

@@ -15,6 +15,7 @@ from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.grafting import graft
+from transformers_msd.trees.host import to_device
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -153,8 +154,8 @@ class NgramBranches:
         filler = (0, 0.0)
         chains = [[*zip(*guess, strict=True)][:length] + [filler] * (length - len(guess[0])) for guess in guesses]
         device = tree.token_ids.device
-        token_ids = torch.tensor([[token_id for token_id, _ in chain] for chain in chains], device=device)
-        odds = torch.tensor([[probability for _, probability in chain] for chain in chains], device=device)
+        token_ids = to_device([[token_id for token_id, _ in chain] for chain in chains], device)
+        odds = to_device([[probability for _, probability in chain] for chain in chains], device)
         noise = self._sampler.noise_of_round(length - 1)
         if noise is None:
             log_probs = odds.log()

@@ -5,6 +5,7 @@ from itertools import compress
 
 import torch
 
+from transformers_msd.trees.host import keep_rows
 from transformers_msd.trees.masks import take_rows
 
 
@@ -45,10 +46,13 @@ class Committed:
         """Index of the last row of each sequence, of shape `(batch_size,)`."""
         return (self.lengths - 1).clamp(min=0)
 
-    def pack(self, real: torch.Tensor) -> "Committed":
-        """Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order."""
+    def pack(self, real: torch.Tensor, host_lengths: list[int] | None = None) -> "Committed":
+        """
+        Keep the rows marked in `real`, of shape `(batch_size, num_rows)`, packed to the left in their order; how many
+        there are of each sequence is asked where it is not given.
+        """
         lengths = real.sum(-1)
-        host_lengths = lengths.tolist()
+        host_lengths = lengths.tolist() if host_lengths is None else host_lengths
         rows = (~real).int().sort(dim=1, stable=True).indices[:, : max(*host_lengths, 1)]
         return replace(self._take(rows), lengths=lengths, host_lengths=host_lengths)
 
@@ -102,17 +106,18 @@ class Committed:
             for field in fields(self)
             if field.name not in ("lengths", "host_lengths")
         }
-        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1))
+        host_lengths = [sum(lengths) for lengths in zip(*(part.host_lengths for part in parts), strict=True)]
+        return Committed(**rows, lengths=self.lengths, host_lengths=[]).pack(torch.cat(real, dim=1), host_lengths)
 
     def keep_sequences(self, kept: list[bool]) -> "Committed":
         """Keep some of the sequences; `kept` tells of each whether it stays."""
         host_lengths = list(compress(self.host_lengths, kept))
         rows = {
-            field.name: getattr(self, field.name)[kept, : max(*host_lengths, 1)]
+            field.name: keep_rows(getattr(self, field.name), kept)[:, : max(*host_lengths, 1)]
             for field in fields(self)
             if field.name not in ("lengths", "host_lengths")
         }
-        return Committed(**rows, lengths=self.lengths[kept], host_lengths=host_lengths)
+        return Committed(**rows, lengths=keep_rows(self.lengths, kept), host_lengths=host_lengths)
 
     @property
     def root_token_ids(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from transformers_msd.caches.blocks import holds_rows
 from transformers_msd.caches.states import States
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.masks import causal_mask, take_rows
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
@@ -76,7 +77,7 @@ class StatefulTarget(Target):
         if not any(behind):
             return super().forward_tree(tree)
         # Accepted tokens, then the tree, then fillers: what comes later changes nothing before.
-        places = torch.tensor(behind, device=tree.token_ids.device)[:, None]
+        places = to_device(behind, tree.token_ids.device)[:, None]
         places = places + torch.arange(tree.num_nodes, device=places.device)
         self.num_repeated += sum(behind)
         ids = pad(self._ids_behind(max(behind)), (0, tree.num_nodes)).scatter(1, places, tree.token_ids)
@@ -100,7 +101,7 @@ class StatefulTarget(Target):
             tokens[own.absorbed : own.standing][:num_rows]
             for tokens, own in zip(self._tokens, self._sequences, strict=True)
         ]
-        return torch.tensor([row + [0] * (num_rows - len(row)) for row in rows], device=self._standing.device)
+        return to_device([row + [0] * (num_rows - len(row)) for row in rows], self._standing.device)
 
     def _forward(self, ids: torch.Tensor) -> ModelOutput:
         return self.forward_rows(
@@ -140,7 +141,7 @@ class StatefulTarget(Target):
 
     def _settle_columns(self, num_rows: int) -> None:
         host_lengths = [self._prompt_length + own.absorbed for own in self._sequences]
-        lengths = torch.tensor(host_lengths, device=self._standing.device)
+        lengths = to_device(host_lengths, self._standing.device)
         rows = None
         if not self.room.is_in_place:
             rows = torch.arange(num_rows, device=lengths.device).expand(len(lengths), -1)
@@ -159,7 +160,7 @@ class StatefulTarget(Target):
 
     def keep_sequences(self, kept: list[bool]) -> None:
         super().keep_sequences(kept)
-        self._standing = self._standing[kept]
+        self._standing = keep_rows(self._standing, kept)
         self._states.drop_from_cache(kept)
         for states in (self._states, self._states_of_prompt):
             states.keep_sequences(kept)

@@ -15,6 +15,7 @@ from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
+from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree
 from transformers_msd.trees.verify import Acceptance
@@ -230,7 +231,7 @@ class Target:
         host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
         new = [max(now - before, 0) for now, before in zip(host_lengths, self.host_lengths, strict=True)]
         device = self.lengths.device
-        roots, lengths, counts = torch.tensor([[row[-1] for row in tokens], host_lengths, new], device=device)
+        roots, lengths, counts = to_device([[row[-1] for row in tokens], host_lengths, new], device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
             prompt, self._prompt = self._prompt, None
@@ -260,12 +261,12 @@ class Target:
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences; `kept` tells of each whether it stays."""
         self.room.keep_sequences(kept)
-        self._num_real = self._num_real[kept]
+        self._num_real = keep_rows(self._num_real, kept)
         for name, value in self._model_kwargs.items():
             # As Transformers has them: positions may have axes before the batch, or none of the batch.
             dim = -2 if name == "position_ids" else 0
             if torch.is_tensor(value) and value.ndim > 0 and value.shape[dim] == len(kept):
-                self._model_kwargs[name] = value[kept] if dim == 0 else value[..., kept, :]
+                self._model_kwargs[name] = keep_rows(value, kept, dim)
 
     @property
     def _is_packed(self) -> bool:

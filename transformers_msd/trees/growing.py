@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from transformers_msd.costs.sizing import Sizing
+from transformers_msd.trees.host import has_to_wait
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.topology import grow_topology
 from transformers_msd.trees.tree import TokenTree, TreeConfig
@@ -22,7 +22,8 @@ def grow_tree(
 ) -> TokenTree:
     """
     Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858), or grow
-    the one whose `topology` the settings name.
+    the one whose `topology` the settings name. Where answers cost nothing, each level is grown only if it pays by what
+    the draft says; a device that the host would wait for is asked once, in the end.
 
     Args:
         config (`TreeConfig`):
@@ -39,8 +40,8 @@ def grow_tree(
         sizing ([`Sizing`], *optional*):
             Chooses depth and size within the settings, for a batch of one.
         fixed (`bool`, *optional*, defaults to `False`):
-            Whether the device is asked nothing and all shapes follow from the settings: every level is grown, and what
-            is too unlikely to be verified becomes fillers behind the other nodes.
+            Whether the device is asked nothing at all and all shapes follow from the settings: every level is grown,
+            and what is too unlikely to be verified becomes fillers behind the other nodes.
     """
     if config.topology is not None:
         roots = root_token_ids[:, None]
@@ -63,15 +64,17 @@ def grow_tree(
     visible = identity[:, :, :0]
     num_candidates = top_k
     depth = 1
-    while depth < config.depth:
-        if config.min_probability and not fixed:
+    asks = not fixed and not has_to_wait(log_probs.device)
+    num_levels = config.depth if asks or sizing is None else sizing.plan(config.depth)
+    while depth < num_levels:
+        if asks and config.min_probability:
             # The best come first: of all rows the one that is surest tells how many are open.
             width = int((frontier_scores >= math.log(config.min_probability)).sum(-1).max())
             if width == 0:
                 break
             frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
             frontier, slots = frontier[:, :width], slots[:, :width]
-        if sizing is not None:
+        if asks and sizing is not None:
             path, open_path = (scores.exp()[0].tolist() for scores in (_ranked(all_scores), frontier_scores))
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1):
                 break
@@ -90,9 +93,15 @@ def grow_tree(
         slots = best // top_k
         num_candidates += scores.shape[1]
         depth += 1
-    if sizing is not None:
-        path = _ranked(all_scores).exp()[0].tolist()
-        config = replace(config, num_nodes=sizing.settle(path, depth, config.num_nodes - 1) + 1)
+    num_kept = config.num_nodes - 1
+    if sizing is not None and not asks:
+        num_kept = sizing.settle_whole(_sure_paths(all_scores, config.min_probability), top_k, num_kept)
+    else:
+        if sizing is not None:
+            num_kept = sizing.settle(_ranked(all_scores).exp()[0].tolist(), depth, num_kept)
+        if config.min_probability and not fixed:
+            is_sure = torch.cat(all_scores, dim=1) >= math.log(config.min_probability)
+            num_kept = min(num_kept, int(is_sure.sum(-1).max()))
     return _keep_best(
         config,
         root_token_ids,
@@ -100,12 +109,19 @@ def grow_tree(
         torch.cat(all_token_ids, 1),
         torch.cat(all_parents, 1),
         depth,
-        fixed,
+        max(num_kept, 1),
     )
 
 
 def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(scores, dim=1).sort(descending=True).values
+
+
+def _sure_paths(scores: list[torch.Tensor], min_probability: float) -> list[list[float]]:
+    """Ask for the probabilities of the paths to the candidates of each level, those that are likely enough."""
+    paths = iter(torch.cat(scores, dim=1).exp()[0].tolist())
+    levels = [[next(paths) for _ in range(level.shape[1])] for level in scores]
+    return [[path for path in level if path >= min_probability] for level in levels]
 
 
 def _keep_best(
@@ -115,16 +131,13 @@ def _keep_best(
     token_ids: torch.Tensor,
     parents: torch.Tensor,
     depth: int,
-    fixed: bool,
+    num_kept: int,
 ) -> TokenTree:
     """Build the tree of the most likely candidates, in the order in which they were tried."""
-    num_kept = min(config.num_nodes - 1, scores.shape[1])
     unsure = torch.zeros_like(scores, dtype=torch.bool)
     if config.min_probability:
         unsure = scores < math.log(config.min_probability)
         unsure.scatter_(1, scores.argmax(-1, keepdim=True), False)  # a tree holds one drafted token at least
-        if not fixed:
-            num_kept = min(num_kept, int((~unsure).sum(-1).max()))
     # Stable: on a tie the parent, which comes first, must win over its child.
     kept = scores.sort(descending=True, stable=True).indices[:, :num_kept].sort().values
     if config.min_probability:

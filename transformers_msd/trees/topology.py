@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from transformers_msd.trees.host import to_device
 from transformers_msd.trees.masks import take_rows
 
 
@@ -72,7 +73,7 @@ def grow_topology(
     """
     place_of = {path: place for place, path in enumerate(topology, 1)}
     batch_size, device = len(log_probs), log_probs.device
-    parents = torch.tensor([place_of.get(path[:-1], 0) for path in topology], device=device)
+    parents = to_device([place_of.get(path[:-1], 0) for path in topology], device)
     depth = len(topology[-1])
     frontier: list[tuple[int, ...]] = [()]
     frontier_scores, visible = log_probs.new_zeros(batch_size, 1), None
@@ -80,8 +81,8 @@ def grow_topology(
     log_probs = log_probs[:, None]  # (batch_size, frontier, vocab_size)
     for level in range(1, depth + 1):
         nodes = [path for path in topology if len(path) == level]
-        slots = torch.tensor([frontier.index(path[:-1]) for path in nodes], device=device)
-        ranks = torch.tensor([path[-1] for path in nodes], device=device)
+        slots = to_device([frontier.index(path[:-1]) for path in nodes], device)
+        ranks = to_device([path[-1] for path in nodes], device)
         scores, token_ids = log_probs.topk(max(path[-1] for path in nodes) + 1)
         scores = scores[:, slots, ranks] + frontier_scores[:, slots]  # (batch_size, nodes)
         token_ids = token_ids[:, slots, ranks]
@@ -91,7 +92,7 @@ def grow_topology(
             break
         expanded = {path[:-1] for path in topology if len(path) == level + 1}
         inner = [place for place, path in enumerate(nodes) if path in expanded]
-        kept = torch.tensor(inner, device=device)
+        kept = to_device(inner, device)
         parent_slots = slots[kept].expand(batch_size, -1)
         identity = torch.eye(len(inner), dtype=torch.bool, device=device).expand(batch_size, -1, -1)
         visible = identity if visible is None else torch.cat([take_rows(visible, parent_slots), identity], dim=-1)

@@ -19,6 +19,7 @@ from transformers_msd.drafters.model import ModelCandidateGenerator, ModelDrafte
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.tokens import visual_token_ids
+from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -149,8 +150,8 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
     def keep_sequences(self, kept: list[bool]) -> bool:
         if not super().keep_sequences(kept):
             return False
-        self._said = [logits[:, kept] for logits in self._said]
-        self._weights = self._weights[:, kept]
+        self._said = [keep_rows(logits, kept, dim=1) for logits in self._said]
+        self._weights = keep_rows(self._weights, kept, dim=1)
         self._history = list(compress(self._history, kept))
         return True
 
@@ -170,7 +171,7 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
         index = places[None, ..., None].expand(len(said), -1, -1, said.shape[-1])
         views = said.gather(2, index).float().log_softmax(-1)
         truth = self._target.logits(committed.features).to(device).float().log_softmax(-1)
-        self._learn(views, truth, committed.lengths.tolist())
+        self._learn(views, truth, committed.host_lengths)
 
     def _learn(self, views: torch.Tensor, truth: torch.Tensor, lengths: list[int]) -> None:
         """
@@ -187,7 +188,7 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
         measures = self._measure(views, truth)  # (num_candidates, batch_size, num_tokens, num_measures)
         if not self._history:
             self._history = [deque(maxlen=self._drafter.window or None) for _ in lengths]
-        weights = self._weights.clone()
+        weights = list(self._weights.unbind(1))
         for row, length in enumerate(lengths):
             self._history[row].extend(measures[:, row, :length].unbind(1))
             if not self._history[row]:
@@ -195,8 +196,8 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
             if not self._drafter.window:
                 # All of the past is one sum.
                 self._history[row] = deque([torch.stack(list(self._history[row])).sum(0)])
-            weights[:, row] = self._choose(torch.stack(list(self._history[row])).sum(0), len(views))
-        self._weights = weights
+            weights[row] = self._choose(torch.stack(list(self._history[row])).sum(0), len(views))
+        self._weights = torch.stack(weights, dim=1)
 
     def _measure(self, views: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Compare views, or mixtures of them, with the target, token by token."""
@@ -207,7 +208,7 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
             return _divergence(probabilities, truth, views)[..., None]
         best, said = truth.argmax(-1), views.exp()
         measures = []
-        for weights in simplex(len(views)).to(views).split(MIXTURES_AT_A_TIME):
+        for weights in to_device(simplex(len(views)), views.device).split(MIXTURES_AT_A_TIME):
             mixed = torch.tensordot(weights, said, dims=1).log()
             misses = (mixed.argmax(-1) != best).float()
             measures.append(torch.stack([misses, _divergence(probabilities, truth, mixed)], dim=-1))
@@ -219,7 +220,8 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
             # Fewest misses first, then the least divergence.
             misses, divergence = measured.unbind(-1)
             divergence = divergence.masked_fill(misses > misses.min(), torch.inf)
-            return simplex(num_views)[int(divergence.argmin())].to(measured)
+            best = divergence.argmin(keepdim=True)  # an index of no dimension would be asked for
+            return to_device(simplex(num_views), measured.device)[best][0]
         inverse = 1 / (measured[:, 0] + _EPSILON)
         return inverse / inverse.sum()
 
