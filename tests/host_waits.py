@@ -16,7 +16,15 @@ from other_devices import TREE, make_msd
 from zoo import IMAGE_ID, VIDEO_ID, make_draft_model, make_inputs, make_target
 
 from training.evidence.tiny import make_model
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd import (
+    EnsembleDrafter,
+    MSDConfig,
+    MSDDraftModel,
+    NgramDrafter,
+    StaticRuntime,
+    TreeConfig,
+    VLMDrafter,
+)
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.costs.rounds import Costs
 from transformers_msd.drafters.wrapped import Ungated
@@ -88,6 +96,8 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
         yield "VLM, tuned, min_probability", here, lambda: vlm(tuned_small, UNSURE), batch_size, {}
         for weights in ("grid", "kld", "tvd", (1.0, 1.0)):
             yield f"ensemble {weights}", here, lambda weights=weights: ensemble(weights), batch_size, {}
+        yield "n-grams", here, NgramDrafter, batch_size, {}
+        yield "n-grams, sampled", here, NgramDrafter, batch_size, {"do_sample": True}
         yield "ensemble, tuned", here, lambda: ensemble("grid", tuned_small, UNSURE), batch_size, {}
         for option in ({}, {"do_sample": True}):
             yield f"runtime{option and ', sampled'}", here, lambda: StaticRuntime(msd), batch_size, STATIC | option

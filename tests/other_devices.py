@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from training.evidence.tiny import make_model
-from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd import (
+    EnsembleDrafter,
+    MSDConfig,
+    MSDDraftModel,
+    NgramDrafter,
+    StaticRuntime,
+    TreeConfig,
+    VLMDrafter,
+)
 from transformers_msd.compat import CACHE
 
 
@@ -56,6 +64,7 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         yield f"MSD on {device}", here, make_msd(whole, device), "fgpu:0"
         yield f"a draft VLM on {device}", here, VLMDrafter(other, tree_config=TREE), "fgpu:0"
         yield f"an ensemble on {device}", here, EnsembleDrafter(other, tree_config=TREE), "fgpu:0"
+        yield f"n-grams, {device}", here, NgramDrafter(), "fgpu:0"
         yield f"a runtime on {device}", here, StaticRuntime(make_msd(whole, device)), "fgpu:0"
     yield "MSD with a head of its own", here, make_msd(whole, "fgpu:1", draft_vocab_size=40), "fgpu:0"
     yield "MSD that pools", here, make_msd(whole, "fgpu:1", visual_pool_size=2), "fgpu:0"
