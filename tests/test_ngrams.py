@@ -1,5 +1,6 @@
 """What stood before is tried again: the search on the host, the branches in the tree, and what calls make of it."""
 
+import copy
 import math
 from typing import Any
 
@@ -228,7 +229,7 @@ def test_they_go_on_alone_while_the_draft_rests() -> None:
     call = {"logits_processor": [Recites(RECITED, inputs["input_ids"].shape[1])], "max_new_tokens": 120}
     plain = generate(target, inputs, **call)
     calls = []
-    model = make_draft_model("llava")
+    model = copy.deepcopy(make_draft_model("llava"))  # others use it, too
     model.register_forward_hook(lambda *_: calls.append(1))
     tree = TreeConfig(num_nodes=6, depth=5, top_k=1)
     output = generate(target, inputs, **call, assistant_model=VLMDrafter(model, tree_config=tree))
