@@ -27,7 +27,7 @@ from transformers_msd import (
 )
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.costs.rounds import Costs
-from transformers_msd.drafters.wrapped import Ungated
+from transformers_msd.drafters.wrapped import Wrapped
 
 
 DEVICE = "fgpu:0"
@@ -38,7 +38,7 @@ PENALTY = {"repetition_penalty": 1.3}
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 
-class Noted(Ungated):
+class Noted(Wrapped):
     """Notes how many waits there were when each round of drafting began."""
 
     def __init__(self, assistant: Any, events: list[Any]) -> None:

@@ -10,7 +10,7 @@ from zoo import ARCHITECTURES, make_inputs, make_target
 
 from transformers_msd import MSDConfig, MSDDraftModel, TokenTree, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
-from transformers_msd.drafters.gate import FIRST_REST, LONGER, Gate
+from transformers_msd.drafters.gate import FIRST_REST, LONGER, Evidence, Gate
 
 
 def generate(target: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -109,3 +109,27 @@ def test_good_draft_never_rests():
     drafter = VLMDrafter(copy.deepcopy(target), tree_config=TreeConfig(num_nodes=5, depth=4, top_k=1))
     output = generate(target, make_inputs("llava", (1, 1)), assistant_model=drafter)
     assert output.speculative_stats.num_plain_steps == 0
+
+
+def test_evidence_by_hand():
+    evidence = Evidence()
+    # Of a cost of 2.5 steps, three may be lost: rounds of two tokens lose half a step each, and six of them as much.
+    assert [evidence.observe(accepted=1, expected=1, cost=2.5) for _ in range(7)] == [0] * 6 + [FIRST_REST]
+    # After a rest one step is left to lose.
+    assert [evidence.observe(accepted=1, expected=1, cost=2.5) for _ in range(3)] == [0, 0, FIRST_REST * LONGER]
+    # What was won is remembered, up to five steps of it, and lets the next rest be short.
+    assert [evidence.observe(accepted=5, expected=5, cost=2.5) for _ in range(9)] == [0] * 9
+    assert evidence.won == 5.0
+    rests = [evidence.observe(accepted=0, expected=0.1, cost=2.5) for _ in range(6)]
+    assert rests == [0, 0, 0, 0, 0, FIRST_REST]
+
+
+def test_a_draft_that_expects_much_is_heard_while_it_is_right_elsewhere():
+    evidence = Evidence()
+    for _ in range(4):
+        evidence.observe(accepted=4, expected=4, cost=2.5)
+    # Ten rounds in vain lose what was won, and the draft's word with it.
+    rests = [evidence.observe(accepted=0, expected=4, cost=2.5) for _ in range(10)]
+    silent = [Evidence(evidence.won).observe(accepted=0, expected=0, cost=2.5)]
+    assert rests.index(FIRST_REST) > 5
+    assert silent == [FIRST_REST]

@@ -168,7 +168,7 @@ def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) ->
     for assistant, label in kinds:
         tree = assistant.tree_config
         if arguments.random_weights:
-            assistant.tree_config = tree = replace(tree, gate=False)
+            assistant.tree_config = tree = replace(tree, gate=False, ngrams=False)
         assistants.append((assistant, f"{label} {_shape(tree)}"))
     return assistants
 

@@ -1,6 +1,6 @@
 """Where drafting does not pay, decode plainly for a while, then see whether it pays again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers_msd.call.emission import Emission
 from transformers_msd.drafters.base import TreeCandidateGenerator
@@ -87,7 +87,8 @@ class Gate:
         self._candidates = candidates
         self._emission = emission
         self._is_active = is_active
-        self.evidence = evidence or Evidence()
+        # A turn begins with a short rest: another draft may have gone before.
+        self.evidence = replace(evidence or Evidence(), rest=FIRST_REST)
         self._lengths: list[int] = []
         self._cost = 0.0  # of the last round
         self._num_left = 0  # plain steps of this rest

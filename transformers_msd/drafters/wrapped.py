@@ -60,9 +60,9 @@ class Wrapped:
 
 
 class Ungated(Wrapped):
-    """An assistant that is tried in every round, whether it pays or not."""
+    """An assistant that is tried in every round, whether it pays or not, and alone: what it is worth by itself."""
 
     @property
     def tree_config(self) -> TreeConfig:
-        """Tree of what drafts, without a gate."""
-        return replace(super().tree_config or TreeConfig(), gate=False)
+        """Tree of what drafts, without a gate and without n-grams."""
+        return replace(super().tree_config or TreeConfig(), gate=False, ngrams=False)
