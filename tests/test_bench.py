@@ -52,8 +52,9 @@ def report(folder) -> dict[str, Any]:
     return bench(folder / "output", "--target_model", str(folder / "target"), *options.split(), *drafts)
 
 
-OURS = ("draft 8/3/2", "draft_vlm 8/3/2", "draft_vlm, multimodal + text only 8/3/2")
-SIMULATED = tuple(f"{name}, simulated 0.5" for name in OURS)
+DRAFTS = ("draft 8/3/2", "draft_vlm 8/3/2", "draft_vlm, multimodal + text only 8/3/2")
+OURS = (*DRAFTS, "n-grams")
+SIMULATED = tuple(f"{name}, simulated 0.5" for name in DRAFTS)
 ALONE = ("prompt lookup", "assisted generation, draft_vlm")
 
 

@@ -11,6 +11,7 @@ from transformers_msd.bench.assistants import Simulated
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.drafters.ensemble.drafter import EnsembleDrafter
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.drafters.ngrams import NgramDrafter
 from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
@@ -104,6 +105,8 @@ def make_methods(
             visual = visual_token_ids(target.config)
             call = {"prompt_lookup_num_tokens": 10} | ({"suppress_tokens": visual} if visual else {})
             methods.append(Method("prompt lookup", call, is_exact=False, is_batched=False))
+    if "ngrams" in arguments.baselines and not arguments.random_weights:
+        methods.append(Method("n-grams", {"assistant_model": NgramDrafter()}, drafts_trees=True))
     vocab_size = target.config.get_text_config().vocab_size
     for name, draft in drafts.items():
         is_msd = isinstance(draft, MSDDraftModel)

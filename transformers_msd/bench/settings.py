@@ -10,7 +10,7 @@ from transformers_msd.trees.topology import EAGLE
 from transformers_msd.trees.tree import TreeConfig
 
 
-BASELINES = ("static", "assisted", "prompt_lookup")
+BASELINES = ("static", "assisted", "prompt_lookup", "ngrams")
 RUNTIMES = ("eager", "drafting", "all")
 
 
