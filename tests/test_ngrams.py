@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
+from transformers.generation.configuration_utils import CompileConfig
 from zoo import make_draft_model, make_inputs, make_target
 
 from transformers_msd import NgramDrafter, StaticRuntime, TokenTree, TreeConfig, VLMDrafter
@@ -267,3 +268,17 @@ def test_a_tree_of_one_shape_stays_as_it_is() -> None:
 def test_wrong_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="ngrams"):
         NgramDrafter(TreeConfig(num_nodes=5, depth=4, **settings))
+
+
+def test_compiled_code_sees_few_shapes() -> None:
+    target, inputs = make_target("llava"), make_inputs("llava")
+    call = {"logits_processor": [Recites(RECITED, inputs["input_ids"].shape[1])], "max_new_tokens": 80}
+    runtime = StaticRuntime(NgramDrafter())
+    static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
+    plain = generate(target, inputs, **call)
+    output = generate(target, inputs, **call, **static, assistant_model=runtime)
+    assert torch.equal(output.sequences, plain.sequences)
+    lengths = output.speculative_stats.acceptance_lengths
+    assert len(lengths.unique()) > 3  # chains of many lengths
+    # The target over a step and over chains of a few sizes, and what moves their rows.
+    assert runtime.num_captures <= 5

@@ -110,7 +110,9 @@ def tree_decoding(
         )
         branches = None
         if tree_config is not None and tree_config.ngrams and tree_config.topology is None:
-            branches = NgramBranches(tree_config, emission, sampler, vocab_size, unfit, turn.outcomes)
+            branches = NgramBranches(
+                tree_config, emission, sampler, vocab_size, unfit, turn.outcomes, captures is not None
+            )
         while True:
             logits = outputs.logits[:, -tree.num_nodes :].to(input_ids.device, torch.float32, copy=True)
             choices, scores = sampler.choose(tree, logits)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -111,6 +111,8 @@ class NgramBranches:
             Tokens that are not to be tried.
         outcomes ([`Outcomes`]):
             What was counted in the turns before, and is counted in this.
+        is_fixed (`bool`, *optional*, defaults to `False`):
+            Whether all grafted trees count as deep as chains may become, so that compiled code sees one shape.
     """
 
     def __init__(
@@ -121,9 +123,10 @@ class NgramBranches:
         vocab_size: int,
         unfit: Sequence[int],
         outcomes: Outcomes,
+        is_fixed: bool = False,
     ) -> None:
         self._outcomes = outcomes
-        self._config = config
+        self._config, self._is_fixed = config, is_fixed
         self._emission = emission
         self._sampler = sampler
         self._vocab_size, self._unfit = vocab_size, set(unfit)
@@ -164,7 +167,8 @@ class NgramBranches:
             own = noise.to(device).gather(-1, token_ids[..., None])[..., 0]
             log_probs = -own * (1 - odds) / odds
         scores = log_probs.cumsum(-1).nan_to_num(nan=-torch.inf)
-        return graft(tree, token_ids, scores, max(tree.num_nodes, length + 1))
+        grown = graft(tree, token_ids, scores, max(tree.num_nodes, length + 1))
+        return replace(grown, depth=max(grown.depth, self._config.depth)) if self._is_fixed else grown
 
     def _follow(self) -> None:
         """Take what has come to stand since the round before, in sequences that go on."""
