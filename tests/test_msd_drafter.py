@@ -1,6 +1,7 @@
 """The MSD candidate generator grows the published trees and keeps its place over rounds, rows and turns."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,6 +168,7 @@ def test_a_second_turn_goes_on_where_the_first_stopped(architecture: str, batch_
     plain = target.generate(**turn, **{CACHE: plain_first[CACHE]}, **settings)
 
     draft = make_draft(target)
+    draft.tree_config = replace(draft.tree_config, gate=False)  # which goes on over turns, too
     first = target.generate(**inputs, **settings, assistant_model=draft)
     spy = Spy(draft)
     second = target.generate(**turn, **{CACHE: first[CACHE]}, **settings, assistant_model=spy)
