@@ -18,6 +18,7 @@ from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.model import ModelDrafter
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.drafters.ngrams import NgramDrafter
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -35,18 +36,6 @@ NEVER_SAID = 2**31 - 1  # as EOS token: no answer ends early
 
 class _EnoughRounds(Exception):
     """Ends a call in which `NUM_ROUNDS` rounds have begun, however many tokens they emitted."""
-
-
-class _Nothing:
-    """Drafts nothing: every round is a plain step."""
-
-    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
-        return _NothingGenerator()
-
-
-class _NothingGenerator(TreeCandidateGenerator):
-    def draft(self, committed: Committed) -> TokenTree:
-        return TokenTree.root(committed.root_token_ids)
 
 
 class _Whole(Sizing):
@@ -158,7 +147,7 @@ def measure_costs(
                 # Wide enough to fill the tree.
                 top_k = max(config.top_k, num_nodes // depth + 1, int(num_nodes**0.5) + 1)
                 drafter.tree_config = TreeConfig(num_nodes, depth, top_k, config.min_probability, config.gate)
-            timed = _Timed(drafter if depth else _Nothing())
+            timed = _Timed(drafter if depth else NgramDrafter())  # which drafts nothing where n-grams are off
             length = 1 + NUM_ROUNDS * (depth + 1)  # never reached: the call ends before
             with suppress(_EnoughRounds):
                 target.generate(

@@ -206,7 +206,7 @@ class NgramBranches:
 
 class NgramDrafter:
     """
-    Drafts without a model: where the last two to four tokens stood before, in the prompt or the answer, what followed
+    Drafts without a model: where the last two tokens or more stood before, in the prompt or the answer, what followed
     them is tried again (prompt lookup). It needs no training, and pays where answers repeat what was said.
 
     ```python
