@@ -217,7 +217,7 @@ def test_trees_of_one_draft_share_its_weights_and_leave_it_as_it_was():
     target = make_target("llama")
     draft = MSDDraftModel(MSDConfig.from_target(target.config))
     trees = {"8,3,2": TreeConfig(8, 3, 2), "4,2,1,0.1": TreeConfig(4, 2, 1, 0.1), "eagle": TreeConfig(topology=EAGLE)}
-    arguments = BenchArguments(target_model="target", draft_models=["a"], trees=["8,3,2", *trees])
+    arguments = BenchArguments(target_model="target", draft_models=["a"], trees=["8,3,2", *trees], baselines=[])
     methods, _ = make_methods(arguments, target, {"a": draft})
     assistants = [method.call["assistant_model"] for method in methods if method.drafts_trees]
     assert [method.name for method in methods if method.drafts_trees] == ["a 8/3/2", "a 4/2/1/0.1", "a static 26/5/4"]
