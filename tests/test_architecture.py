@@ -1,6 +1,7 @@
 """The house as its own imports draw it: folders in one order, no circle, and names that are not ours in few places."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,14 @@ def test_only_extras_are_imported_late_or_at_all_by_what_needs_them(module: str)
             assert is_extra, f"{module} imports {name} within a function"
 
 
+@functools.cache
+def names_of_our_own() -> set[str]:
+    """Attributes that the package assigns, and functions and classes that it defines."""
+    nodes = [node for tree in MODULES.values() for node in ast.walk(tree)]
+    assigned = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return assigned | {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_private_names_of_others_stand_where_the_canary_knows_of_them(module: str) -> None:
     if room_of(module) in PRIVATE:
@@ -141,23 +150,11 @@ def test_private_names_of_others_stand_where_the_canary_knows_of_them(module: st
         and re.match(r"_[a-z]", node.attr)
         and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
     }
-    assigned = {
-        node.attr
-        for tree in MODULES.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-    }
-    defined = {
-        node.name
-        for tree in MODULES.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
     # What the trainers override or read; others are looked at by the canary on the import of the package.
     known = (
         {name.attribute or name.path.split(".")[-1] for name in TRAINER_NAMES} if module[:7] == "trainer" else set()
     )
-    assert not foreign - assigned - defined - known
+    assert not foreign - names_of_our_own() - known
 
 
 @pytest.mark.parametrize("module", MODULES)

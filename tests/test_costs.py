@@ -109,8 +109,17 @@ def test_most_tokens_for_each_second_by_hand():
     assert rate == pytest.approx(2.4 / 2.3)
     assert sizing.choose(probabilities, depth=2, most=1)[0] == 1
     # A level more costs 0.5 s, and can give what its nodes have: 0.9 + 0.5 tokens, but not 0.1.
-    assert sizing.goes_on(probabilities, [0.9, 0.5], depth=2, most=9)
-    assert not sizing.goes_on(probabilities, [0.1], depth=2, most=9)
+    assert sizing.goes_on(probabilities, [0.9, 0.5], depth=2, most=9, further=1)
+    assert not sizing.goes_on(probabilities, [0.1], depth=2, most=9, further=5)
+
+
+def test_levels_that_pay_together_are_grown_though_the_first_of_them_does_not():
+    # A third token in a forward costs much, and further ones hardly anything.
+    sizing = Sizing([Costs(step=1.0, num_nodes=[1, 2, 3, 20], rounds=[1.0, 1.1, 3.0, 3.1], level=0.1, depth=0)])
+    # 1.9 tokens in 1.2 s, and with further levels of 0.81, 0.73, 0.66 tokens and so on 2.71 in 3.2 s, 5.70 in 3.73 and
+    # 6.13 in 3.84.
+    assert [sizing.goes_on([0.9], [0.9], depth=1, most=30, further=levels) for levels in (1, 5, 6)] == [False] * 3
+    assert sizing.goes_on([0.9], [0.9], depth=1, most=30, further=7)
 
 
 def test_trees_that_were_grown_without_asking_are_as_deep_as_the_last_one_should_have_been():
@@ -288,6 +297,7 @@ def test_what_is_stored_is_shown_and_removed_without_loading_weights(draft, dtyp
 
 def test_costs_that_do_not_settle_are_refused_and_nothing_is_stored(cache_folder, monkeypatch):
     monkeypatch.setattr("transformers_msd.tuning.MAX_PASSES", 4)
+    monkeypatch.setattr("transformers_msd.tuning.NUM_ROUNDS", 4)
     with pytest.raises(SystemExit, match=r"must be settled to 0\.0%, got in 4 passes: a round of .* uncertain by .*%"):
         main([*TUNE, "--draft_model", str(CHECKPOINTS / "draft"), "--tolerance", "1e-9"])
     assert not list(cache_folder.rglob("*.json"))

@@ -44,8 +44,8 @@ class _Whole(Sizing):
     def __init__(self) -> None:
         super().__init__([Costs(step=1.0, num_nodes=[1], rounds=[1.0], level=0.0, depth=0)])
 
-    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int) -> bool:
-        super().goes_on(probabilities, frontier, depth, most)
+    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int, further: int) -> bool:
+        super().goes_on(probabilities, frontier, depth, most, further)
         return True
 
     def choose(self, probabilities: list[float], depth: int, most: int) -> tuple[int, float]:

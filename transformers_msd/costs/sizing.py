@@ -59,12 +59,34 @@ class Sizing:
                 best, best_rate = number, rate
         return best, best_rate
 
-    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int) -> bool:
-        """Tell whether a further level could pay: the nodes to expand pass on what they have at the most."""
+    def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int, further: int) -> bool:
+        """
+        Tell whether further levels could pay. A few nodes may not where many do: all numbers of levels are tried, each
+        of which is taken to pass on the share that those before have passed on.
+
+        Args:
+            probabilities (`list[float]`):
+                Probabilities of the paths to all candidates, descending.
+            frontier (`list[float]`):
+                Those of the nodes to expand.
+            depth (`int`):
+                Levels grown.
+            most (`int`):
+                Most nodes to keep, the root not among them.
+            further (`int`):
+                Most levels to come.
+        """
         number, rate = self.choose(probabilities, depth, most)
         scale = self._accepted / self._expected
-        total = 1 + scale * (sum(probabilities[:number]) + sum(frontier))
-        return total / self.costs.round(min(number + len(frontier), most) + 1, depth + 1) > rate
+        total, passed = 1 + scale * sum(probabilities[:number]), sum(frontier)
+        share = min(passed, 1.0) ** (1 / depth)
+        for level in range(1, further + 1):
+            passed *= share
+            total += scale * passed
+            number += len(frontier)
+            if total / self.costs.round(min(number, most) + 1, depth + level) > rate:
+                return True
+        return False
 
     def settle(self, probabilities: list[float], depth: int, most: int) -> int:
         """Choose how many nodes to keep of a grown tree, and remember what is expected of it."""
@@ -94,6 +116,7 @@ class Sizing:
         for depth, level in enumerate(levels, 1):
             frontier = sorted(level, reverse=True)[:width]
             paths = sorted(paths + level, reverse=True)
-            if depth < self._planned and not self.goes_on(paths, frontier, depth, most):
+            further = max(len(levels) - depth, 1)
+            if depth < self._planned and not self.goes_on(paths, frontier, depth, most, further):
                 self._planned = depth
         return self.settle(paths, len(levels), most)

@@ -76,7 +76,7 @@ def grow_tree(
             frontier, slots = frontier[:, :width], slots[:, :width]
         if asks and sizing is not None:
             path, open_path = (scores.exp()[0].tolist() for scores in (_ranked(all_scores), frontier_scores))
-            if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1):
+            if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
         width = frontier.shape[1]
         visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
