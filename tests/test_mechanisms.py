@@ -71,10 +71,23 @@ VIDEOS = {
 }
 SLOW = ("kimi_linear",)  # its kernels for a CPU run 64 rows for each one
 CASES = [
-    pytest.param(name, seen, id=f"{mechanism} ({name})", marks=pytest.mark.slow if name in SLOW else ())
+    (mechanism, name, seen)
     for seen, cases in (("", MECHANISMS), ("pictures", PICTURES), ("videos", VIDEOS))
     for mechanism, name in cases.items()
     if name in model_types()
+]
+LENGTHS = {"single": (12,), "batch": (8, 12, 10)}
+# As on the fields of one colour of a chessboard each case is tried alone and in a batch, greedy and sampled in each
+# run; the other fields are slow.
+CELLS = [
+    pytest.param(
+        *(name, seen, lengths, do_sample),
+        id=f"{mechanism} ({name})-{size}-{do_sample}",
+        marks=pytest.mark.slow if name in SLOW or (place + (size == "batch") + do_sample) % 2 else (),
+    )
+    for place, (mechanism, name, seen) in enumerate(CASES)
+    for size, lengths in LENGTHS.items()
+    for do_sample in (False, True)
 ]
 NUM_TOKENS, DEPTH = 18, 4
 TREE = TreeConfig(num_nodes=10, depth=3, top_k=3, gate=False)
@@ -115,9 +128,7 @@ def assert_same(found: Any, plain: Any) -> None:
             torch.testing.assert_close(getattr(layer, name, None), getattr(plain_layer, name, None), **close)
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("lengths", [(12,), (8, 12, 10)], ids=["single", "batch"])
-@pytest.mark.parametrize(("name", "seen"), CASES)
+@pytest.mark.parametrize(("name", "seen", "lengths", "do_sample"), CELLS)
 def test_all_that_a_call_returns_is_plain_s(name: str, seen: str, lengths: tuple[int, ...], do_sample: bool) -> None:
     model = make(name)
     prompts = make_prompts(model, seen, lengths)
