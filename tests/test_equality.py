@@ -188,10 +188,8 @@ def said_without_end(
     architecture: str, attn_implementation: str, do_sample: bool, batch_size: int, device: str
 ) -> torch.Tensor:
     """What plain decoding says and would go on to say, whatever the option."""
-    target, inputs = (
-        make_target(architecture, attn_implementation, device),
-        inputs_of(architecture, batch_size, device),
-    )
+    target = make_target(architecture, attn_implementation, device)
+    inputs = inputs_of(architecture, batch_size, device)
     output = generate(target, inputs, do_sample=do_sample, max_new_tokens=NUM_TOKENS + 6)
     return output.sequences[:, inputs["input_ids"].shape[1] :]
 
