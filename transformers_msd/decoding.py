@@ -19,6 +19,7 @@ from transformers_msd.compat import CACHE, num_prompt_columns
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
 from transformers_msd.drafters.gate import Evidence, Gate
 from transformers_msd.drafters.ngrams import NgramBranches, Outcomes
+from transformers_msd.target.attending import by_groups
 from transformers_msd.target.stateful import StatefulTarget
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import check_reach, keeps_states
@@ -96,6 +97,7 @@ def tree_decoding(
             leaving.callback(lambda: target.leave(emission.num_steps))
         # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
         tree, outputs = target.prefill(input_ids)
+        leaving.enter_context(by_groups())
         cache, vocab_size = target.cache, outputs.logits.shape[-1]
         if generation_config.do_sample:
             noise = NoiseTape(len(input_ids), vocab_size, input_ids.device)

@@ -75,10 +75,13 @@ class Block:
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy columns `sources` `(batch_size, num_rows)` to `places`, of the same shape."""
         for tensor in self._tensors:
+            own = (rows.to(tensor.device) - self.first for rows in (sources, places))
+            if len(sources) == 1:
+                source, place = (rows[0] for rows in own)
+                tensor.index_copy_(3, place, tensor.index_select(3, source))
+                continue
             shape = (*tensor.shape[:3], sources.shape[1], tensor.shape[4])
-            source, place = (
-                (rows.to(tensor.device) - self.first)[:, None, :, None].expand(shape) for rows in (sources, places)
-            )
+            source, place = (rows[:, None, :, None].expand(shape) for rows in own)
             tensor.scatter_(3, place, tensor.gather(3, source))
 
 
