@@ -43,6 +43,10 @@ ROW_WISE_PROCESSORS = (
     TopHLogitsWarper,
     TypicalLogitsWarper,
 )
+# These sort every row that they are asked about. A CPU, which can be asked where the target goes, is spared the others
+# where these are this many values.
+SORTING_PROCESSORS = (TopPLogitsWarper, TopHLogitsWarper, TypicalLogitsWarper)
+MOST_SORTED = 2**17
 # These read the ids and keep nothing between two calls: they may be asked about steps that are not reached.
 FORGETFUL_PROCESSORS = (
     *ROW_WISE_PROCESSORS,
@@ -92,7 +96,7 @@ class Sampler:
             The tokens, of shape `(batch_size, num_nodes)`, and the processed scores, of the shape of `logits`. Where a
             processor reads ids, both hold for the nodes that the target reaches; the other tokens are -1.
         """
-        if not self._row_wise:
+        if not self._row_wise or self._sorts_in_vain(tree, logits):
             return self._choose_step_by_step(tree, logits)
         scores = logits
         if self._processors:
@@ -112,6 +116,13 @@ class Sampler:
             pad_rows = to_device(pad_rows, choices.device)[:, None]
             choices = choices.masked_fill(pad_rows, self._emission.pad_token_id)
         return choices.to(tree.token_ids.device), scores
+
+    def _sorts_in_vain(self, tree: TokenTree, logits: torch.Tensor) -> bool:
+        """Tell whether it takes less time to walk down a tree than to sort the scores of all of its nodes."""
+        if has_to_wait(logits.device) or not any(type(own) in SORTING_PROCESSORS for own in self._processors):
+            return False
+        num_others = tree.num_nodes - tree.depth - 1
+        return num_others * logits.shape[-1] > MOST_SORTED
 
     def _choose_step_by_step(self, tree: TokenTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -196,9 +207,19 @@ def coupled_log_probs(
     scores = logits.float()
     if noise is None:
         return scores.log_softmax(-1)
-    for warper in warpers:
-        scores = warper(None, scores.flatten(0, 1)).view_as(scores)
+    scores = _warped(scores.flatten(0, 1), warpers).view_as(scores)
     return (scores.log_softmax(-1) - noise.to(scores.device)[:, None].log()).log_softmax(-1)
+
+
+def _warped(scores: torch.Tensor, warpers: tuple[LogitsProcessor, ...]) -> torch.Tensor:
+    """Warp scores `(num_rows, vocab_size)`; what follows a top-k looks at what that has left, and sorts no more."""
+    for place, warper in enumerate(warpers):
+        if type(warper) is TopKLogitsWarper:
+            left, token_ids = scores.topk(min(warper.top_k, scores.shape[-1]))
+            left = _warped(left, warpers[place + 1 :])
+            return torch.full_like(scores, warper.filter_value).scatter(1, token_ids, left)
+        scores = warper(None, scores)
+    return scores
 
 
 def _pick(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
