@@ -13,6 +13,7 @@ from zoo import TEXT, make_inputs
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
 from transformers_msd.target import attending
 from transformers_msd.target.attending import attend, by_groups
+from transformers_msd.trees.masks import tree_attention_mask
 
 
 SHAPES = {
@@ -120,3 +121,12 @@ def test_calls_draft_and_verify_by_groups(kernels: list[tuple[int, ...]]) -> Non
     assert len(kernels) > 2 * target.config.num_hidden_layers
     assert {shape[1] for shape in kernels} == {2}
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_masks_begin_where_kernels_read_them_in_place() -> None:
+    columns, visible = torch.rand(2, 1, 13) < 0.5, torch.rand(2, 4, 6) < 0.5
+    mask = tree_attention_mask(columns, visible, torch.float16)
+    seen = torch.cat([columns.expand(-1, 4, -1), visible], dim=-1)
+    assert torch.equal(mask[:, 0] == 0, seen)
+    assert (mask[:, 0][~seen] == torch.finfo(torch.float16).min).all()
+    assert [stride % 8 for stride in mask.stride()] == [0, 0, 0, 1]

@@ -11,12 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from transformers_msd.trees.masks import aligned_mask
+
 
 NAME = "sdpa"
 # Elsewhere Transformers leaves groups to PyTorch, masks or not.
 _DEVICES = ("cpu", "cuda")
-# Of one row of a mask, for which kernels that read aligned memory copy nothing.
-_ALIGNMENT = 16
 
 _lock = threading.Lock()
 _num_calls = 0
@@ -61,8 +61,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query = query.unflatten(1, (-1, group)).flatten(2, 3)
     shape = (len(attention_mask), 1, group, *attention_mask.shape[2:])
-    wide = attention_mask.new_empty(*shape[:-1], shape[-1] + -shape[-1] % _ALIGNMENT)
-    mask = wide[..., : shape[-1]].copy_(attention_mask[:, :, None]).flatten(2, 3)
+    mask = aligned_mask(shape, attention_mask.dtype, attention_mask.device)
+    mask = mask.copy_(attention_mask[:, :, None]).flatten(2, 3)
     output = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
     output = output.unflatten(2, (group, num_rows)).flatten(1, 2)
     return output.transpose(1, 2).contiguous(), None

@@ -3,6 +3,9 @@
 import torch
 
 
+ALIGNMENT = 8
+
+
 def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     Lay tree nodes flat behind a cache: an additive mask by which each node sees the cache and its own ancestors.
@@ -20,7 +23,14 @@ def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: tor
     """
     seen = torch.cat([columns.expand(-1, visible.shape[1], -1), visible], dim=-1)
     # Not a bool mask: eager attention adds it to the scores as it is.
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    mask = aligned_mask((len(seen), 1, *seen.shape[1:]), dtype, seen.device)
+    return mask.zero_().masked_fill_(~seen[:, None], torch.finfo(dtype).min)
+
+
+def aligned_mask(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make an empty mask whose rows start at multiples of 8 values: attention on a GPU copies any other."""
+    wide = torch.empty(*shape[:-1], shape[-1] + -shape[-1] % ALIGNMENT, dtype=dtype, device=device)
+    return wide[..., : shape[-1]]
 
 
 def causal_mask(batch_size: int, num_rows: int, device: torch.device) -> torch.Tensor:
