@@ -15,6 +15,8 @@ from transformers_msd.trees.masks import aligned_mask
 
 
 NAME = "sdpa"
+# What else Transformers' function may be given: it is left to it.
+OTHERS = ("softcap", "position_bias", "cache")
 # Elsewhere Transformers leaves groups to PyTorch, masks or not.
 _DEVICES = ("cpu", "cuda")
 
@@ -55,7 +57,7 @@ def attend(
     num_heads, num_rows = query.shape[1:3]
     group = getattr(module, "num_key_value_groups", 1)
     is_shared = group > 1 and num_rows > 1 and group * key.shape[1] == num_heads
-    is_plain = not any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
+    is_plain = not any(kwargs.get(name) is not None for name in OTHERS)
     is_masked = attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == 1
     if not (is_shared and is_plain and is_masked and query.device.type in _DEVICES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

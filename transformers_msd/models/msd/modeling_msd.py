@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.places import check_finite, check_folder
+from transformers_msd.models.sharing import SharedDraft
 from transformers_msd.traits.decoders import make_decoder
 from transformers_msd.trees.tree import TreeConfig
 
@@ -73,7 +74,7 @@ def _average(states: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return (total / sizes[..., None]).to(states.dtype)
 
 
-class MSDDraftModel(PreTrainedModel):
+class MSDDraftModel(SharedDraft):
     """
     Draft model of MSD (arXiv 2505.14260): predicts the target's next feature from a token and the feature before it.
 
