@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from oracle import Oracle
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
     CompileConfig,
@@ -87,7 +86,8 @@ def test_weights_that_come_when_they_are_needed(folder: Path, tmp_path: Path, of
 
 
 def test_weights_of_8_bits(folder: Path) -> None:
-    settings = TorchAoConfig(Int8WeightOnlyConfig())
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is no dependency")
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
     assert type(target.lm_head.weight) is torch.nn.Parameter
     assert type(target.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
@@ -95,13 +95,14 @@ def test_weights_of_8_bits(folder: Path) -> None:
 
 
 def test_a_draft_of_8_bits(folder: Path, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is no dependency")
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(1)
     whole = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=60))
     said = target.generate(**make_inputs("llama", (0, 0), lengths=(12, 9)), max_new_tokens=24)
     whole.choose_tokens(said.flatten().bincount(minlength=VOCAB_SIZE).float(), target.get_output_embeddings())
     whole.save_pretrained(tmp_path)
-    settings = TorchAoConfig(Int8WeightOnlyConfig())
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     draft = MSDDraftModel.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=settings).eval()
     assert type(draft.fc.weight) is not torch.nn.Parameter
     check(target, drafts_itself=False, draft=draft)

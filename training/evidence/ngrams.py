@@ -33,7 +33,7 @@ from transformers_msd.drafters.msd import MSDDrafter
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-# Also of Transformers' own, greedily: it draws other samples.
+# Also of Transformers' own, greedily, for it draws other samples, and without pictures, for it loses them.
 PROMPT_LOOKUP = "prompt lookup (Transformers)"
 
 
@@ -42,7 +42,7 @@ def compare(
 ) -> dict[str, Any]:
     """Answer prompts plainly and with each assistant in turn."""
     calls = {name: {"assistant_model": assistant} for name, assistant in assistants.items()}
-    if not call["do_sample"]:
+    if not call["do_sample"] and "pixel_values" not in prompts[0]:
         calls[PROMPT_LOOKUP] = {"prompt_lookup_num_tokens": 10}
     seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in ("plain", *calls)}
     rounds: dict[str, list[list[int]]] = {name: [] for name in calls}
