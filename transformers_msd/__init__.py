@@ -12,6 +12,9 @@ from transformers_msd.drafters.ngrams import NgramDrafter
 from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
+from transformers_msd.models.auto import AutoDraftModel
+from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
+from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
@@ -22,9 +25,12 @@ from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "AutoDraftModel",
     "CallInputs",
     "Caption",
     "Committed",
+    "Eagle3Config",
+    "Eagle3DraftModel",
     "EnsembleDrafter",
     "MSDConfig",
     "MSDDraftModel",
@@ -48,6 +54,7 @@ __all__ = [
     "enable",
 ]
 
-AutoConfig.register(MSDConfig.model_type, MSDConfig, exist_ok=True)
-AutoModel.register(MSDConfig, MSDDraftModel, exist_ok=True)
+for config_class, model_class in ((MSDConfig, MSDDraftModel), (Eagle3Config, Eagle3DraftModel)):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
 enable()

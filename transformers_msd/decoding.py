@@ -16,7 +16,7 @@ from transformers_msd.call.emission import Emission
 from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE, num_prompt_columns
-from transformers_msd.drafters.base import CallInputs, TreeAssistant, tree_config_of
+from transformers_msd.drafters.base import CallInputs, TreeAssistant, feature_layers_of, tree_config_of
 from transformers_msd.drafters.gate import Evidence, Gate
 from transformers_msd.drafters.ngrams import NgramBranches, Outcomes
 from transformers_msd.target.attending import by_groups
@@ -77,7 +77,8 @@ def tree_decoding(
     cache = model_kwargs[CACHE]
     check_cache(cache)
     make_target = StatefulTarget if keeps_states(model.config) else Target
-    target = make_target(model, model_kwargs, generation_config, captures if isinstance(cache, StaticCache) else None)
+    target_captures = captures if isinstance(cache, StaticCache) else None
+    target = make_target(model, model_kwargs, generation_config, target_captures, feature_layers_of(assistant))
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
     emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
     prompt_length = num_prompt_columns(input_ids, cache, model_kwargs, generation_config)

@@ -14,7 +14,7 @@ from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.drafters.ngrams import NgramDrafter
 from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.trees.tree import TreeConfig
 
@@ -109,7 +109,7 @@ def make_methods(
         methods.append(Method("n-grams", {"assistant_model": NgramDrafter()}, drafts_trees=True))
     vocab_size = target.config.get_text_config().vocab_size
     for name, draft in drafts.items():
-        is_msd = isinstance(draft, MSDDraftModel)
+        is_msd = isinstance(draft, FeatureDraftModel)
         if "assisted" in arguments.baselines and not is_msd:
             if draft.config.get_text_config().vocab_size == vocab_size:
                 call = {"assistant_model": draft}
@@ -160,7 +160,7 @@ def _assistants(arguments: BenchArguments, draft: PreTrainedModel, name: str) ->
     """Make the assistants of one draft, one for each tree and view."""
     kinds: list[tuple[Any, str]] = []
     for tree in arguments.tree_configs or [None]:
-        if isinstance(draft, MSDDraftModel):
+        if isinstance(draft, FeatureDraftModel):
             kinds.append((MSDDrafter(draft, tree), name))
             continue
         kinds.append((VLMDrafter(draft, tree_config=tree), name))

@@ -5,10 +5,11 @@ from itertools import accumulate, count
 
 import torch
 
-from transformers_msd import MSDDraftModel, VLMDrafter
+from transformers_msd import VLMDrafter
 from transformers_msd.cli.options import positive
 from transformers_msd.costs.calibration import conditions, costs_path, read_costs, save_costs
 from transformers_msd.costs.rounds import Costs
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.tuning import MAX_PASSES, NUM_PASSES, SIZES, TOLERANCE, measure_costs, num_calls
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     target = load_model(arguments.target_model, arguments.dtype, device)
     draft = load_model(arguments.draft_model, arguments.dtype, device)
-    assistant = draft if isinstance(draft, MSDDraftModel) else VLMDrafter(draft)
+    assistant = draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)
     measured: list[Costs] = []
     ends = list(accumulate(map(num_calls, SIZES), initial=0))
     with Progress("call", ends[-1]) as progress:

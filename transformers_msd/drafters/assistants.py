@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers_msd.drafters.base import TreeAssistant
 from transformers_msd.drafters.msd import MSDDrafter
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 
 
 # Draft models that a user passes as they are, and the assistants that draft with them.
-DRAFTERS = {MSDDraftModel: MSDDrafter}
+DRAFTERS = {FeatureDraftModel: MSDDrafter}
 
 
 def assistant_for(assistant_model: Any) -> TreeAssistant | None:

@@ -162,6 +162,11 @@ def as_chains(assistant: TreeAssistant, target: str) -> TreeAssistant:
     return chains
 
 
+def feature_layers_of(assistant: TreeAssistant) -> tuple[int, ...]:
+    """Return the hidden states of the target that an assistant's draft reads; the last, where it does not say."""
+    return next((model.feature_layers for model in models_of(assistant) if hasattr(model, "feature_layers")), (-1,))
+
+
 def models_of(assistant: TreeAssistant) -> tuple[PreTrainedModel, ...]:
     """Return the models that an assistant drafts with, where it says so."""
     return tuple(getattr(assistant, "models", ()))

@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import (
 
 from transformers_msd.caches.check import LAYERS, check_cache
 from transformers_msd.compat import cache_of, default_settings
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.probing import states_fact
 from transformers_msd.traits.support import check_padding, features_fact, keeps_states, unsupported_fact
 
@@ -98,7 +98,7 @@ def check_draft(model: PreTrainedModel) -> None:
             The draft.
     """
     name = type(model).__name__
-    if isinstance(model, MSDDraftModel):
+    if isinstance(model, FeatureDraftModel):
         raise ValueError(
             f"{name} drafts from the target's features: pass it as `assistant_model`, not to a drafter of models of "
             "their own."

@@ -247,6 +247,10 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._room is None:
             # Rows of the target that the draft has none for.
             self._starts = committed.position_ids[:, 0]
+        if self._draft.reads_placeholders:
+            placeholders = self._target.embed(committed.token_ids.clamp(min=0))
+            visual = committed.visual_mask[..., None]
+            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
         if self._draft.config.visual_pool_size == 1:
             return committed
         rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
@@ -269,7 +273,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             attention_mask = self._room.mask(causal_mask(batch_size, num_rows, self._device), self._dtype)
         hidden = self._forward(
             inputs_embeds=committed.inputs_embeds,
-            features=committed.features,
+            features=self._draft.fuse(committed.features.to(self._device, self._dtype)),
             visual_mask=committed.visual_mask,
             attention_mask=attention_mask,
             position_ids=committed.position_ids,

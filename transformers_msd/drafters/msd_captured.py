@@ -88,7 +88,7 @@ def draft_trees(
     batch_size, num_rows = position_ids.shape
     causal = causal_mask(batch_size, num_rows, position_ids.device)
     last_rows = (counts - 1).clamp(min=0)[:, None]
-    hidden = take_rows(forward(inputs_embeds, features, position_ids, lengths, causal), last_rows)
+    hidden = take_rows(forward(inputs_embeds, draft.fuse(features), position_ids, lengths, causal), last_rows)
     roots = position_ids.gather(1, last_rows)
     depth = 0
 

@@ -21,8 +21,9 @@ class Committed:
             Tokens `r + 1`; -1 where a prompt was given as embeddings alone.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
             Input embeddings of tokens `r + 1`, visual features merged in.
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            Last hidden states of the target at tokens `r`, after its final norm, which predicted tokens `r + 1`.
+        features (`torch.Tensor` of shape `(batch_size, num_rows, num_layers * hidden_size)`):
+            Hidden states of the target at tokens `r`, of the layers that the draft reads, one behind the other: the
+            last ones, after its final norm, where it does not say.
         position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
             Places of tokens `r` among the real tokens of their sequence.
         visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):

@@ -10,7 +10,7 @@ from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.committed import Committed
-from transformers_msd.target.recording import Recorder, with_ends
+from transformers_msd.target.recording import Recorder, side_by_side, with_layers
 from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
@@ -38,6 +38,8 @@ class Target:
             The settings of the call.
         captures ([`Captures`], *optional*):
             Compiles the forwards after the prompt, on tensors of fixed shapes.
+        feature_layers (`tuple[int, ...]`, *optional*, defaults to the last):
+            Hidden states that a draft reads, numbered as `output_hidden_states` returns them.
     """
 
     def __init__(
@@ -46,15 +48,18 @@ class Target:
         model_kwargs: dict[str, Any],
         generation_config: GenerationConfig,
         captures: Captures | None = None,
+        feature_layers: tuple[int, ...] = (-1,),
     ) -> None:
         self.model = model
+        self.feature_layers = feature_layers
         self.cache = model_kwargs[CACHE]
         self._dtype = dtype_of(model)
         # What it does to embeddings and to logits. Kept here: compiled code must not look into a table of all models.
         self.scales = scales_of(model)
         self._layer_types, self._windows = zip(*layer_windows(model.config), strict=True)
         self._generation_config = generation_config
-        self._model_kwargs = model_kwargs | {"output_hidden_states": with_ends(generation_config.output_hidden_states)}
+        wanted = with_layers(generation_config.output_hidden_states, feature_layers)
+        self._model_kwargs = model_kwargs | {"output_hidden_states": wanted}
         self._captures = captures
         self.room: Room | None = None
         # Most new tokens of the call, where it has an end.
@@ -81,14 +86,15 @@ class Target:
         outputs = self._run_prompt(recorder, input_ids)
         self.device = outputs.hidden_states[-1].device
         self._settle_prompt(len(outputs.logits), self.device)
-        inputs_embeds, features = (
+        inputs_embeds, *features = (
             torch.cat([output.hidden_states[layer].to(self.device) for output in recorder.outputs], dim=1)
-            for layer in (0, -1)
+            for layer in (0, *self.feature_layers)
         )
-        self.num_prompt_rows = features.shape[1]  # columns that the cache lacked
-        self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, features, outputs.logits[:, -1])
+        last = outputs.hidden_states[-1][:, -1].to(self.device), outputs.logits[:, -1]
+        self.num_prompt_rows = inputs_embeds.shape[1]  # columns that the cache lacked
+        self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, side_by_side(features), *last)
         # The token at the root is not looked at: what follows the prompt was computed with it.
-        return TokenTree.root(torch.zeros(len(features), dtype=torch.long, device=self.device)), outputs
+        return TokenTree.root(torch.zeros(len(inputs_embeds), dtype=torch.long, device=self.device)), outputs
 
     def _run_prompt(self, model: Any, input_ids: torch.Tensor) -> ModelOutput:
         """Let Transformers run the prompt by a model, or by what stands in for it."""
@@ -119,7 +125,12 @@ class Target:
             self.room.leave(self._prompt_length + max(num_steps - 1, 0))
 
     def _prompt_rows(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor, logits: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        last: torch.Tensor,
+        logits: torch.Tensor,
     ) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
         batch_size, num_rows, _ = features.shape
@@ -135,9 +146,9 @@ class Target:
         if wants_scales(self.model):
             text = real & ~visual_mask
             if table_rows is not None:
-                find_scales(self.model, table_rows[text], inputs_embeds[text], features[:, -1], logits)
+                find_scales(self.model, table_rows[text], inputs_embeds[text], last, logits)
             elif input_ids.shape[1] >= num_rows:
-                find_scales(self.model, table(token_ids[text]), inputs_embeds[text], features[:, -1], logits)
+                find_scales(self.model, table(token_ids[text]), inputs_embeds[text], last, logits)
             self.scales = scales_of(self.model)
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
@@ -237,13 +248,13 @@ class Target:
             prompt, self._prompt = self._prompt, None
             return prompt.before(roots, self.embed(roots))
         path = acceptance.path[:, : max(*new, 1)]
-        inputs_embeds, features = (outputs.hidden_states[layer].to(device) for layer in (0, -1))
+        states = [outputs.hidden_states[layer].to(device) for layer in (0, *self.feature_layers)]
         if tree.num_nodes > 1:
-            inputs_embeds, features = take_rows(inputs_embeds, path), take_rows(features, path)
+            states = [take_rows(rows, path) for rows in states]
         rows = Committed(
             token_ids=tree.token_ids.gather(1, path),
-            inputs_embeds=inputs_embeds,
-            features=features,
+            inputs_embeds=states[0],
+            features=side_by_side(states[1:]),
             position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
             visual_mask=torch.zeros_like(path, dtype=torch.bool),
             lengths=counts,

@@ -1,20 +1,15 @@
 """Turns published MSD checkpoints into ours."""
 
-import json
 import re
-import zipfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.places import check_finite, check_place
-from transformers_msd.models.weights import read_weight_map
+from transformers_msd.models.places import check_finite
+from transformers_msd.models.published import check_weights, find_folder, read_config, read_weights
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -46,19 +41,15 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Config of the target.
     """
     check_target_config(target_config)
-    folder = Path(path_or_repo_id)
-    if not folder.is_dir():
-        check_place(str(path_or_repo_id), "checkpoint")
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
-        folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
-    published = _load_config(folder / "config.json")
+    folder = find_folder(path_or_repo_id)
+    published = read_config(folder)
     if published.get("model_type") == MSDConfig.model_type:
         return _load_ours(folder, target_config)
-    weights = {key: value for key, value in _load_weights(folder).items() if not _DROPPED.fullmatch(key)}
+    weights = {key: value for key, value in read_weights(folder).items() if not _DROPPED.fullmatch(key)}
 
     draft = MSDDraftModel(_draft_config(published, weights, target_config))
     weights = {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
-    _check_weights(folder, weights, draft.state_dict())
+    check_weights(folder, weights, draft.state_dict())
     draft = draft.to(weights["fc.weight"].dtype)
     draft.load_state_dict(weights)
     check_finite(draft, str(path_or_repo_id))
@@ -73,13 +64,6 @@ def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
     return draft.eval()
 
 
-def _load_config(file: Path) -> dict:
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} must hold the config of the draft: {error}. Copy the folder again.") from None
-
-
 def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_config: PreTrainedConfig) -> MSDConfig:
     fields = {name: published[name] for name in _TEXT_FIELDS if name in published}
     if "rope_theta" in published:
@@ -92,45 +76,6 @@ def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_conf
         fc_bias=published.get("bias", True),
         input_layernorm="layers.0.input_layernorm.weight" in weights,
     )
-
-
-def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
-        files, index = [folder / name], folder / f"{name}.index.json"
-        if index.exists():
-            files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
-        if files[0].exists():
-            try:
-                return {key: value for file in files for key, value in load(file).items()}
-            except (OSError, SafetensorError, zipfile.BadZipFile) as error:
-                raise ValueError(f"The weights in {folder} can't be read: {error}. Copy the folder again.") from None
-    raise ValueError(
-        f"Expected `model.safetensors` or `pytorch_model.bin` in {folder}, got "
-        f"{sorted(file.name for file in folder.iterdir())}. Point to the folder of a published MSD checkpoint."
-    )
-
-
-def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"The weights in {folder} do not make an MSD draft for this target: missing {missing}, unexpected "
-            f"{unexpected}. Check that the target is of the model family the draft was trained for."
-        )
-    wrong = {
-        key: f"expected {tuple(expected[key].shape)}, got {tuple(value.shape)}"
-        for key, value in weights.items()
-        if value.shape != expected[key].shape
-    }
-    if wrong:
-        raise ValueError(
-            f"The weights in {folder} do not have the sizes its `config.json` and the target say: {wrong}. Check "
-            "that the target is the one the draft was trained for."
-        )
 
 
 __all__ = ["convert_msd_checkpoint"]

@@ -1,23 +1,18 @@
 """The MSD draft: one decoder layer on the target's features, text and visual tokens decoupled."""
 
 import math
-from dataclasses import asdict
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from transformers_msd.compat import CACHE, cache_of, stock_drafting_error
+from transformers_msd.compat import CACHE, cache_of
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.places import check_finite, check_folder
-from transformers_msd.models.sharing import SharedDraft
 from transformers_msd.traits.decoders import make_decoder
-from transformers_msd.trees.tree import TreeConfig
 
 
 def pool_visual_rows(
@@ -74,7 +69,7 @@ def _average(states: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return (total / sizes[..., None]).to(states.dtype)
 
 
-class MSDDraftModel(SharedDraft):
+class MSDDraftModel(FeatureDraftModel):
     """
     Draft model of MSD (arXiv 2505.14260): predicts the target's next feature from a token and the feature before it.
 
@@ -86,12 +81,7 @@ class MSDDraftModel(SharedDraft):
     config: MSDConfig
     config_class = MSDConfig
     base_model_prefix = "model"
-    main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: MSDConfig):
         super().__init__(config)
@@ -104,25 +94,6 @@ class MSDDraftModel(SharedDraft):
             # Ids of the tokens it knows; -1 until they are chosen.
             self.register_buffer("draft_token_ids", torch.full((config.draft_vocab_size,), -1))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        name, settings = str(pretrained_model_name_or_path), {"ignore_mismatched_sizes": True} | kwargs
-        if not {"config", "state_dict"} & kwargs.keys():
-            check_folder(name, kwargs.get("subfolder") or "")
-        try:
-            draft, loaded = super().from_pretrained(
-                pretrained_model_name_or_path, *args, **settings | {"output_loading_info": True}
-            )
-        except SafetensorError as error:
-            raise ValueError(f"The weights in {name} can't be read: {error}. Copy the folder again.") from None
-        wrong = {kind: sorted(map(str, loaded[kind])) for kind in ("missing_keys", "unexpected_keys")}
-        if "ignore_mismatched_sizes" not in kwargs:
-            wrong["mismatched_keys"] = sorted(map(str, loaded["mismatched_keys"]))
-        if any(wrong.values()):
-            raise ValueError(f"The weights in {name} must be those of its config, got {wrong}. Copy the folder again.")
-        check_finite(draft, name)
-        return (draft, loaded) if kwargs.get("output_loading_info") else draft
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -139,25 +110,6 @@ class MSDDraftModel(SharedDraft):
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "generation_config":  # Transformers' own way of drafting asks for it first
-            raise stock_drafting_error(self)
-        return super().__getattr__(name)
-
-    @property
-    def tree_config(self) -> TreeConfig:
-        """Tree to draft with; it is saved with the model."""
-        return TreeConfig(**(self.config.tree_config or {}))
-
-    @tree_config.setter
-    def tree_config(self, tree_config: TreeConfig) -> None:
-        self.config.tree_config = asdict(TreeConfig.checked(tree_config))
-
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether the tokens of a smaller vocabulary are still to be chosen."""
-        return self.head is not None and bool((self.draft_token_ids < 0).any())
 
     @torch.no_grad()
     def choose_tokens(self, counts: torch.Tensor, head: nn.Module) -> None:
@@ -178,39 +130,6 @@ class MSDDraftModel(SharedDraft):
         probes = torch.eye(self.config.get_text_config().hidden_size, dtype=dtype, device=weight.device)
         columns = head(probes) - head(torch.zeros_like(probes[:1]))
         self.head.weight.copy_(columns[:, token_ids.to(columns.device)].T)
-
-    def logits(self, features: torch.Tensor, target: Any) -> torch.Tensor:
-        """
-        Turn predicted features into logits of the target's vocabulary; tokens that are not drafted get the lowest.
-
-        Args:
-            features (`torch.Tensor` of shape `(..., hidden_size)`):
-                Predicted features.
-            target ([`Target`]):
-                The target, whose head drafts use that have none.
-        """
-        if self.head is None:
-            return target.logits(features)
-        own = target.scales.of_logits(self.head(features))
-        logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
-        return logits.index_copy_(-1, self.draft_token_ids, own)
-
-    def check_target(self, target: PreTrainedModel) -> None:
-        """
-        Raise a `ValueError` unless this draft can read the target's features and use its embeddings and head.
-
-        Args:
-            target (`PreTrainedModel`):
-                Model to draft for.
-        """
-        ours, theirs = self.config.get_text_config(), target.config.get_text_config()
-        for name in ("hidden_size", "vocab_size"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"The draft was made for a target of `{name}` {getattr(ours, name)}, got {type(target).__name__} "
-                    f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
-                    "`MSDConfig.from_target(target.config)`."
-                )
 
     def forward(
         self,

@@ -1,0 +1,310 @@
+"""EAGLE-3 drafts in the layouts they are published in, against a forward of their own, and as drafts in `generate`."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import scaled_dot_product_attention, silu
+from transformers import AutoModelForImageTextToText, CompileConfig, PreTrainedModel
+from zoo import IMAGE_ID, VOCAB_SIZE, make_inputs, make_target
+
+from transformers_msd import AutoDraftModel, Eagle3DraftModel, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig
+from transformers_msd.compat import CACHE
+
+
+NUM_LAYERS, HIDDEN, NUM_HEADS, NUM_SHARED, HEAD_DIM = 8, 32, 4, 2, 12
+DRAFTED = sorted({*range(3, 80, 2), 4, 8, 30})
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_attention_heads": NUM_HEADS,
+    "num_key_value_heads": NUM_SHARED,
+    "head_dim": HEAD_DIM,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+}
+# Of each layout: its config, how its layer is called, norms besides, and the base of its positions.
+Layout = tuple[dict[str, Any], str, tuple[str, ...], float]
+LAYOUTS: dict[str, Layout] = {
+    "SafeAILab": (SIZES | {"architectures": ["LlamaForCausalLMEagle3"], "rope_theta": 5e5}, "midlayer", (), 5e5),
+    # Its code reads no base.
+    "AngelSlim": (SIZES | {"architectures": ["Eagle3LlamaForCausalLM"], "rope_theta": 5e5}, "midlayer", (), 1e4),
+    "SpecForge": (
+        SIZES
+        | {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 2e4},
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 6]},
+        },
+        "midlayer",
+        (),
+        2e4,
+    ),
+    "speculators": (
+        {
+            "speculators_model_type": "eagle3",
+            "transformer_layer_config": SIZES | {"model_type": "llama", "rope_theta": 1e4},
+            "norm_before_residual": True,
+            "eagle_aux_hidden_state_layer_ids": [1, 5, 7],
+        },
+        "layers.0",
+        (),
+        1e4,
+    ),
+    "EAGLE-3.1, norms of each": (
+        {
+            "transformer_layer_config": SIZES | {"rope_theta": 1e4},
+            "norm_before_residual": False,
+            "norm_output": True,
+        },
+        "layers.0",
+        ("fc_norm.0", "fc_norm.1", "fc_norm.2"),
+        1e4,
+    ),
+    "EAGLE-3.1, one norm": (SIZES, "midlayer", ("input_norm",), 1e4),
+}
+TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7)}
+
+
+def taps_of(name: str) -> tuple[int, ...]:
+    return TAPS.get(name, (2, NUM_LAYERS // 2, NUM_LAYERS - 3))
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    config = copy.deepcopy(make_target("llava").config)
+    config.text_config.num_hidden_layers = NUM_LAYERS
+    torch.manual_seed(0)
+    target = AutoModelForImageTextToText.from_config(config).eval()
+    target.generation_config.eos_token_id = None
+    return target
+
+
+def make_weights(name: str) -> dict[str, torch.Tensor]:
+    _, layer, norms, _ = LAYOUTS[name]
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    wide, shared = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM
+    weights = {
+        f"{layer}.self_attn.q_proj.weight": random(wide, 2 * HIDDEN),
+        f"{layer}.self_attn.k_proj.weight": random(shared, 2 * HIDDEN),
+        f"{layer}.self_attn.v_proj.weight": random(shared, 2 * HIDDEN),
+        f"{layer}.self_attn.o_proj.weight": random(HIDDEN, wide),
+        f"{layer}.mlp.gate_proj.weight": random(48, HIDDEN),
+        f"{layer}.mlp.up_proj.weight": random(48, HIDDEN),
+        f"{layer}.mlp.down_proj.weight": random(HIDDEN, 48),
+        "fc.weight": random(HIDDEN, 3 * HIDDEN),
+        "lm_head.weight": random(len(DRAFTED), HIDDEN),
+        "d2t": torch.tensor(DRAFTED) - torch.arange(len(DRAFTED)),
+        "t2d": torch.isin(torch.arange(VOCAB_SIZE), torch.tensor(DRAFTED)),
+        "embed_tokens.weight": random(VOCAB_SIZE, HIDDEN),
+    }
+    for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        weights[f"{layer}.{norm}.weight"] = 1 + random(HIDDEN)
+    for norm in ("norm", *norms):
+        weights[f"{norm}.weight"] = 1 + random(3 * HIDDEN if norm == "input_norm" else HIDDEN)
+    return weights
+
+
+def write(folder: Path, name: str, weights: dict[str, torch.Tensor] | None = None, **changed: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    weights = make_weights(name) if weights is None else weights
+    (folder / "config.json").write_text(json.dumps(LAYOUTS[name][0] | changed))
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def independent(
+    name: str, weights: dict[str, torch.Tensor], embeds: torch.Tensor, taps: torch.Tensor, own: tuple = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The published forward over all rows at once, written anew: `embeds` `(n, hidden)` and `taps` `(n, 3 * hidden)`, and
+    then rows `own` that read features `(1, hidden)` of the draft. Returns what the next row reads, and the logits.
+    """
+    published, layer, norms, theta = LAYOUTS[name]
+
+    def normed(rows: torch.Tensor, key: str) -> torch.Tensor:
+        return rows * (rows.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[f"{key}.weight"]
+
+    def rotated(rows: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(rows.shape[1])[:, None] * theta ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        first, second = rows.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def heads(rows: torch.Tensor, kind: str, num: int) -> torch.Tensor:
+        projected = rows @ weights[f"{layer}.self_attn.{kind}_proj.weight"].T
+        return projected.view(len(rows), num, HEAD_DIM).transpose(0, 1).repeat_interleave(NUM_HEADS // num, 0)
+
+    if "input_norm" in norms:
+        taps = normed(taps, "input_norm")
+    elif norms:
+        parts = taps.chunk(3, dim=-1)
+        taps = torch.cat([normed(part, norm) for part, norm in zip(parts, norms, strict=True)], dim=-1)
+    features = torch.cat([taps @ weights["fc.weight"].T, *(feature for _, feature in own)])
+    embeds = torch.cat([embeds, *(embed for embed, _ in own)])
+    read = normed(features, f"{layer}.hidden_norm")
+    residual = read if published.get("norm_before_residual") else features
+    joined = torch.cat([normed(embeds, f"{layer}.input_layernorm"), read], dim=-1)
+    query, key = rotated(heads(joined, "q", NUM_HEADS)), rotated(heads(joined, "k", NUM_SHARED))
+    attended = scaled_dot_product_attention(query, key, heads(joined, "v", NUM_SHARED), is_causal=True)
+    hidden = residual + attended.transpose(0, 1).flatten(1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
+    inner = normed(hidden, f"{layer}.post_attention_layernorm")
+    gate, up, down = (weights[f"{layer}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down"))
+    hidden = hidden + (silu(inner @ gate) * (inner @ up)) @ down
+    last = normed(hidden, "norm")
+    return (last if published.get("norm_output") else hidden), last @ weights["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_published_forward(name: str, target: PreTrainedModel, tmp_path: Path) -> None:
+    weights = make_weights(name)
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    assert type(draft) is Eagle3DraftModel
+    assert draft.feature_layers == taps_of(name)
+    embeds, taps, embed = torch.randn(9, HIDDEN), torch.randn(9, 3 * HIDDEN), torch.randn(1, HIDDEN)
+    expected, logits = independent(name, weights, embeds, taps)
+    outputs = draft(inputs_embeds=embeds[None], features=draft.fuse(taps[None]), use_cache=True)
+    torch.testing.assert_close(outputs.last_hidden_state[0], expected, atol=1e-4, rtol=1e-4)
+    # A level deeper it reads what it said itself.
+    expected, logits = independent(name, weights, embeds, taps, ((embed, expected[-1:]),))
+    cache = {CACHE: outputs[CACHE]}
+    outputs = draft(inputs_embeds=embed[None], features=outputs.last_hidden_state[:, -1:], use_cache=True, **cache)
+    torch.testing.assert_close(outputs.last_hidden_state[0], expected[-1:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_proposals_are_those_of_the_published_forward(
+    name: str, with_picture: bool, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    weights = make_weights(name)
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    draft.tree_config = TreeConfig(num_nodes=2, depth=1, top_k=1, gate=False, ngrams=False)
+    inputs = make_inputs("llava", (1,) if with_picture else (0,), lengths=(12,))
+    call = {"max_new_tokens": 80, "do_sample": False, "return_dict_in_generate": True}
+    plain = target.generate(**inputs, **call)
+    drafted = target.generate(**inputs, **call, assistant_model=draft)
+    assert torch.equal(drafted.sequences, plain.sequences)
+    # What the published forward proposes after each token, of the target's hidden states at those before it.
+    ids = plain.sequences[0]
+    pictures = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    states = target(input_ids=ids[None], output_hidden_states=True, **pictures).hidden_states
+    taps = torch.cat([states[layer][0] for layer in taps_of(name)], dim=-1)
+    embeds = target.get_input_embeddings()(ids)  # of placeholders where pictures are
+    _, logits = independent(name, weights, embeds[1:], taps[:-1])
+    proposed = torch.tensor(DRAFTED)[logits.argmax(-1)]  # after token r + 1
+    place, lengths = inputs["input_ids"].shape[1], []
+    while place + 1 < len(ids):
+        accepted = bool(proposed[place - 1] == ids[place + 1])
+        lengths.append(min(1 + accepted, len(ids) - 1 - place))
+        place += lengths[-1]
+    assert drafted.speculative_stats.acceptance_lengths[:, 0].tolist() == lengths
+    assert drafted.speculative_stats.num_accepted > 0
+
+
+WAYS: dict[str, Callable[[Eagle3DraftModel], Any]] = {"eager": lambda draft: draft, "captured": StaticRuntime}
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_and_turns_equal_plain_ones(
+    way: str, do_sample: bool, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", "SafeAILab"), target)
+    draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False)
+    draft.save_pretrained(tmp_path / "ours")
+    again = AutoDraftModel.from_pretrained(tmp_path / "ours").eval()
+    for key, value in draft.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
+    call |= {"compile_config": CompileConfig(backend="eager", mode=None)} if way == "captured" else {}
+    inputs = make_inputs("llava", (2, 0, 1))
+    assistant = WAYS[way](again)
+    outputs = []
+    for assisted in ({}, {"assistant_model": assistant}):
+        torch.manual_seed(2)
+        first = target.generate(**inputs, **call, **assisted)
+        ids = torch.cat([first.sequences, torch.full((3, 2), 7)], dim=1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1])], 1)
+        second = target.generate(
+            input_ids=ids, attention_mask=mask.long(), **call, **assisted, **{CACHE: first[CACHE]}
+        )
+        outputs.append((first, second))
+    for plain, drafted in zip(*outputs, strict=True):
+        assert torch.equal(plain.sequences, drafted.sequences)
+        assert drafted.speculative_stats.num_accepted > 0
+
+
+def test_what_the_user_sees_is_what_was_asked_for(target: PreTrainedModel, tmp_path: Path) -> None:
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "SafeAILab"), target)
+    inputs = make_inputs("llava", (1,))
+    call = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": [1]}
+    plain, drafted = (target.generate(**inputs, **call, **own) for own in ({}, {"assistant_model": draft}))
+    for own, theirs in zip(drafted.hidden_states, plain.hidden_states, strict=True):
+        assert [state is None for state in own] == [state is None for state in theirs]
+
+
+def broken(weights: dict[str, torch.Tensor], **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in (weights | changed).items() if value is not None}
+
+
+WHOLE = make_weights("SafeAILab")
+BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "no map": (broken(WHOLE, d2t=None), {}, "must say by `d2t`"),
+    "a map that is a look-up": (broken(WHOLE, d2t=torch.tensor(DRAFTED)), {}, "must hold offsets"),
+    "maps that differ": (broken(WHOLE, t2d=~WHOLE["t2d"]), {}, "must hold offsets"),
+    "no head": (broken(WHOLE, **{"lm_head.weight": None}), {}, "must say by `d2t`"),
+    "a lost norm": (broken(WHOLE, **{"norm.weight": None}), {}, "missing \\['norm.weight'\\]"),
+    "one tensor more": (broken(WHOLE, more=torch.ones(2)), {}, "unexpected \\['more'\\]"),
+    "another width": (broken(WHOLE, **{"fc.weight": torch.ones(HIDDEN, HIDDEN)}), {}, "fc.weight"),
+    "not finite": (broken(WHOLE, **{"fc.weight": WHOLE["fc.weight"] / 0}), {}, "must be finite"),
+    "a target of another width": (WHOLE, {"target_hidden_size": 64}, "reads a target of 64"),
+    "layers that are not there": (
+        WHOLE,
+        {"eagle_aux_hidden_state_layer_ids": [2, 16, 29]},
+        "got one of 8 layers",
+    ),
+    "positions of several axes": (
+        WHOLE,
+        {"rope_scaling": {"type": "default", "mrope_section": [2, 2, 2]}},
+        "several axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_would_draft_badly_in_silence_is_refused(name: str, target: PreTrainedModel, tmp_path: Path) -> None:
+    weights, changed, message = BAD[name]
+    folder = write(tmp_path / "draft", "SafeAILab", weights, **changed)
+    with pytest.raises(ValueError, match=message):
+        AutoDraftModel.from_pretrained(folder, target)
+
+
+def test_speculators_must_say_what_is_added(target: PreTrainedModel, tmp_path: Path) -> None:
+    folder = write(tmp_path / "draft", "speculators")
+    config = json.loads((folder / "config.json").read_text())
+    del config["norm_before_residual"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must say `norm_before_residual`"):
+        AutoDraftModel.from_pretrained(folder, target)
+
+
+def test_drafts_of_ours_need_no_target(target: PreTrainedModel, tmp_path: Path) -> None:
+    MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(tmp_path / "msd")
+    assert type(AutoDraftModel.from_pretrained(tmp_path / "msd")) is MSDDraftModel
+    folder = write(tmp_path / "eagle3", "SafeAILab")
+    with pytest.raises(ValueError, match="needs its target"):
+        AutoDraftModel.from_pretrained(folder)
+    assert AutoDraftModel.from_pretrained(folder, target.config).config.visual_token_ids == [IMAGE_ID]
+    assert AutoDraftModel.from_pretrained(folder, target, torch.bfloat16).dtype == torch.bfloat16

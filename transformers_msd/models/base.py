@@ -1,0 +1,177 @@
+"""What drafts on a target's features have in common, whatever their layers are."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_msd.compat import stock_drafting_error
+from transformers_msd.models.places import check_finite, check_folder
+from transformers_msd.models.sharing import write_custom_generate
+from transformers_msd.trees.tree import TreeConfig
+
+
+class FeatureDraftModel(PreTrainedModel):
+    """
+    A draft that reads hidden states of the target: row `r` pairs the embedding of token `r + 1` with those at token
+    `r`, and predicts what a head needs to say token `r + 2`.
+
+    A head of its own, where it has one, knows the tokens of `draft_token_ids`, in this order.
+    """
+
+    main_input_name = "inputs_embeds"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    head: nn.Linear | None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name, settings = str(pretrained_model_name_or_path), {"ignore_mismatched_sizes": True} | kwargs
+        if not {"config", "state_dict"} & kwargs.keys():
+            check_folder(name, kwargs.get("subfolder") or "")
+        try:
+            draft, loaded = super().from_pretrained(
+                pretrained_model_name_or_path, *args, **settings | {"output_loading_info": True}
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {name} can't be read: {error}. Copy the folder again.") from None
+        wrong = {kind: sorted(map(str, loaded[kind])) for kind in ("missing_keys", "unexpected_keys")}
+        if "ignore_mismatched_sizes" not in kwargs:
+            wrong["mismatched_keys"] = sorted(map(str, loaded["mismatched_keys"]))
+        if any(wrong.values()):
+            raise ValueError(f"The weights in {name} must be those of its config, got {wrong}. Copy the folder again.")
+        check_finite(draft, name)
+        return (draft, loaded) if kwargs.get("output_loading_info") else draft
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generation_config":  # Transformers' own way of drafting asks for it first
+            raise stock_drafting_error(self)
+        return super().__getattr__(name)
+
+    @property
+    def tree_config(self) -> TreeConfig:
+        """Tree to draft with; it is saved with the model."""
+        return TreeConfig(**(self.config.tree_config or {}))
+
+    @tree_config.setter
+    def tree_config(self, tree_config: TreeConfig) -> None:
+        self.config.tree_config = asdict(TreeConfig.checked(tree_config))
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Hidden states of the target that are read, numbered as `output_hidden_states` returns them."""
+        return (-1,)
+
+    @property
+    def reads_placeholders(self) -> bool:
+        """Whether a visual token enters as the embedding of its placeholder, and not as a visual feature."""
+        return False
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the tokens of a smaller vocabulary are still to be chosen."""
+        return self.head is not None and bool((self.draft_token_ids < 0).any())
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Turn what is read of the target into what the layer reads, and what it predicts itself.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., len(feature_layers) * hidden_size)`):
+                Hidden states of the target, one layer behind the other.
+
+        Returns:
+            `torch.Tensor` of shape `(..., hidden_size)`.
+        """
+        return features
+
+    def logits(self, features: torch.Tensor, target: Any) -> torch.Tensor:
+        """
+        Turn predicted features into logits of the target's vocabulary; tokens that are not drafted get the lowest.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., hidden_size)`):
+                Predicted features.
+            target ([`Target`]):
+                The target, whose head drafts use that have none.
+        """
+        if self.head is None:
+            return target.logits(features)
+        own = target.scales.of_logits(self.head(features))
+        logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
+        return logits.index_copy_(-1, self.draft_token_ids, own)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """
+        Raise a `ValueError` unless this draft can read the target's features and use its embeddings and head.
+
+        Args:
+            target (`PreTrainedModel`):
+                Model to draft for.
+        """
+        ours, theirs = self.config.get_text_config(), target.config.get_text_config()
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"The draft was made for a target of `{name}` {getattr(ours, name)}, got {type(target).__name__} "
+                    f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
+                    "`MSDConfig.from_target(target.config)`."
+                )
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, custom_generate: bool | str = False, **kwargs: Any
+    ) -> None:
+        """
+        Save the draft as Transformers saves any model.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder to save to.
+            args:
+                As in [`~transformers.PreTrainedModel.save_pretrained`].
+            custom_generate (`bool` or `str`, *optional*, defaults to `False`):
+                Whether to write `custom_generate/generate.py` beside it, by which `generate(custom_generate=folder,
+                trust_remote_code=True)` drafts without an import. A string is the repository, or the folder, that it
+                will load the draft from; `save_directory` by default.
+            kwargs:
+                As in [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        if custom_generate and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "`custom_generate` must be written before the draft is uploaded, got `push_to_hub=True` with it. Call "
+                "`draft.push_to_hub(repo_id, custom_generate=True)`."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if custom_generate:
+            place = custom_generate if isinstance(custom_generate, str) else str(Path(save_directory).absolute())
+            write_custom_generate(save_directory, place)
+
+    def push_to_hub(self, repo_id: str, *, custom_generate: bool = False, **kwargs: Any) -> str:
+        """
+        Upload the draft as Transformers uploads any model.
+
+        Args:
+            repo_id (`str`):
+                Repository to upload to.
+            custom_generate (`bool`, *optional*, defaults to `False`):
+                Whether to upload `custom_generate/generate.py`, too, by which `generate(custom_generate=repo_id,
+                trust_remote_code=True)` drafts without an import.
+            kwargs:
+                As in [`~transformers.PreTrainedModel.push_to_hub`].
+        """
+        if not custom_generate:
+            return super().push_to_hub(repo_id, **kwargs)
+        # It saves by a method of the draft, and uploads what that leaves.
+        self.save_pretrained = partial(self.save_pretrained, custom_generate=repo_id)
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            del self.save_pretrained

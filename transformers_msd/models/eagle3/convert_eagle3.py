@@ -1,0 +1,177 @@
+"""Turns published EAGLE-3 checkpoints into ours."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, PreTrainedConfig
+
+from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
+from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
+from transformers_msd.models.msd.configuration_msd import check_target_config
+from transformers_msd.models.places import check_finite
+from transformers_msd.models.published import check_weights, find_folder, read_config, read_weights
+from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
+
+
+# Embeddings are the target's, rotary frequencies follow from the config, and what the maps say is kept as ids.
+_DROPPED = re.compile(r"embed_tokens\.weight|(.*\.)?rotary_emb\.inv_freq|d2t|t2d")
+_TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "hidden_act",
+    "max_position_embeddings",
+)
+_NAMES = {"midlayer.": "model.layers.0.", "layers.": "model.layers.", "lm_head.": "head."}
+
+
+def is_eagle3(weights: dict[str, torch.Tensor]) -> bool:
+    """Tell whether weights are those of an EAGLE-3 draft: only its layer has a norm of the feature."""
+    return any(key.endswith(".hidden_norm.weight") for key in weights)
+
+
+def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> Eagle3DraftModel:
+    """
+    Load an EAGLE-3 checkpoint as a draft for a target: of SafeAILab, AngelSlim or SpecForge (`midlayer.*`), or in the
+    format of speculators (`layers.0.*`).
+
+    Copies of the target's embeddings are dropped; every other tensor must have its place.
+
+    Args:
+        path_or_repo_id (`str` or `Path`):
+            Folder, or repository on the Hub, with `config.json` and its weights.
+        target_config (`PreTrainedConfig`):
+            Config of the target.
+
+    Raises:
+        ValueError: If it is no such checkpoint, belongs to another target, or needs what is not supported: more than
+            one layer, positions of several axes, embeddings of its own.
+    """
+    check_target_config(target_config)
+    folder = find_folder(path_or_repo_id)
+    published = read_config(folder)
+    weights = {key.removeprefix("model."): value for key, value in read_weights(folder).items()}
+    if not is_eagle3(weights):
+        raise ValueError(
+            f"The weights in {folder} must be those of an EAGLE-3 draft, got none named `hidden_norm`. Load other "
+            "drafts by `AutoDraftModel`."
+        )
+    token_ids = _draft_token_ids(folder, weights, target_config.get_text_config().vocab_size)
+    config = _draft_config(folder, published, weights, target_config, token_ids)
+    own = {_renamed(key): value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
+    draft = Eagle3DraftModel(config)
+    own["draft_token_ids"] = token_ids
+    check_weights(folder, own, draft.state_dict())
+    draft = draft.to(own["fc.weight"].dtype)
+    draft.load_state_dict(own)
+    check_finite(draft, str(path_or_repo_id))
+    return draft.eval()
+
+
+def _renamed(key: str) -> str:
+    return next((own + key.removeprefix(theirs) for theirs, own in _NAMES.items() if key.startswith(theirs)), key)
+
+
+def _draft_config(
+    folder: Path,
+    published: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    target_config: PreTrainedConfig,
+    token_ids: torch.Tensor,
+) -> Eagle3Config:
+    text, target_text = published.get("transformer_layer_config", published), target_config.get_text_config()
+    is_of_speculators = "transformer_layer_config" in published
+    num_layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")}) or 1
+    if num_layers > 1:
+        raise ValueError(f"An EAGLE-3 draft of one layer is supported, got {num_layers} in {folder}.")
+    theirs = published.get("target_hidden_size") or text["hidden_size"]
+    if theirs != text["hidden_size"] or text["hidden_size"] != target_text.hidden_size:
+        raise ValueError(
+            f"The draft in {folder} is {text['hidden_size']} wide and reads a target of {theirs}, got one of "
+            f"{target_text.hidden_size}. Pass the target that it was trained for; a draft of another width than its "
+            "target's is not supported."
+        )
+    if is_of_speculators and "norm_before_residual" not in published:
+        raise ValueError(
+            f"{folder / 'config.json'} must say `norm_before_residual`, got nothing, of which readers make different "
+            "things. Add what the draft was trained with."
+        )
+    fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
+    text_config = LlamaConfig(
+        **fields | special_token_ids(target_config),
+        vocab_size=target_text.vocab_size,
+        num_hidden_layers=1,
+        attention_bias=any(key.endswith("q_proj.bias") for key in weights),
+        rope_parameters=_rope_parameters(folder, published, text),
+        tie_word_embeddings=False,
+    )
+    vocab_size = target_text.vocab_size
+    return Eagle3Config(
+        text_config=text_config,
+        feature_layers=_feature_layers(published, target_text.num_hidden_layers),
+        draft_vocab_size=None if len(token_ids) == vocab_size else len(token_ids),
+        norm_before_residual=bool(published.get("norm_before_residual", False)),
+        fc_norm=any(key.startswith("fc_norm.") for key in weights),
+        norm_before_fc="input_norm.weight" in weights,
+        norm_output=bool(published.get("norm_output", False)),
+        visual_token_ids=visual_token_ids(target_config),
+    )
+
+
+def _feature_layers(published: dict[str, Any], num_layers: int) -> list[int]:
+    """Layers as `output_hidden_states` numbers them; `eagle_config` counts outputs of layers, one less."""
+    given = published.get("eagle_aux_hidden_state_layer_ids")
+    if given is None:
+        given = (published.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        given = None if given is None else [layer + 1 for layer in given]
+    layers = given or [2, num_layers // 2, num_layers - 3]
+    if not all(isinstance(layer, int) and 0 <= layer < num_layers for layer in layers):
+        raise ValueError(
+            f"The draft reads hidden states {layers} of its target, got one of {num_layers} layers. Pass the target "
+            "that it was trained for."
+        )
+    return layers
+
+
+def _rope_parameters(folder: Path, published: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    scaling = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
+    if scaling.get("mrope_section"):
+        raise ValueError(
+            f"The draft in {folder} has positions of several axes (`mrope_section`), which is not supported yet."
+        )
+    # AngelSlim's code passes no base to the positions of such drafts, whatever their configs say.
+    if published.get("architectures") == ["Eagle3LlamaForCausalLM"]:
+        return scaling | {"rope_theta": 10000.0}
+    return scaling | {"rope_theta": scaling.get("rope_theta") or text.get("rope_theta") or 10000.0}
+
+
+def _draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """Ids of the target that the rows of the draft's head stand for: `d2t` holds how much larger they are."""
+    num_tokens = len(weights["lm_head.weight"]) if "lm_head.weight" in weights else 0
+    offsets, known = weights.get("d2t"), weights.get("t2d")
+    if offsets is None and num_tokens == vocab_size:
+        return torch.arange(vocab_size)
+    if offsets is None or len(offsets) != num_tokens:
+        raise ValueError(
+            f"The draft in {folder} must say by `d2t` which of the target's {vocab_size} tokens the {num_tokens} rows "
+            f"of its head are, got {'none' if offsets is None else f'{len(offsets)} of them'}. Pass the target of this "
+            "draft, or copy the folder again."
+        )
+    token_ids = torch.arange(num_tokens) + offsets.long()
+    is_ordered = bool((token_ids[1:] > token_ids[:-1]).all())
+    agrees = known is None or torch.equal(known.nonzero()[:, 0], token_ids)
+    if not is_ordered or not agrees or not 0 <= int(token_ids[0]) <= int(token_ids[-1]) < vocab_size:
+        raise ValueError(
+            f"`d2t` in {folder} must hold offsets that lead to ascending tokens of the target, those of `t2d`, got "
+            f"{token_ids[:3].tolist()} to {int(token_ids[-1])} of {vocab_size}. Copy the folder again."
+        )
+    return token_ids
+
+
+__all__ = ["is_eagle3", "load_eagle3_checkpoint"]

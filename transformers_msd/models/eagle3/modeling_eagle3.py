@@ -1,0 +1,166 @@
+"""The EAGLE-3 draft: one decoder layer on hidden states from several layers of the target."""
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from transformers_msd.compat import CACHE, cache_of
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
+from transformers_msd.traits.decoders import make_decoder
+
+
+class Eagle3Layer(GradientCheckpointingLayer):
+    """
+    A decoder layer whose attention reads embedding and feature side by side (EAGLE-3, arXiv 2503.01840, section 3.1).
+
+    Args:
+        layer (`torch.nn.Module`):
+            The layer that it is made of.
+        config ([`Eagle3Config`]):
+            Config of the draft.
+    """
+
+    def __init__(self, layer: nn.Module, config: Eagle3Config) -> None:
+        super().__init__()
+        text_config = config.get_text_config()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        for name in ("q_proj", "k_proj", "v_proj"):
+            own = getattr(self.self_attn, name)
+            wider = nn.Linear(2 * own.in_features, own.out_features, bias=own.bias is not None)
+            setattr(self.self_attn, name, wider)
+        self.input_layernorm = layer.input_layernorm
+        self.hidden_norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self._norm_before_residual = config.norm_before_residual
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: torch.Tensor | Cache | None) -> torch.Tensor:
+        """
+        Run the layer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, 2 * hidden_size)`):
+                Embeddings, and features behind them.
+            kwargs:
+                As for the layer that it is made of.
+        """
+        inputs_embeds, features = hidden_states.chunk(2, dim=-1)
+        normed = self.hidden_norm(features)
+        residual = normed if self._norm_before_residual else features
+        joined = torch.cat([self.input_layernorm(inputs_embeds), normed], dim=-1)
+        hidden_states = residual + self.self_attn(hidden_states=joined, **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Eagle3DraftModel(FeatureDraftModel):
+    """
+    Draft model of EAGLE-3 (arXiv 2503.01840): fuses hidden states of several of the target's layers, and says one of
+    its own, often fewer, tokens. Later levels of a tree read its own predictions. Embeddings are the target's and are
+    not stored here.
+    """
+
+    config: Eagle3Config
+    config_class = Eagle3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__(config)
+        text_config = config.get_text_config()
+        size, num_parts = text_config.hidden_size, len(config.feature_layers)
+        norm_of = lambda width: LlamaRMSNorm(width, eps=text_config.rms_norm_eps)  # noqa: E731
+        self.model = make_decoder(text_config)
+        self.model.layers[0] = Eagle3Layer(self.model.layers[0], config)
+        self.fc = nn.Linear(num_parts * size, size, bias=False)
+        self.fc_norm = nn.ModuleList(norm_of(size) for _ in range(num_parts)) if config.fc_norm else None
+        self.input_norm = norm_of(num_parts * size) if config.norm_before_fc else None
+        self.norm = norm_of(size)
+        self.head = nn.Linear(size, config.draft_vocab_size or text_config.vocab_size, bias=False)
+        # Ids of the tokens it knows; -1 until they are chosen.
+        num_tokens = self.head.out_features
+        known = torch.full((num_tokens,), -1) if config.draft_vocab_size else torch.arange(num_tokens)
+        self.register_buffer("draft_token_ids", known)
+        self.post_init()
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.feature_layers)
+
+    @property
+    def reads_placeholders(self) -> bool:
+        return self.config.reads_placeholders
+
+    def get_input_embeddings(self) -> None:
+        """None: they are the target's."""
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        elif self.input_norm is not None:
+            features = self.input_norm(features)
+        return self.fc(features)
+
+    def logits(self, features: torch.Tensor, target: object) -> torch.Tensor:
+        return super().logits(features if self.config.norm_output else self.norm(features), target)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        visual_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+    ) -> BaseModelOutputWithPast:
+        """
+        Predict what the next level reads, and the head's norm.
+
+        Row `r` pairs token `r + 1` with what is known at token `r`. Its position is `r`.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Input embeddings of tokens `r + 1` in the target.
+            features (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                What [`Eagle3DraftModel.fuse`] makes of the target's hidden states at tokens `r`, or the draft's own
+                predictions.
+            visual_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Not looked at: visual tokens enter like any other.
+            attention_mask (`torch.Tensor`, *optional*):
+                Either 1 for real and 0 for padding, of shape `(batch_size, past_length + sequence_length)`, or an
+                additive float mask of shape `(batch_size, 1, sequence_length, past_length + sequence_length)`.
+            position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions. They continue the cache when not given.
+            past_key_values (`Cache`, *optional*):
+                Cache of the rows before.
+            use_cache (`bool`, *optional*):
+                Whether to make a cache when none is given.
+            cache (`Cache`, *optional*):
+                The same as `past_key_values`, which is its older name. Both at once raise a `ValueError`.
+        """
+        size = self.config.get_text_config().hidden_size
+        if features.shape != inputs_embeds.shape or features.shape[-1] != size:
+            raise ValueError(
+                f"`inputs_embeds` and `features` must be of one shape, `(batch_size, sequence_length, {size})`, got "
+                f"{tuple(inputs_embeds.shape)} and {tuple(features.shape)}. Pass what `fuse` makes of the target's "
+                "hidden states."
+            )
+        cache = cache_of({"past_key_values": past_key_values, "cache": cache})
+        outputs = self.model(
+            inputs_embeds=torch.cat([inputs_embeds, features], dim=-1),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{CACHE: cache},
+        )
+        if self.config.norm_output:
+            outputs.last_hidden_state = self.norm(outputs.last_hidden_state)
+        return outputs
+
+
+__all__ = ["Eagle3DraftModel", "Eagle3Layer"]
