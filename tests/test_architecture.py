@@ -39,9 +39,12 @@ NEED_EXTRAS = ("trainer", "bench", "cli")
 PRIVATE = ("compat", "hook", "target", "caches")
 
 PUBLIC = {
+    "AutoDraftModel": "models.auto",
     "CallInputs": "drafters.base",
     "Caption": "drafters.ensemble.views",
     "Committed": "target.committed",
+    "Eagle3Config": "models.eagle3.configuration_eagle3",
+    "Eagle3DraftModel": "models.eagle3.modeling_eagle3",
     "EnsembleDrafter": "drafters.ensemble.drafter",
     "MSDConfig": "models.msd.configuration_msd",
     "MSDDraftModel": "models.msd.modeling_msd",

@@ -75,7 +75,7 @@ def test_a_draft_that_is_passed_is_taken(folders: dict[str, Path]) -> None:
     inputs = make_inputs("llama", (0,), lengths=(12,))
     call: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
     plain = target.generate(**inputs, **call).sequences
-    oracle = Oracle(plain[:, 12:], VOCAB_SIZE)
+    oracle = Oracle(plain[:, inputs["input_ids"].shape[1] :], VOCAB_SIZE)
     call |= {"custom_generate": str(folders["draft"]), "assistant_model": oracle}
     with pytest.raises(ValueError, match="trust_remote_code"):
         target.generate(**inputs, **call, trust_remote_code=False)

@@ -103,7 +103,7 @@ def measure_costs(
     Args:
         target ([`~transformers.PreTrainedModel`]):
             The target.
-        assistant ([`MSDDraftModel`] or [`VLMDrafter`]):
+        assistant ([`MSDDraftModel`], [`Eagle3DraftModel`] or [`VLMDrafter`]):
             What drafts for it.
         prompt_length (`int`, *optional*, defaults to 256):
             Tokens of each prompt.

@@ -1,7 +1,8 @@
-"""Drafting with an MSD head: a tree grown on the target's features (arXiv 2505.14260, EAGLE-2 arXiv 2406.16858)."""
+"""Drafting trees on the target's features: MSD (arXiv 2505.14260), EAGLE-2 (2406.16858), EAGLE-3 (2503.01840)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_device
 from transformers_msd.drafters.msd_captured import draft_trees
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel, pool_visual_rows
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.msd.modeling_msd import pool_visual_rows
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unready_fact
@@ -35,16 +37,16 @@ class _Carried:
 
 class MSDDrafter:
     """
-    Drafts with an [`MSDDraftModel`], which `generate` also takes as it is.
+    Drafts with an [`MSDDraftModel`] or [`Eagle3DraftModel`], which `generate` also takes as it is.
 
     Args:
-        draft ([`MSDDraftModel`]):
+        draft ([`FeatureDraftModel`]):
             The draft model.
         tree_config ([`TreeConfig`], *optional*):
             Tree to draft, the draft's own by default.
     """
 
-    def __init__(self, draft: MSDDraftModel, tree_config: TreeConfig | None = None) -> None:
+    def __init__(self, draft: FeatureDraftModel, tree_config: TreeConfig | None = None) -> None:
         self.draft = draft
         self._tree_config = None if tree_config is None else TreeConfig.checked(tree_config)
 
@@ -58,7 +60,7 @@ class MSDDrafter:
         self._tree_config = TreeConfig.checked(tree_config)
 
     @property
-    def models(self) -> tuple[MSDDraftModel]:
+    def models(self) -> tuple[FeatureDraftModel]:
         """The draft model."""
         return (self.draft,)
 
@@ -90,7 +92,7 @@ class MSDDrafter:
 
 class MSDCandidateGenerator(TreeCandidateGenerator):
     """
-    Grows trees with an [`MSDDraftModel`].
+    Grows trees with a draft on the target's features.
 
     The draft's cache holds one row for each row of the target's cache, fewer where it pools visual ones. A round first
     adds the rows committed since the round before, whose last prediction gives the children of the root, then the rows
@@ -212,8 +214,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         num_nodes = token_ids.shape[1]
         if config.min_probability:
             num_nodes = int((parents >= 0).sum(-1).max()) + 1
-        trees = (rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores))
-        return TokenTree(*trees, config.depth)
+        return TokenTree(*(rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores)), config.depth)
 
     def keep_sequences(self, kept: list[bool]) -> bool:
         if self._room is not None:
@@ -236,10 +237,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         lengths = lengths.to(self._device)
-        if self._captures is None:
-            self._room = Room(self._cache, lengths, host_lengths)
-        else:
-            self._room = self._captures.room(self._draft, self._cache, lengths, host_lengths)
+        make_room = Room if self._captures is None else partial(self._captures.room, self._draft)
+        self._room = make_room(self._cache, lengths, host_lengths)
         self._room.open()
 
     def _pool(self, committed: Committed) -> Committed:
@@ -249,8 +248,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._starts = committed.position_ids[:, 0]
         if self._draft.reads_placeholders:
             placeholders = self._target.embed(committed.token_ids.clamp(min=0))
-            visual = committed.visual_mask[..., None]
-            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
+            inputs_embeds = placeholders.where(committed.visual_mask[..., None], committed.inputs_embeds)
+            committed = replace(committed, inputs_embeds=inputs_embeds)
         if self._draft.config.visual_pool_size == 1:
             return committed
         rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)

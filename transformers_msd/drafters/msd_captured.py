@@ -1,4 +1,4 @@
-"""A round of drafting with an MSD head, on tensors whose shapes follow from the settings alone."""
+"""A round of drafting on the target's features, on tensors whose shapes follow from the settings alone."""
 
 import torch
 from transformers import DynamicCache
@@ -6,7 +6,7 @@ from transformers.generation import LogitsProcessor
 
 from transformers_msd.caches.fixed import fixed_attention_mask
 from transformers_msd.call.sampling import coupled_log_probs
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.target import Target
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.trees.masks import causal_mask, take_rows
@@ -14,7 +14,7 @@ from transformers_msd.trees.tree import TreeConfig
 
 
 def draft_trees(
-    draft: MSDDraftModel,
+    draft: FeatureDraftModel,
     target: Target,
     config: TreeConfig,
     cache: DynamicCache,
@@ -32,7 +32,7 @@ def draft_trees(
     Add committed rows to the cache of a [`FixedRoom`] and grow trees behind them: what a round of drafting is.
 
     Args:
-        draft ([`MSDDraftModel`]):
+        draft ([`FeatureDraftModel`]):
             The draft model.
         target ([`Target`]):
             Lends its embeddings and head.
@@ -46,7 +46,7 @@ def draft_trees(
             Rows of each sequence that are settled.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
             Of the committed rows, fillers behind them, as in [`Committed`].
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+        features (`torch.Tensor` of shape `(batch_size, num_rows, num_layers * hidden_size)`):
             The same.
         position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
             The same.

@@ -31,7 +31,7 @@ class StaticRuntime(Wrapped):
     runs eagerly.
 
     Args:
-        assistant ([`TreeAssistant`] or [`MSDDraftModel`]):
+        assistant ([`TreeAssistant`], [`MSDDraftModel`] or [`Eagle3DraftModel`]):
             What drafts.
     """
 

@@ -160,8 +160,8 @@ def _draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size:
     if offsets is None or len(offsets) != num_tokens:
         raise ValueError(
             f"The draft in {folder} must say by `d2t` which of the target's {vocab_size} tokens the {num_tokens} rows "
-            f"of its head are, got {'none' if offsets is None else f'{len(offsets)} of them'}. Pass the target of this "
-            "draft, or copy the folder again."
+            f"of its head are, got {'none' if offsets is None else f'{len(offsets)} of them'}. Pass the target it is "
+            "for, or copy the folder again."
         )
     token_ids = torch.arange(num_tokens) + offsets.long()
     is_ordered = bool((token_ids[1:] > token_ids[:-1]).all())

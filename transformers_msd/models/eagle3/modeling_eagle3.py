@@ -31,7 +31,7 @@ class Eagle3Layer(GradientCheckpointingLayer):
         for name in ("q_proj", "k_proj", "v_proj"):
             own = getattr(self.self_attn, name)
             wider = nn.Linear(2 * own.in_features, own.out_features, bias=own.bias is not None)
-            setattr(self.self_attn, name, wider)
+            self.self_attn.set_submodule(name, wider)
         self.input_layernorm = layer.input_layernorm
         self.hidden_norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.post_attention_layernorm = layer.post_attention_layernorm
