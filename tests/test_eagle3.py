@@ -1,6 +1,7 @@
 """EAGLE-3 drafts in the layouts they are published in, against a forward of their own, and as drafts in `generate`."""
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,27 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "EAGLE-3.1, one norm": (SIZES, "midlayer", ("input_norm",), 1e4),
 }
+# For targets whose positions have three axes: how their frequencies are shared.
+AXES: dict[str, list[int]] = {
+    "SpecForge, Qwen2.5-VL": [0, 0, 1, 1, 2, 2],
+    "SpecForge, Qwen3-VL": [0, 1, 2, 0, 1, 2],
+    "AngelSlim, Qwen2.5-VL": [0, 1, 2, 0, 1, 2],
+}
+LAYOUTS |= {
+    name: (
+        SIZES
+        | {
+            "architectures": ["Eagle3LlamaForCausalLM" if "AngelSlim" in name else "LlamaForCausalLMEagle3"],
+            "rope_theta": 3e4,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}
+            | ({"mrope_interleaved": True} if "Qwen3" in name else {}),
+        },
+        "midlayer",
+        (),
+        3e4,
+    )
+    for name in AXES
+}
 TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7)}
 
 
@@ -75,14 +97,38 @@ def taps_of(name: str) -> tuple[int, ...]:
     return TAPS.get(name, (2, NUM_LAYERS // 2, NUM_LAYERS - 3))
 
 
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    config = copy.deepcopy(make_target("llava").config)
-    config.text_config.num_hidden_layers = NUM_LAYERS
+def architecture_of(name: str) -> str:
+    return "qwen2_5_vl" if name in AXES else "llava"
+
+
+@functools.cache
+def make_deep_target(architecture: str) -> PreTrainedModel:
+    config = copy.deepcopy(make_target(architecture).config)
+    text_config = config.text_config
+    text_config.num_hidden_layers = NUM_LAYERS
+    text_config.layer_types = ["full_attention"] * NUM_LAYERS
     torch.manual_seed(0)
     target = AutoModelForImageTextToText.from_config(config).eval()
     target.generation_config.eos_token_id = None
     return target
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return make_deep_target("llava")
+
+
+def positions_of(token_ids: list[int]) -> torch.Tensor:
+    """Time, height and width of tokens, `(3, n)`, pictures being squares of four."""
+    found, place = [], 0
+    while place < len(token_ids):
+        start = max((max(axes) for axes in found), default=-1) + 1
+        if token_ids[place] == IMAGE_ID:
+            found += [(start, start + row, start + column) for row in range(2) for column in range(2)]
+        else:
+            found.append((start,) * 3)
+        place = len(found)
+    return torch.tensor(found).T
 
 
 def make_weights(name: str) -> dict[str, torch.Tensor]:
@@ -123,11 +169,17 @@ def write(folder: Path, name: str, weights: dict[str, torch.Tensor] | None = Non
 
 
 def independent(
-    name: str, weights: dict[str, torch.Tensor], embeds: torch.Tensor, taps: torch.Tensor, own: tuple = ()
+    name: str,
+    weights: dict[str, torch.Tensor],
+    embeds: torch.Tensor,
+    taps: torch.Tensor,
+    own: tuple = (),
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The published forward over all rows at once, written anew: `embeds` `(n, hidden)` and `taps` `(n, 3 * hidden)`, and
-    then rows `own` that read features `(1, hidden)` of the draft. Returns what the next row reads, and the logits.
+    then rows `own` that read features `(1, hidden)` of the draft, all at `positions` `(3, n)`, or 0, 1, 2 and so on.
+    Returns what the next row reads, and the logits.
     """
     published, layer, norms, theta = LAYOUTS[name]
 
@@ -135,7 +187,9 @@ def independent(
         return rows * (rows.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[f"{key}.weight"]
 
     def rotated(rows: torch.Tensor) -> torch.Tensor:
-        angles = torch.arange(rows.shape[1])[:, None] * theta ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        places = torch.arange(rows.shape[1]).expand(3, -1) if positions is None else positions
+        places = places[AXES.get(name, [0] * (HEAD_DIM // 2))].T
+        angles = places * theta ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         first, second = rows.chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -166,8 +220,8 @@ def independent(
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
-def test_hidden_states_are_those_of_the_published_forward(name: str, target: PreTrainedModel, tmp_path: Path) -> None:
-    weights = make_weights(name)
+def test_hidden_states_are_those_of_the_published_forward(name: str, tmp_path: Path) -> None:
+    weights, target = make_weights(name), make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
     assert type(draft) is Eagle3DraftModel
     assert draft.feature_layers == taps_of(name)
@@ -185,13 +239,11 @@ def test_hidden_states_are_those_of_the_published_forward(name: str, target: Pre
 @pytest.mark.parametrize("with_picture", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
-def test_proposals_are_those_of_the_published_forward(
-    name: str, with_picture: bool, target: PreTrainedModel, tmp_path: Path
-) -> None:
-    weights = make_weights(name)
+def test_proposals_are_those_of_the_published_forward(name: str, with_picture: bool, tmp_path: Path) -> None:
+    weights, target = make_weights(name), make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
     draft.tree_config = TreeConfig(num_nodes=9, depth=1, top_k=8, gate=False, ngrams=False)
-    inputs = make_inputs("llava", (1,) if with_picture else (0,), lengths=(12,))
+    inputs = make_inputs(architecture_of(name), (1,) if with_picture else (0,), lengths=(12,))
     call = {"max_new_tokens": 80, "do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
     plain = target.generate(**inputs, **call)
     drafted = target.generate(**inputs, **call, assistant_model=draft)
@@ -199,10 +251,13 @@ def test_proposals_are_those_of_the_published_forward(
     # What the published forward proposes after each token, of the target's hidden states at those before it.
     ids = plain.sequences[0]
     pictures = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in pictures:
+        pictures["mm_token_type_ids"] = (ids == IMAGE_ID).long()[None]
     states = target(input_ids=ids[None], output_hidden_states=True, **pictures).hidden_states
     taps = torch.cat([states[layer][0] for layer in taps_of(name)], dim=-1)
     embeds = target.get_input_embeddings()(ids)  # of placeholders where pictures are
-    _, logits = independent(name, weights, embeds[1:], taps[:-1])
+    positions = positions_of(ids.tolist())[:, :-1] if name in AXES else None
+    _, logits = independent(name, weights, embeds[1:], taps[:-1], positions=positions)
     proposed = torch.tensor(DRAFTED)[logits.topk(8).indices]  # after token r + 1
     place, lengths = inputs["input_ids"].shape[1], []
     while place + 1 < len(ids):
@@ -218,10 +273,10 @@ WAYS: dict[str, Callable[[Eagle3DraftModel], Any]] = {"eager": lambda draft: dra
 
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_batches_and_turns_equal_plain_ones(
-    way: str, do_sample: bool, target: PreTrainedModel, tmp_path: Path
-) -> None:
-    draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", "SafeAILab"), target)
+@pytest.mark.parametrize("name", ["SafeAILab", "SpecForge, Qwen3-VL"])
+def test_batches_and_turns_equal_plain_ones(name: str, way: str, do_sample: bool, tmp_path: Path) -> None:
+    target = make_deep_target(architecture_of(name))
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", name), target)
     draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False)
     draft.save_pretrained(tmp_path / "ours")
     again = AutoDraftModel.from_pretrained(tmp_path / "ours").eval()
@@ -229,7 +284,7 @@ def test_batches_and_turns_equal_plain_ones(
         assert torch.equal(again.state_dict()[key], value)
     call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
     call |= {"compile_config": CompileConfig(backend="eager", mode=None)} if way == "captured" else {}
-    inputs = make_inputs("llava", (2, 0, 1))
+    inputs = make_inputs(architecture_of(name), (2, 0, 1))
     assistant = WAYS[way](again)
     outputs = []
     for assisted in ({}, {"assistant_model": assistant}):
@@ -275,10 +330,10 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {"eagle_aux_hidden_state_layer_ids": [2, 16, 29]},
         "got one of 8 layers",
     ),
-    "positions of several axes": (
+    "axes of another head": (
         WHOLE,
-        {"rope_scaling": {"type": "default", "mrope_section": [2, 2, 2]}},
-        "several axes",
+        {"rope_scaling": {"type": "default", "mrope_section": [4, 4, 4]}},
+        "must divide the 6 frequencies",
     ),
 }
 

@@ -112,18 +112,18 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._tree_config = drafter.tree_config
         # Looked up once: each look at these properties walks the parameters.
         self._device, self._dtype = draft.device, draft.dtype
-        self._target = target
-        self._sampler = inputs.sampler
+        self._target, self._sampler = target, inputs.sampler
+        # Of tokens by their places `(batch_size, num_rows)`.
+        self._positions = target.axes if draft.reads_axes else lambda places: places
         # Draft and target are captured together.
-        self._captures = inputs.captures if self._device == target.device else None
+        self._captures = inputs.captures if self._device == target.device and not draft.reads_axes else None
         if self._captures is None:  # what was measured is not the cost of compiled rounds
             self.sizing = load_sizing([draft], target.model)
         self._cache = DynamicCache(config=draft.config.get_text_config())
         self._room: Room | None = None
         self._pending: Committed | None = None
         self._owner = Owner([draft])
-        carried = inputs.carried
-        if isinstance(carried, _Carried) and carried.owner == self._owner:
+        if isinstance(carried := inputs.carried, _Carried) and carried.owner == self._owner:
             self._cache, self._pending, self._starts = carried.cache, carried.pending, carried.starts
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
@@ -150,7 +150,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
                 inputs_embeds=self._target.embed(token_ids),
                 features=take_rows(hidden, slots),
                 attention_mask=self._room.mask(visible, self._dtype),
-                position_ids=(position_ids + depth).expand_as(token_ids),
+                position_ids=self._positions((position_ids + depth).expand_as(token_ids)),
             )
             return self._rank(hidden, depth)
 
@@ -275,7 +275,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             features=self._draft.fuse(committed.features.to(self._device, self._dtype)),
             visual_mask=committed.visual_mask,
             attention_mask=attention_mask,
-            position_ids=committed.position_ids,
+            position_ids=self._positions(committed.position_ids),
         )
         if self._room is None:
             self._open_room(committed.lengths, committed.host_lengths)

@@ -80,6 +80,11 @@ class FeatureDraftModel(PreTrainedModel):
         """Whether the tokens of a smaller vocabulary are still to be chosen."""
         return self.head is not None and bool((self.draft_token_ids < 0).any())
 
+    @property
+    def reads_axes(self) -> bool:
+        """Whether positions are the target's, on several axes, and not the places of tokens in their sequence."""
+        return False
+
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """
         Turn what is read of the target into what the layer reads, and what it predicts itself.

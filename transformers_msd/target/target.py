@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
+from transformers_msd.target.axes import axis_positions
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.recording import Recorder, side_by_side, with_layers
 from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
@@ -50,8 +51,7 @@ class Target:
         captures: Captures | None = None,
         feature_layers: tuple[int, ...] = (-1,),
     ) -> None:
-        self.model = model
-        self.feature_layers = feature_layers
+        self.model, self.feature_layers = model, feature_layers
         self.cache = model_kwargs[CACHE]
         self._dtype = dtype_of(model)
         # What it does to embeddings and to logits. Kept here: compiled code must not look into a table of all models.
@@ -125,12 +125,7 @@ class Target:
             self.room.leave(self._prompt_length + max(num_steps - 1, 0))
 
     def _prompt_rows(
-        self,
-        input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor,
-        features: torch.Tensor,
-        last: torch.Tensor,
-        logits: torch.Tensor,
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: torch.Tensor, *last: torch.Tensor
     ) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
         batch_size, num_rows, _ = features.shape
@@ -146,9 +141,9 @@ class Target:
         if wants_scales(self.model):
             text = real & ~visual_mask
             if table_rows is not None:
-                find_scales(self.model, table_rows[text], inputs_embeds[text], last, logits)
+                find_scales(self.model, table_rows[text], inputs_embeds[text], *last)
             elif input_ids.shape[1] >= num_rows:
-                find_scales(self.model, table(token_ids[text]), inputs_embeds[text], last, logits)
+                find_scales(self.model, table(token_ids[text]), inputs_embeds[text], *last)
             self.scales = scales_of(self.model)
         position_ids = (self._prompt_mask.cumsum(-1) - 1)[:, -num_rows:]
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
@@ -217,6 +212,10 @@ class Target:
             return {"": of_windows[self._windows[0]]}
         return {name: of_windows[window] for name, window in zip(self._layer_types, self._windows, strict=True)}
 
+    def axes(self, places: torch.Tensor) -> torch.Tensor:
+        """Positions on the target's axes, `(3, batch_size, num_rows)`, of real tokens of given places."""
+        return axis_positions(self._model_kwargs["position_ids"], self._prompt_mask, places)
+
     def _reachable(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Keep positions to those that the model has."""
         return position_ids
@@ -272,7 +271,7 @@ class Target:
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences; `kept` tells of each whether it stays."""
         self.room.keep_sequences(kept)
-        self._num_real = keep_rows(self._num_real, kept)
+        self._num_real, self._prompt_mask = keep_rows(self._num_real, kept), keep_rows(self._prompt_mask, kept)
         for name, value in self._model_kwargs.items():
             # As Transformers has them: positions may have axes before the batch, or none of the batch.
             dim = -2 if name == "position_ids" else 0

@@ -36,6 +36,11 @@ class Eagle3Config(PreTrainedConfig):
         reads_placeholders (`bool`, *optional*, defaults to `True`):
             Whether a visual token enters as the embedding of its placeholder, as in training; else as the visual
             feature that the target has in its place.
+        mrope_section (`list[int]`, *optional*):
+            Rotary frequencies that turn with time, height and width of a token's place in a picture, where positions
+            have these axes; they are the target's then.
+        mrope_interleaved (`bool`, *optional*, defaults to `False`):
+            Whether the frequencies of the three take turns, and do not lie in three chunks.
         tree_config (`dict`, *optional*):
             Fields of the [`TreeConfig`] to draft with.
     """
@@ -52,6 +57,8 @@ class Eagle3Config(PreTrainedConfig):
     norm_output: bool = False
     visual_token_ids: list[int] | None = None
     reads_placeholders: bool = True
+    mrope_section: list[int] | None = None
+    mrope_interleaved: bool = False
     tree_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     # All visual rows are read.
@@ -72,6 +79,12 @@ class Eagle3Config(PreTrainedConfig):
         if self.fc_norm and self.norm_before_fc:
             raise ValueError(
                 "One of `fc_norm` and `norm_before_fc` may be True, got both. A checkpoint has the norms of one."
+            )
+        section, num_frequencies = self.mrope_section, self.get_text_config().head_dim // 2
+        if section is not None and (len(section) != 3 or sum(section) != num_frequencies):
+            raise ValueError(
+                f"`mrope_section` must divide the {num_frequencies} frequencies of a head in three, got {section}. "
+                "Copy it from the draft's own config."
             )
         if self.visual_pool_size != 1:
             raise ValueError(f"`visual_pool_size` must be 1, got {self.visual_pool_size}: EAGLE-3 reads every row.")

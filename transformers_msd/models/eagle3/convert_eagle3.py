@@ -50,7 +50,7 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
 
     Raises:
         ValueError: If it is no such checkpoint, belongs to another target, or needs what is not supported: more than
-            one layer, positions of several axes, embeddings of its own.
+            one layer, or embeddings of its own.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
@@ -101,13 +101,15 @@ def _draft_config(
             f"{folder / 'config.json'} must say `norm_before_residual`, got nothing, of which readers make different "
             "things. Add what the draft was trained with."
         )
+    rope = _rope_parameters(published, text)
+    section, interleaved = rope.pop("mrope_section", None), rope.pop("mrope_interleaved", False)
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
     text_config = LlamaConfig(
         **fields | special_token_ids(target_config),
         vocab_size=target_text.vocab_size,
         num_hidden_layers=1,
         attention_bias=any(key.endswith("q_proj.bias") for key in weights),
-        rope_parameters=_rope_parameters(folder, published, text),
+        rope_parameters=rope,
         tie_word_embeddings=False,
     )
     vocab_size = target_text.vocab_size
@@ -120,6 +122,8 @@ def _draft_config(
         norm_before_fc="input_norm.weight" in weights,
         norm_output=bool(published.get("norm_output", False)),
         visual_token_ids=visual_token_ids(target_config),
+        mrope_section=section,
+        mrope_interleaved=interleaved,
     )
 
 
@@ -138,17 +142,19 @@ def _feature_layers(published: dict[str, Any], num_layers: int) -> list[int]:
     return layers
 
 
-def _rope_parameters(folder: Path, published: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(published: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the positions, with `mrope_section` and `mrope_interleaved` where they have several axes."""
     scaling = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    if scaling.get("mrope_section"):
-        raise ValueError(
-            f"The draft in {folder} has positions of several axes (`mrope_section`), which is not supported yet."
-        )
-    # AngelSlim's code passes no base to the positions of such drafts, whatever their configs say.
+    kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
+    scaling["rope_type"] = "default" if kind == "mrope" else kind
+    theta = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
+    # AngelSlim's code lets axes take turns whatever the config says, and passes no base where there is one axis.
     if published.get("architectures") == ["Eagle3LlamaForCausalLM"]:
-        return scaling | {"rope_theta": 10000.0}
-    return scaling | {"rope_theta": scaling.get("rope_theta") or text.get("rope_theta") or 10000.0}
+        if scaling.get("mrope_section"):
+            scaling["mrope_interleaved"] = True
+        else:
+            theta = 10000.0
+    return scaling | {"rope_theta": theta}
 
 
 def _draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: int) -> torch.Tensor:

@@ -5,12 +5,48 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from transformers_msd.compat import CACHE, cache_of
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.traits.decoders import make_decoder
+from transformers_msd.trees.masks import causal_mask, tree_attention_mask
+
+
+class Eagle3RotaryEmbedding(LlamaRotaryEmbedding):
+    """
+    Rotary embedding of positions on three axes: time, height and width (M-RoPE, Qwen2-VL, arXiv 2409.12191).
+
+    Args:
+        config ([`Eagle3Config`]):
+            Config of the draft.
+    """
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__(config.get_text_config())
+        sizes = config.mrope_section
+        # Of each frequency.
+        self._axes = [axis for axis, size in enumerate(sizes) for _ in range(size)]
+        if config.mrope_interleaved:
+            turns = range(len(self._axes))
+            self._axes = [place % 3 if place < 3 * sizes[place % 3] else 0 for place in turns]
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Cosines and sines of positions.
+
+        Args:
+            x (`torch.Tensor`):
+                A tensor of the dtype wanted.
+            position_ids (`torch.Tensor` of shape `(3, batch_size, sequence_length)` or without the axes):
+                Positions, the same on all axes where they have none.
+        """
+        positions = position_ids if position_ids.ndim == 3 else position_ids.expand(3, -1, -1)
+        angles = positions.movedim(0, -1)[..., self._axes].float() * self.inv_freq.float()
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
 class Eagle3Layer(GradientCheckpointingLayer):
@@ -74,6 +110,8 @@ class Eagle3DraftModel(FeatureDraftModel):
         norm_of = lambda width: LlamaRMSNorm(width, eps=text_config.rms_norm_eps)  # noqa: E731
         self.model = make_decoder(text_config)
         self.model.layers[0] = Eagle3Layer(self.model.layers[0], config)
+        if config.mrope_section is not None:
+            self.model.rotary_emb = Eagle3RotaryEmbedding(config)
         self.fc = nn.Linear(num_parts * size, size, bias=False)
         self.fc_norm = nn.ModuleList(norm_of(size) for _ in range(num_parts)) if config.fc_norm else None
         self.input_norm = norm_of(num_parts * size) if config.norm_before_fc else None
@@ -92,6 +130,10 @@ class Eagle3DraftModel(FeatureDraftModel):
     @property
     def reads_placeholders(self) -> bool:
         return self.config.reads_placeholders
+
+    @property
+    def reads_axes(self) -> bool:
+        return self.config.mrope_section is not None
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
@@ -135,7 +177,8 @@ class Eagle3DraftModel(FeatureDraftModel):
                 Either 1 for real and 0 for padding, of shape `(batch_size, past_length + sequence_length)`, or an
                 additive float mask of shape `(batch_size, 1, sequence_length, past_length + sequence_length)`.
             position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Positions. They continue the cache when not given.
+                Positions, or those on three axes, of shape `(3, batch_size, sequence_length)`. They continue the cache
+                when not given.
             past_key_values (`Cache`, *optional*):
                 Cache of the rows before.
             use_cache (`bool`, *optional*):
@@ -151,6 +194,11 @@ class Eagle3DraftModel(FeatureDraftModel):
                 "hidden states."
             )
         cache = cache_of({"past_key_values": past_key_values, "cache": cache})
+        if attention_mask is None and position_ids is not None and position_ids.ndim == 3:
+            # Transformers would look for gaps in positions, and take them for packed sequences.
+            columns = torch.ones(1, 1, cache.get_seq_length() if cache is not None else 0, device=features.device) > 0
+            visible = causal_mask(1, features.shape[1], features.device)
+            attention_mask = tree_attention_mask(columns, visible, features.dtype)
         outputs = self.model(
             inputs_embeds=torch.cat([inputs_embeds, features], dim=-1),
             attention_mask=attention_mask,
