@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, CompileConfig, PreTrainedM
 from zoo import IMAGE_ID, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import AutoDraftModel, Eagle3DraftModel, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig
+from transformers_msd.cli import main
 from transformers_msd.compat import CACHE
 
 
@@ -363,3 +364,13 @@ def test_drafts_of_ours_need_no_target(target: PreTrainedModel, tmp_path: Path) 
         AutoDraftModel.from_pretrained(folder)
     assert AutoDraftModel.from_pretrained(folder, target.config).config.visual_token_ids == [IMAGE_ID]
     assert AutoDraftModel.from_pretrained(folder, target, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_command_converts_and_cuts_no_head(target: PreTrainedModel, tmp_path: Path) -> None:
+    target.save_pretrained(tmp_path / "target")
+    write(tmp_path / "published", "SafeAILab")
+    words = f"convert {tmp_path}/published --target_model {tmp_path}/target --output {tmp_path}/draft"
+    main(words.split())
+    assert type(AutoDraftModel.from_pretrained(tmp_path / "draft")) is Eagle3DraftModel
+    with pytest.raises(SystemExit, match="1"):
+        main([*words.split(), "--draft_vocab_size", "8", "--counts_from", "a/b"])

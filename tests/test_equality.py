@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import Oracle
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from zoo import (
     ARCHITECTURES,
@@ -23,6 +23,8 @@ from zoo import (
 )
 
 from transformers_msd import (
+    Eagle3Config,
+    Eagle3DraftModel,
     EnsembleDrafter,
     MSDConfig,
     MSDDraftModel,
@@ -32,6 +34,7 @@ from transformers_msd import (
     VLMDrafter,
 )
 from transformers_msd.compat import CACHE
+from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.trees.topology import EAGLE
 
 
@@ -194,6 +197,23 @@ def said_without_end(
     return output.sequences[:, inputs["input_ids"].shape[1] :]
 
 
+def make_eagle3(target: torch.nn.Module) -> Eagle3DraftModel:
+    """Make a draft on three layers of a target, with its positions."""
+    torch.manual_seed(1)
+    text_config = target.config.get_text_config()
+    sizes = {name: getattr(text_config, name) for name in ("hidden_size", "vocab_size", "num_attention_heads")}
+    own = LlamaConfig(**sizes, intermediate_size=48, num_hidden_layers=1, head_dim=8)
+    axes = [2, 1, 1] if "qwen" in target.config.model_type else None
+    config = Eagle3Config(
+        text_config=own,
+        feature_layers=[0, 1, -1],
+        visual_token_ids=visual_token_ids(target.config),
+        mrope_section=axes,
+        tree_config={"num_nodes": 8, "depth": 3, "top_k": 3, "gate": False},
+    )
+    return Eagle3DraftModel(config).eval().to(target.device)
+
+
 def check_tokens(
     architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
 ) -> None:
@@ -234,6 +254,11 @@ def check_tokens(
         fewer.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
         drafted = generate(target, inputs, **kwargs, assistant_model=fewer)
         assert torch.equal(drafted.sequences, plain.sequences)
+        for assistant in (make_eagle3(target), StaticRuntime(make_eagle3(target))):
+            static = {"disable_compile": True} if isinstance(assistant, StaticRuntime) else {}
+            drafted = generate(target, inputs, **kwargs | static, assistant_model=assistant)
+            assert torch.equal(drafted.sequences, plain.sequences)
+            assert torch.equal(get_random_state(), random_state)
         static_tree = TreeConfig(topology=EAGLE, gate=False)
         draft.tree_config = static_tree
         for assistant in (draft, VLMDrafter(make_draft_model(architecture, device), tree_config=static_tree)):

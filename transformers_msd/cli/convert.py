@@ -1,11 +1,12 @@
-"""`transformers-msd convert`: turn a published MSD checkpoint into a draft folder, with fewer tokens on demand."""
+"""`transformers-msd convert`: turn a published checkpoint into a draft folder, with fewer tokens on demand."""
 
 import argparse
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_msd.cli.options import positive
-from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
+from transformers_msd.models.auto import AutoDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_place
 
@@ -14,9 +15,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the sub-command."""
     parser = subparsers.add_parser(
         "convert",
-        help="turn a published MSD checkpoint into a draft folder",
-        description="Turn a published MSD checkpoint, or a draft folder, into a draft folder. With --draft_vocab_size "
-        "the draft gets a head of its own for the tokens that the target says most, where that pays.",
+        help="turn a published checkpoint into a draft folder",
+        description="Turn a published checkpoint of MSD or EAGLE-3, or a draft folder, into a draft folder. With "
+        "--draft_vocab_size a draft of MSD gets a head of its own for the tokens that the target says most, where "
+        "that pays.",
     )
     parser.add_argument("checkpoint", help="folder or Hub repository of the published checkpoint, or of a draft")
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
@@ -38,15 +40,19 @@ def run(arguments: argparse.Namespace) -> None:
         )
     check_place(arguments.target_model, "target_model")
     target_config = AutoConfig.from_pretrained(arguments.target_model)
-    draft = convert_msd_checkpoint(arguments.checkpoint, target_config)
+    draft = AutoDraftModel.from_pretrained(arguments.checkpoint, target_config)
     if arguments.draft_vocab_size:
         draft = _cut(draft, target_config, arguments)
     draft.save_pretrained(arguments.output)
     print(f"Wrote a draft of {draft.num_parameters():,} parameters to {arguments.output}.")
 
 
-def _cut(draft: MSDDraftModel, target_config: PreTrainedConfig, arguments: argparse.Namespace) -> MSDDraftModel:
+def _cut(draft: FeatureDraftModel, target_config: PreTrainedConfig, arguments: argparse.Namespace) -> MSDDraftModel:
     """Choose tokens and say what they gain."""
+    if not isinstance(draft, MSDDraftModel):
+        raise ValueError(
+            f"`draft_vocab_size` cuts drafts of MSD, got {type(draft).__name__}, whose head is its own. Leave it out."
+        )
     from transformers_msd.trainer.loading import is_multimodal
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments

@@ -19,6 +19,7 @@ from transformers import (
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 
 
@@ -51,8 +52,8 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """Return the auto class that makes the model of a config: a target, a draft VLM, or a draft of MSD."""
-    if isinstance(config, MSDConfig):
+    """Return the auto class that makes the model of a config: a target, a draft VLM, or a draft on features."""
+    if isinstance(config, MSDConfig | Eagle3Config):
         return AutoModel
     return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
 
