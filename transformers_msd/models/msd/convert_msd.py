@@ -72,8 +72,8 @@ def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_conf
     return MSDConfig.from_target(
         target_config,
         **{"num_hidden_layers": 1, **fields},
-        # Of drafts that have none some configs say so, some say nothing, and some are wrong.
-        fc_bias="fc.bias" in weights,
+        # The published code reads this name and takes a missing one as true; some that have one say they have none.
+        fc_bias=published.get("bias", True) or "fc.bias" in weights,
         input_layernorm="layers.0.input_layernorm.weight" in weights,
     )
 
