@@ -39,6 +39,8 @@ from transformers_msd.tuning import measure_costs
 # Nodes, depth, top-k.
 FIXED_TREES = ((3, 2, 1), (5, 4, 1), (7, 6, 1), (8, 4, 2), (16, 5, 3), (24, 6, 4), (32, 6, 4))
 BATCH_SIZES = (1, 2, 4, 8, 16)
+# Of the costs by which trees are sized: on a shared machine 5 % may not be reached.
+TOLERANCE = 0.3
 LARGEST = TreeConfig(num_nodes=48, depth=8, top_k=4, ngrams=False)
 # No draft knows what a target says at this temperature.
 HOSTILE = {
@@ -90,7 +92,7 @@ def trees(world: World, repeats: int) -> dict[str, Any]:
         settings = assistant.tree_config
         with tempfile.TemporaryDirectory() as home, patch("transformers_msd.costs.calibration.HF_HOME", home):
             drafts = [world.msd] if assistant is world.msd else [world.draft_vlm]
-            save_costs([measure_costs(world.target, assistant)], drafts, world.target)
+            save_costs([measure_costs(world.target, assistant, tolerance=TOLERANCE)], drafts, world.target)
             configs = {
                 f"{n} nodes, depth {d}, top-k {k}": TreeConfig(n, d, k, ngrams=False) for n, d, k in FIXED_TREES
             }
@@ -128,7 +130,7 @@ def hostile(world: World, repeats: int) -> dict[str, Any]:
             drafts = [world.msd] if assistant is world.msd else [world.draft_vlm]
             for label in ("not measured", "measured"):
                 if label == "measured":
-                    save_costs([measure_costs(world.target, assistant)], drafts, world.target)
+                    save_costs([measure_costs(world.target, assistant, tolerance=TOLERANCE)], drafts, world.target)
                 ratios = []
                 for repeat in range(repeats + 1):
                     for inputs in prompts if repeat else prompts[:1]:
