@@ -362,7 +362,13 @@ def test_drafts_of_ours_need_no_target(target: PreTrainedModel, tmp_path: Path) 
     folder = write(tmp_path / "eagle3", "SafeAILab")
     with pytest.raises(ValueError, match="needs its target"):
         AutoDraftModel.from_pretrained(folder)
-    assert AutoDraftModel.from_pretrained(folder, target.config).config.visual_token_ids == [IMAGE_ID]
+    config = copy.deepcopy(target.config)
+    config.dtype = config.text_config.dtype = torch.float16  # is not looked at: the draft keeps its own
+    draft = AutoDraftModel.from_pretrained(folder, config)
+    assert draft.config.visual_token_ids == [IMAGE_ID]
+    assert draft.dtype == torch.float32
+    with pytest.raises(ValueError, match="must be the config of a target"):
+        AutoDraftModel.from_pretrained(folder, "a/target")
     assert AutoDraftModel.from_pretrained(folder, target, torch.bfloat16).dtype == torch.bfloat16
 
 

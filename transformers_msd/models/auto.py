@@ -14,6 +14,7 @@ from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.published import find_folder, read_config, read_weights
+from transformers_msd.traits.support import dtype_of
 
 
 OURS = {MSDConfig.model_type: MSDDraftModel, Eagle3Config.model_type: Eagle3DraftModel}
@@ -44,8 +45,9 @@ class AutoDraftModel:
             [`MSDDraftModel`] or [`Eagle3DraftModel`], ready to be passed as `assistant_model`.
         """
         folder = find_folder(path_or_repo_id)
-        dtype = dtype or getattr(target, "dtype", None)
-        config = target.config if isinstance(target, PreTrainedModel) else target
+        config, is_model = getattr(target, "config", target), isinstance(target, PreTrainedModel)
+        if dtype is None and is_model:
+            dtype = dtype_of(target)
         draft: Any
         if (ours := OURS.get(read_config(folder).get("model_type"))) is not None:
             draft = ours.from_pretrained(folder).eval()
@@ -58,7 +60,7 @@ class AutoDraftModel:
             load = load_eagle3_checkpoint if is_eagle3(read_weights(folder)) else convert_msd_checkpoint
             draft = load(folder, config)
         draft = draft if dtype is None else draft.to(dtype)
-        if isinstance(target, PreTrainedModel):
+        if is_model:
             draft.check_target(target)
             draft = draft.to(target.device)
         return draft
