@@ -31,7 +31,8 @@ test-lowest: $(VENV)-lowest/.installed
 		tests/test_compat.py tests/test_hook.py tests/test_equality.py tests/test_generate.py tests/test_static.py \
 		tests/test_msd_drafter.py tests/test_vlm_drafter.py tests/test_ensemble_drafter.py tests/test_convert.py \
 		tests/test_parity.py tests/test_trainer.py tests/test_training_data.py tests/test_recipes.py tests/test_bench.py \
-		tests/test_states.py tests/test_mechanisms.py tests/test_draft_layers.py
+		tests/test_states.py tests/test_mechanisms.py tests/test_draft_layers.py tests/test_attending.py \
+		tests/test_eagle3.py tests/test_sharing.py tests/test_sampling.py
 
 # A release beyond the ranges: make test-release RELEASE="transformers==5.25.0"
 test-release:

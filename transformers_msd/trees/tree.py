@@ -196,6 +196,8 @@ class TokenTree:
             vocab_size (`int`, *optional*):
                 Tokens there are; others can't be tried.
         """
+        if self.num_nodes == 1:
+            return TokenTree.root(token_ids.to(self.token_ids))
         nodes = torch.arange(self.num_nodes, device=self.parents.device)
         parents, drafted = torch.where(self.parents < nodes, self.parents, -1), self.token_ids
         wrong = [drafted == token_id for token_id in unfit]
