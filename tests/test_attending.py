@@ -1,5 +1,6 @@
 """Attention by groups: what Transformers' own gives, without copies of keys, and nothing is left behind."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -60,7 +61,8 @@ def test_rows_of_groups_are_as_rows_of_copies(name: str, kernels: list[tuple[int
     query, key, value, mask = make_rows(*SHAPES[name])
     layer = make_layer(query.shape[1] // key.shape[1])
     expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
-    found, weights = attend(layer, query, key, value, mask, scaling=0.3)
+    with by_groups():
+        found, weights = attend(layer, query, key, value, mask, scaling=0.3)
     assert kernels == [tuple(key.shape)]
     assert weights is None
     assert found.is_contiguous()
@@ -70,6 +72,7 @@ def test_rows_of_groups_are_as_rows_of_copies(name: str, kernels: list[tuple[int
 
 LEFT_TO_TRANSFORMERS = {
     "one row": ({"num_rows": 1}, {}),
+    "a prompt": ({"num_rows": 257, "num_columns": 260}, {}),
     "no groups": ({"num_shared": 4}, {}),
     "no mask": ({}, {"attention_mask": None}),
     "a bias of positions": ({}, {"position_bias": torch.ones(1, 4, 3, 20)}),
@@ -85,8 +88,19 @@ def test_other_attention_is_left_to_transformers(name: str, kernels: list[tuple[
     layer = make_layer(4 // key.shape[1])
     arguments = {"attention_mask": mask} | arguments
     expected, _ = sdpa_attention_forward(layer, query, key, value, **arguments)
-    assert torch.equal(attend(layer, query, key, value, **arguments)[0], expected)
+    with by_groups():
+        assert torch.equal(attend(layer, query, key, value, **arguments)[0], expected)
     assert not kernels
+
+
+def test_other_threads_attend_as_ever(kernels: list[tuple[int, ...]]) -> None:
+    query, key, value, mask = make_rows(*SHAPES["of 24 rows"])
+    layer = make_layer(4)
+    with by_groups(), ThreadPoolExecutor(1) as other:
+        other.submit(attend, layer, query, key, value, mask).result()
+        assert not kernels
+        attend(layer, query, key, value, mask)
+    assert len(kernels) == 1
 
 
 def test_contexts_end_with_the_last(kernels: list[tuple[int, ...]]) -> None:

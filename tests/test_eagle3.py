@@ -70,28 +70,31 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "EAGLE-3.1, one norm": (SIZES, "midlayer", ("input_norm",), 1e4),
 }
+MROPE = {"rope_theta": 3e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
+TURNS = {"rope_theta": 3e4, "rope_scaling": {"type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True}}
 # For targets whose positions have three axes: how their frequencies are shared.
 AXES: dict[str, list[int]] = {
     "SpecForge, Qwen2.5-VL": [0, 0, 1, 1, 2, 2],
-    "SpecForge, Qwen3-VL": [0, 1, 2, 0, 1, 2],
     "AngelSlim, Qwen2.5-VL": [0, 1, 2, 0, 1, 2],
+    "speculators, Qwen3-VL": [0, 1, 2, 0, 1, 2],
 }
 LAYOUTS |= {
-    name: (
-        SIZES
-        | {
-            "architectures": ["Eagle3LlamaForCausalLM" if "AngelSlim" in name else "LlamaForCausalLMEagle3"],
-            "rope_theta": 3e4,
-            "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}
-            | ({"mrope_interleaved": True} if "Qwen3" in name else {}),
+    # Its code reads no base for axes.
+    "SpecForge, Qwen2.5-VL": (SIZES | MROPE | {"architectures": ["LlamaForCausalLMEagle3"]}, "midlayer", (), 1e4),
+    "AngelSlim, Qwen2.5-VL": (SIZES | MROPE | {"architectures": ["Eagle3LlamaForCausalLM"]}, "midlayer", (), 3e4),
+    # Qwen3's layer has norms of queries and keys.
+    "speculators, Qwen3-VL": (
+        {
+            "transformer_layer_config": SIZES | TURNS | {"model_type": "qwen3"},
+            "norm_before_residual": True,
+            "aux_hidden_states_layer_ids": [0, 4, 6],
         },
-        "midlayer",
-        (),
+        "layers.0",
+        ("layers.0.self_attn.q_norm", "layers.0.self_attn.k_norm"),
         3e4,
-    )
-    for name in AXES
+    ),
 }
-TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7)}
+TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7), "speculators, Qwen3-VL": (1, 5, 7)}
 
 
 def taps_of(name: str) -> tuple[int, ...]:
@@ -157,7 +160,8 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
     for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
         weights[f"{layer}.{norm}.weight"] = 1 + random(HIDDEN)
     for norm in ("norm", *norms):
-        weights[f"{norm}.weight"] = 1 + random(3 * HIDDEN if norm == "input_norm" else HIDDEN)
+        width = {"input_norm": 3 * HIDDEN, "q_norm": HEAD_DIM, "k_norm": HEAD_DIM}.get(norm.split(".")[-1], HIDDEN)
+        weights[f"{norm}.weight"] = 1 + random(width)
     return weights
 
 
@@ -197,11 +201,12 @@ def independent(
 
     def heads(rows: torch.Tensor, kind: str, num: int) -> torch.Tensor:
         projected = rows @ weights[f"{layer}.self_attn.{kind}_proj.weight"].T
-        return projected.view(len(rows), num, HEAD_DIM).transpose(0, 1).repeat_interleave(NUM_HEADS // num, 0)
+        found, norm = projected.view(len(rows), num, HEAD_DIM).transpose(0, 1), f"{layer}.self_attn.{kind}_norm"
+        return (normed(found, norm) if norm in norms else found).repeat_interleave(NUM_HEADS // num, 0)
 
     if "input_norm" in norms:
         taps = normed(taps, "input_norm")
-    elif norms:
+    elif "fc_norm.0" in norms:
         parts = taps.chunk(3, dim=-1)
         taps = torch.cat([normed(part, norm) for part, norm in zip(parts, norms, strict=True)], dim=-1)
     features = torch.cat([taps @ weights["fc.weight"].T, *(feature for _, feature in own)])
@@ -274,7 +279,7 @@ WAYS: dict[str, Callable[[Eagle3DraftModel], Any]] = {"eager": lambda draft: dra
 
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["SafeAILab", "SpecForge, Qwen3-VL"])
+@pytest.mark.parametrize("name", ["SafeAILab", "speculators, Qwen3-VL"])
 def test_batches_and_turns_equal_plain_ones(name: str, way: str, do_sample: bool, tmp_path: Path) -> None:
     target = make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", name), target)
@@ -320,7 +325,8 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no map": (broken(WHOLE, d2t=None), {}, "must say by `d2t`"),
     "a map that is a look-up": (broken(WHOLE, d2t=torch.tensor(DRAFTED)), {}, "must hold offsets"),
     "maps that differ": (broken(WHOLE, t2d=~WHOLE["t2d"]), {}, "must hold offsets"),
-    "no head": (broken(WHOLE, **{"lm_head.weight": None}), {}, "must say by `d2t`"),
+    "no head": (broken(WHOLE, **{"lm_head.weight": None}), {}, "got no `lm_head.weight`"),
+    "embeddings of its own": (WHOLE, {"embed_requires_grad": True}, "read the target's embeddings"),
     "a lost norm": (broken(WHOLE, **{"norm.weight": None}), {}, "missing \\['norm.weight'\\]"),
     "one tensor more": (broken(WHOLE, more=torch.ones(2)), {}, "unexpected \\['more'\\]"),
     "another width": (broken(WHOLE, **{"fc.weight": torch.ones(HIDDEN, HIDDEN)}), {}, "fc.weight"),
@@ -380,3 +386,31 @@ def test_command_converts_and_cuts_no_head(target: PreTrainedModel, tmp_path: Pa
     assert type(AutoDraftModel.from_pretrained(tmp_path / "draft")) is Eagle3DraftModel
     with pytest.raises(SystemExit, match="cuts drafts of MSD"):
         main([*words.split(), "--draft_vocab_size", "8", "--counts_from", "a/b"])
+
+
+@torch.no_grad()
+def test_casting_leaves_positions_precise(target: PreTrainedModel, tmp_path: Path) -> None:
+    folder = write(tmp_path / "draft", "SafeAILab")
+    whole, half = (AutoDraftModel.from_pretrained(folder, target, dtype) for dtype in (None, torch.bfloat16))
+    assert half.fc.weight.dtype == torch.bfloat16
+    assert torch.equal(half.model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq)
+    assert half.config.name_or_path == str(folder)
+
+
+def test_layers_to_read_can_be_named(target: PreTrainedModel, tmp_path: Path) -> None:
+    folder = write(tmp_path / "draft", "SafeAILab")
+    draft = AutoDraftModel.from_pretrained(folder, target, feature_layers=[2, 4, 6])
+    assert draft.feature_layers == (2, 4, 6)
+    draft.save_pretrained(tmp_path / "ours")
+    assert AutoDraftModel.from_pretrained(tmp_path / "ours", target.config).feature_layers == (2, 4, 6)
+    with pytest.raises(ValueError, match="as many as 3"):
+        AutoDraftModel.from_pretrained(folder, target, feature_layers=[2])
+    with pytest.raises(ValueError, match="got one of 8 layers"):
+        AutoDraftModel.from_pretrained(folder, target, feature_layers=[2, 4, 60])
+
+
+def test_the_targets_factor_of_logits_is_not_the_drafts(target: PreTrainedModel, tmp_path: Path) -> None:
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "SafeAILab"), target)
+    features = torch.randn(1, 2, HIDDEN)
+    logits = draft.logits(features, None)  # nothing of the target is asked
+    assert torch.equal(logits[..., DRAFTED], draft.head(draft.norm(features)))

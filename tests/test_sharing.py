@@ -65,9 +65,15 @@ def test_a_target_brings_its_draft(folders: dict[str, Path], tmp_path: Path) -> 
         torch.manual_seed(1)
         plain = whole.eval().generate(**inputs, **call)
         torch.manual_seed(1)
-        drafted = target.generate(**inputs, **call)
+        drafted = target.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **call)
         assert drafted.speculative_stats.num_drafted > 0
         assert torch.equal(drafted.sequences, plain.sequences)
+    # What is None is said by the user.
+    whole.generation_config.eos_token_id = target.generation_config.eos_token_id = int(plain.sequences[0, -3])
+    call |= {"eos_token_id": None, "do_sample": False}
+    outputs = [model.generate(**inputs, **call).sequences for model in (whole, target)]
+    assert torch.equal(*outputs)
+    assert outputs[0].shape[1] == inputs["input_ids"].shape[1] + 20
 
 
 def test_a_draft_that_is_passed_is_taken(folders: dict[str, Path]) -> None:

@@ -247,9 +247,9 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             # Rows of the target that the draft has none for.
             self._starts = committed.position_ids[:, 0]
         if self._draft.reads_placeholders:
-            placeholders = self._target.embed(committed.token_ids.clamp(min=0))
-            inputs_embeds = placeholders.where(committed.visual_mask[..., None], committed.inputs_embeds)
-            committed = replace(committed, inputs_embeds=inputs_embeds)
+            visual, unnamed = committed.visual_mask[..., None], (self._draft.config.visual_token_ids or [0])[0]
+            placeholders = self._target.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed))
+            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
         if self._draft.config.visual_pool_size == 1:
             return committed
         rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)

@@ -10,10 +10,10 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.convert_eagle3 import is_eagle3, load_eagle3_checkpoint
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.published import find_folder, read_config, read_weights
+from transformers_msd.models.published import cast_weights, find_folder, read_config, read_weights
 from transformers_msd.traits.support import dtype_of
 
 
@@ -29,6 +29,7 @@ class AutoDraftModel:
         path_or_repo_id: str | Path,
         target: PreTrainedModel | PreTrainedConfig | None = None,
         dtype: torch.dtype | None = None,
+        feature_layers: list[int] | None = None,
     ) -> FeatureDraftModel:
         """
         Look at the files of a draft and load it.
@@ -40,14 +41,17 @@ class AutoDraftModel:
                 The target or its config, which drafts of ours do not need.
             dtype (`torch.dtype`, *optional*):
                 Dtype of the weights; their own by default, the target's where a model is passed.
+            feature_layers (`list[int]`, *optional*):
+                Hidden states of the target that an EAGLE-3 draft reads, where its config does not say what it was
+                trained on, numbered as `output_hidden_states` returns them.
 
         Returns:
             [`MSDDraftModel`] or [`Eagle3DraftModel`], ready to be passed as `assistant_model`.
         """
         folder = find_folder(path_or_repo_id)
         config, is_model = getattr(target, "config", target), isinstance(target, PreTrainedModel)
-        if dtype is None and is_model:
-            dtype = dtype_of(target)
+        if config is not None:
+            check_target_config(config)
         draft: Any
         if (ours := OURS.get(read_config(folder).get("model_type"))) is not None:
             draft = ours.from_pretrained(folder).eval()
@@ -59,8 +63,17 @@ class AutoDraftModel:
         else:
             load = load_eagle3_checkpoint if is_eagle3(read_weights(folder)) else convert_msd_checkpoint
             draft = load(folder, config)
-        draft = draft if dtype is None else draft.to(dtype)
-        if is_model:
-            draft.check_target(target)
-            draft = draft.to(target.device)
-        return draft
+        if feature_layers is not None:
+            if len(feature_layers) != len(draft.feature_layers) or not isinstance(draft, Eagle3DraftModel):
+                raise ValueError(
+                    f"`feature_layers` must be those of an EAGLE-3 draft, as many as {len(draft.feature_layers)}, got "
+                    f"{feature_layers} for {type(draft).__name__}. Leave them out to read what the draft names."
+                )
+            draft.config.feature_layers = list(feature_layers)
+        if config is not None:
+            draft.check_target(config)
+        # What was measured is kept by this name.
+        draft.config.name_or_path = str(path_or_repo_id)
+        if dtype is not None or is_model:
+            cast_weights(draft, dtype or dtype_of(target))
+        return draft.to(target.device) if is_model else draft

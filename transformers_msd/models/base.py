@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.compat import stock_drafting_error
 from transformers_msd.models.places import check_finite, check_folder
@@ -31,6 +31,8 @@ class FeatureDraftModel(PreTrainedModel):
     _supports_attention_backend = True
 
     head: nn.Linear | None
+    # Whether what the target does to its logits is done to those of the draft's own head.
+    scales_as_target = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,19 +112,21 @@ class FeatureDraftModel(PreTrainedModel):
         """
         if self.head is None:
             return target.logits(features)
-        own = target.scales.of_logits(self.head(features))
+        own = self.head(features)
+        if self.scales_as_target:
+            own = target.scales.of_logits(own)
         logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
         return logits.index_copy_(-1, self.draft_token_ids, own)
 
-    def check_target(self, target: PreTrainedModel) -> None:
+    def check_target(self, target: PreTrainedModel | PreTrainedConfig) -> None:
         """
         Raise a `ValueError` unless this draft can read the target's features and use its embeddings and head.
 
         Args:
-            target (`PreTrainedModel`):
-                Model to draft for.
+            target (`PreTrainedModel` or `PreTrainedConfig`):
+                Model to draft for, or its config.
         """
-        ours, theirs = self.config.get_text_config(), target.config.get_text_config()
+        ours, theirs = self.config.get_text_config(), getattr(target, "config", target).get_text_config()
         for name in ("hidden_size", "vocab_size"):
             if getattr(ours, name) != getattr(theirs, name):
                 raise ValueError(

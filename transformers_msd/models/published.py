@@ -9,6 +9,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from transformers_msd.models.places import check_place
 from transformers_msd.models.weights import read_weight_map
@@ -72,3 +74,11 @@ def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict
             f"The weights in {folder} do not have the sizes its `config.json` and the target say: {wrong}. Check "
             "that the target is the one the draft was trained for."
         )
+
+
+def cast_weights(draft: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give a draft's weights a dtype, and leave the frequencies of its positions as precise as they are."""
+    for weight in draft.parameters():
+        if type(weight) is nn.Parameter and weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    return draft

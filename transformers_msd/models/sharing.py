@@ -11,8 +11,10 @@ Drafts for a model with {draft}, so that it answers sooner: the same tokens, by 
     model.generate(**inputs, custom_generate="THIS REPOSITORY", trust_remote_code=True)
 """
 
+from inspect import signature
 from weakref import WeakKeyDictionary
 
+from transformers import GenerationMixin
 from transformers_msd import AutoDraftModel
 
 
@@ -20,14 +22,16 @@ DRAFT = {draft!r}
 drafts = WeakKeyDictionary()
 
 
-def generate(model, assistant_model=None, **arguments):
+def generate(*inputs, model, assistant_model=None, **arguments):
     if assistant_model is None:
         if model not in drafts:
             drafts[model] = AutoDraftModel.from_pretrained(DRAFT, model)
         assistant_model = drafts[model]
-    given = {{name: value for name, value in arguments.items() if value is not None}}
+    # Of `generate` itself all parameters come, also those that were not given.
+    own = signature(GenerationMixin.generate).parameters
+    given = {{name: value for name, value in arguments.items() if value is not None or name not in own}}
     # Not `model.generate`, which may be this function.
-    return type(model).generate(model, assistant_model=assistant_model, **given)
+    return type(model).generate(model, *inputs, assistant_model=assistant_model, **given)
 '''
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,8 +21,13 @@ OTHERS = ("softcap", "position_bias", "cache")
 # Elsewhere Transformers leaves groups to PyTorch, masks or not.
 _DEVICES = ("cpu", "cuda")
 
+# More rows are a prompt: what is copied for them would be masks, not keys.
+_MOST_ROWS = 256
+
 _lock = threading.Lock()
 _num_calls = 0
+# Whether this thread, or task, is inside of such a context: others attend as ever.
+_is_inside: ContextVar[bool] = ContextVar("transformers_msd_by_groups", default=False)
 
 
 def attend(
@@ -56,10 +62,11 @@ def attend(
     """
     num_heads, num_rows = query.shape[1:3]
     group = getattr(module, "num_key_value_groups", 1)
-    is_shared = group > 1 and num_rows > 1 and group * key.shape[1] == num_heads
+    is_shared = group > 1 and 1 < num_rows <= _MOST_ROWS and group * key.shape[1] == num_heads
     is_plain = not any(kwargs.get(name) is not None for name in OTHERS)
     is_masked = attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == 1
-    if not (is_shared and is_plain and is_masked and query.device.type in _DEVICES):
+    is_ours = not torch.compiler.is_compiling() and _is_inside.get()
+    if not (is_ours and is_shared and is_plain and is_masked and query.device.type in _DEVICES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query = query.unflatten(1, (-1, group)).flatten(2, 3)
     shape = (len(attention_mask), 1, group, *attention_mask.shape[2:])
@@ -72,8 +79,9 @@ def attend(
 
 @contextmanager
 def by_groups() -> Iterator[None]:
-    """Let all models attend so until the last such context ends, unless somebody else has replaced the function."""
+    """Let all models attend so inside, unless somebody else has replaced the function; compiled code does not."""
     global _num_calls
+    token = _is_inside.set(True)
     with _lock:
         _num_calls += 1
         if ALL_ATTENTION_FUNCTIONS[NAME] is sdpa_attention_forward:
@@ -81,6 +89,7 @@ def by_groups() -> Iterator[None]:
     try:
         yield
     finally:
+        _is_inside.reset(token)
         with _lock:
             _num_calls -= 1
             if not _num_calls and ALL_ATTENTION_FUNCTIONS[NAME] is attend:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.msd.configuration_msd import check_target_config
 from transformers_msd.models.places import check_finite
-from transformers_msd.models.published import check_weights, find_folder, read_config, read_weights
+from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
@@ -67,7 +67,7 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     draft = Eagle3DraftModel(config)
     own["draft_token_ids"] = token_ids
     check_weights(folder, own, draft.state_dict())
-    draft = draft.to(own["fc.weight"].dtype)
+    draft = cast_weights(draft, own["fc.weight"].dtype)
     draft.load_state_dict(own)
     check_finite(draft, str(path_or_repo_id))
     return draft.eval()
@@ -96,6 +96,11 @@ def _draft_config(
             f"{target_text.hidden_size}. Pass the target that it was trained for; a draft of another width than its "
             "target's is not supported."
         )
+    if published.get("embed_requires_grad"):
+        raise ValueError(
+            f"A draft must read the target's embeddings, got one that was trained with its own in {folder} "
+            "(`embed_requires_grad`), which is not supported."
+        )
     if is_of_speculators and "norm_before_residual" not in published:
         raise ValueError(
             f"{folder / 'config.json'} must say `norm_before_residual`, got nothing, of which readers make different "
@@ -104,7 +109,9 @@ def _draft_config(
     rope = _rope_parameters(published, text)
     section, interleaved = rope.pop("mrope_section", None), rope.pop("mrope_interleaved", False)
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
-    text_config = LlamaConfig(
+    # Qwen3's layer has norms of queries and keys besides.
+    config_class = Qwen3Config if any(key.endswith("q_norm.weight") for key in weights) else LlamaConfig
+    text_config = config_class(
         **fields | special_token_ids(target_config),
         vocab_size=target_text.vocab_size,
         num_hidden_layers=1,
@@ -128,10 +135,11 @@ def _draft_config(
 
 
 def _feature_layers(published: dict[str, Any], num_layers: int) -> list[int]:
-    """Layers as `output_hidden_states` numbers them; `eagle_config` counts outputs of layers, one less."""
+    """Layers as `output_hidden_states` numbers them; some configs count outputs of layers, one less."""
     given = published.get("eagle_aux_hidden_state_layer_ids")
     if given is None:
         given = (published.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        given = published.get("aux_hidden_states_layer_ids") if given is None else given
         given = None if given is None else [layer + 1 for layer in given]
     layers = given or [2, num_layers // 2, num_layers - 3]
     if not all(isinstance(layer, int) and 0 <= layer < num_layers for layer in layers):
@@ -148,18 +156,20 @@ def _rope_parameters(published: dict[str, Any], text: dict[str, Any]) -> dict[st
     kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_type"] = "default" if kind == "mrope" else kind
     theta = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
-    # AngelSlim's code lets axes take turns whatever the config says, and passes no base where there is one axis.
-    if published.get("architectures") == ["Eagle3LlamaForCausalLM"]:
-        if scaling.get("mrope_section"):
-            scaling["mrope_interleaved"] = True
-        else:
-            theta = 10000.0
+    # What trained them does not read all of this. AngelSlim's axes take turns, and where there is one axis the base is
+    # the default; SpecForge's lie in chunks, of that base.
+    trainer, has_axes = published.get("architectures"), bool(scaling.get("mrope_section"))
+    if trainer == ["Eagle3LlamaForCausalLM"] or (trainer == ["LlamaForCausalLMEagle3"] and has_axes):
+        scaling["mrope_interleaved"] = trainer == ["Eagle3LlamaForCausalLM"]
+        theta = theta if scaling["mrope_interleaved"] and has_axes else 10000.0
     return scaling | {"rope_theta": theta}
 
 
 def _draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: int) -> torch.Tensor:
     """Ids of the target that the rows of the draft's head stand for: `d2t` holds how much larger they are."""
-    num_tokens = len(weights["lm_head.weight"]) if "lm_head.weight" in weights else 0
+    if "lm_head.weight" not in weights:
+        raise ValueError(f"A head of its own is needed of an EAGLE-3 draft, got no `lm_head.weight` in {folder}.")
+    num_tokens = len(weights["lm_head.weight"])
     offsets, known = weights.get("d2t"), weights.get("t2d")
     if offsets is None and num_tokens == vocab_size:
         return torch.arange(vocab_size)

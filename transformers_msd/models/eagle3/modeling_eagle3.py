@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -11,7 +11,6 @@ from transformers_msd.compat import CACHE, cache_of
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.traits.decoders import make_decoder
-from transformers_msd.trees.masks import causal_mask, tree_attention_mask
 
 
 class Eagle3RotaryEmbedding(LlamaRotaryEmbedding):
@@ -102,6 +101,7 @@ class Eagle3DraftModel(FeatureDraftModel):
     config_class = Eagle3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    scales_as_target = False  # its head was trained for logits as they are in the end
 
     def __init__(self, config: Eagle3Config):
         super().__init__(config)
@@ -134,6 +134,15 @@ class Eagle3DraftModel(FeatureDraftModel):
     @property
     def reads_axes(self) -> bool:
         return self.config.mrope_section is not None
+
+    def check_target(self, target: PreTrainedModel | PreTrainedConfig) -> None:
+        super().check_target(target)
+        num_layers = getattr(target, "config", target).get_text_config().num_hidden_layers
+        if any(not -num_layers - 1 <= layer <= num_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"The draft reads hidden states {list(self.feature_layers)} of its target, got one of {num_layers} "
+                "layers. Pass the target that it was trained for."
+            )
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
@@ -194,11 +203,9 @@ class Eagle3DraftModel(FeatureDraftModel):
                 "hidden states."
             )
         cache = cache_of({"past_key_values": past_key_values, "cache": cache})
-        if attention_mask is None and position_ids is not None and position_ids.ndim == 3:
+        if cache is None and attention_mask is None and position_ids is not None and position_ids.ndim == 3:
             # Transformers would look for gaps in positions, and take them for packed sequences.
-            columns = torch.ones(1, 1, cache.get_seq_length() if cache is not None else 0, device=features.device) > 0
-            visible = causal_mask(1, features.shape[1], features.device)
-            attention_mask = tree_attention_mask(columns, visible, features.dtype)
+            cache = DynamicCache(config=self.config.get_text_config())
         outputs = self.model(
             inputs_embeds=torch.cat([inputs_embeds, features], dim=-1),
             attention_mask=attention_mask,

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_finite
-from transformers_msd.models.published import check_weights, find_folder, read_config, read_weights
+from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -50,7 +50,7 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     draft = MSDDraftModel(_draft_config(published, weights, target_config))
     weights = {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
     check_weights(folder, weights, draft.state_dict())
-    draft = draft.to(weights["fc.weight"].dtype)
+    draft = cast_weights(draft, weights["fc.weight"].dtype)
     draft.load_state_dict(weights)
     check_finite(draft, str(path_or_repo_id))
     return draft.eval()
