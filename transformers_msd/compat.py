@@ -117,6 +117,8 @@ NAMES = (
     Name("transformers.cache_utils:DynamicSlidingWindowLayer.__init__", attribute="cumulative_length"),
     Name("transformers.cache_utils:StaticSlidingWindowLayer.__init__", attribute="cumulative_length_int"),
     Name("transformers.cache_utils:get_layer_types_and_kwargs", "config"),
+    Name("transformers.integrations.sdpa_attention:sdpa_attention_forward"),
+    Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS"),
     Name("transformers.utils:output_capturing._hook_installation_lock"),
     Name("transformers.utils:output_capturing.install_all_output_capturing_hooks", "model, prefix"),
     Name(
