@@ -54,7 +54,8 @@ __all__ = [
     "enable",
 ]
 
-for config_class, model_class in ((MSDConfig, MSDDraftModel), (Eagle3Config, Eagle3DraftModel)):
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class, exist_ok=True)
+AutoConfig.register(MSDConfig.model_type, MSDConfig, exist_ok=True)
+AutoConfig.register(Eagle3Config.model_type, Eagle3Config, exist_ok=True)
+AutoModel.register(MSDConfig, MSDDraftModel, exist_ok=True)
+AutoModel.register(Eagle3Config, Eagle3DraftModel, exist_ok=True)
 enable()

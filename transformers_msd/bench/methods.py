@@ -109,8 +109,8 @@ def make_methods(
         methods.append(Method("n-grams", {"assistant_model": NgramDrafter()}, drafts_trees=True))
     vocab_size = target.config.get_text_config().vocab_size
     for name, draft in drafts.items():
-        is_msd = isinstance(draft, FeatureDraftModel)
-        if "assisted" in arguments.baselines and not is_msd:
+        reads_features = isinstance(draft, FeatureDraftModel)
+        if "assisted" in arguments.baselines and not reads_features:
             if draft.config.get_text_config().vocab_size == vocab_size:
                 call = {"assistant_model": draft}
                 methods.append(Method(f"assisted generation, {name}", call, is_exact=False, is_batched=False))
