@@ -14,7 +14,16 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import AutoModelForImageTextToText, CompileConfig, PreTrainedModel
 from zoo import IMAGE_ID, VOCAB_SIZE, make_inputs, make_target
 
-from transformers_msd import AutoDraftModel, Eagle3DraftModel, MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig
+from training.evidence.tiny import make_model, make_prompts
+from transformers_msd import (
+    AutoDraftModel,
+    Eagle3Config,
+    Eagle3DraftModel,
+    MSDConfig,
+    MSDDraftModel,
+    StaticRuntime,
+    TreeConfig,
+)
 from transformers_msd.cli import main
 from transformers_msd.compat import CACHE
 
@@ -414,3 +423,28 @@ def test_the_targets_factor_of_logits_is_not_the_drafts(target: PreTrainedModel,
     features = torch.randn(1, 2, HIDDEN)
     logits = draft.logits(features, None)  # nothing of the target is asked
     assert torch.equal(logits[..., DRAFTED], draft.head(draft.norm(features)))
+
+
+def test_hidden_states_are_read_before_pictures_are_added_to_them_in_later_layers():
+    target = make_model("qwen3_vl")
+    assert target.config.vision_config.deepstack_visual_indexes == [0, 1]
+    inputs = make_prompts(target, "pictures", (12,))
+    read, said = [], []
+
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        read.append(args[0] if args else kwargs["hidden_states"])
+        said.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in target.get_decoder().layers]
+    config = Eagle3Config.from_target(target.config, feature_layers=[0, 1], intermediate_size=16)
+    draft = Eagle3DraftModel(config).eval()
+    draft.choose_tokens(torch.ones(VOCAB_SIZE), target.get_output_embeddings())
+    fed = []
+    draft.fc.register_forward_pre_hook(lambda module, args: fed.append(args[0]))
+    output = target.generate(**inputs, assistant_model=draft, max_new_tokens=6, do_sample=False)
+    for hook in hooks:
+        hook.remove()
+    num_rows = fed[0].shape[1]
+    torch.testing.assert_close(fed[0], torch.cat([read[0], said[0]], dim=-1)[:, :num_rows])
+    assert (read[1] - said[0]).abs().max() > 0.1
+    assert torch.equal(output, target.generate(**inputs, max_new_tokens=6, do_sample=False))

@@ -211,7 +211,9 @@ def make_eagle3(target: torch.nn.Module) -> Eagle3DraftModel:
         mrope_section=axes,
         tree_config={"num_nodes": 8, "depth": 3, "top_k": 3, "gate": False},
     )
-    return Eagle3DraftModel(config).eval().to(target.device)
+    draft = Eagle3DraftModel(config).eval()
+    draft.draft_token_ids.copy_(torch.arange(sizes["vocab_size"]))
+    return draft.to(target.device)
 
 
 def check_tokens(

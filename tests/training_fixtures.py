@@ -13,6 +13,7 @@ from training.tiny_world.build.target import build_model, build_processor
 from training.tiny_world.build.train_draft_vlm import build_draft_vlm
 from training.tiny_world.world.rows import training_dataset
 from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig, VLMDraftTrainer
 from transformers_msd.trainer.base import DraftTrainer
 
@@ -62,6 +63,13 @@ def recipe(folder: Path, output: str, **settings) -> dict:
     }
 
 
+def eagle3_recipe(folder: Path, output: str, **settings) -> dict:
+    """Make such a recipe for a draft of EAGLE-3, with half of the vocabulary."""
+    losses = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0, "unroll_decay": 0.8, "feature_noise": 0.0}
+    own = {"draft": "eagle3", "draft_config": {"intermediate_size": 32, "draft_vocab_size": 96}}
+    return recipe(folder, output, **{"num_unroll_steps": 3, **settings, **losses, **own})
+
+
 def vlm_recipe(folder: Path, output: str, **settings) -> dict:
     """Make such a recipe for a draft VLM."""
     settings = recipe(folder, output, **settings) | {"draft_vlm": str(folder / "draft_vlm"), "draft_config": None}
@@ -80,7 +88,7 @@ def make_trainer(target, dataset, processor, output_dir, draft_for=None, draft=N
     """Make a trainer of a small draft, for another target on demand, or of the draft given."""
     torch.manual_seed(0)
     draft = draft or MSDDraftModel(MSDConfig.from_target((draft_for or target).config, intermediate_size=32))
-    trainer_class = MSDTrainer if isinstance(draft, MSDDraftModel) else VLMDraftTrainer
+    trainer_class = MSDTrainer if isinstance(draft, FeatureDraftModel) else VLMDraftTrainer
     defaults = {
         "max_steps": 1,
         "learning_rate": 3e-3,

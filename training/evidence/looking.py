@@ -19,7 +19,7 @@ from training.evidence.runs import BATCH_SIZE, ask, collect, measure, table, tra
 from training.glyph_world.world import ordered_dataset, prompts_by_kind
 from training.tiny_world.build.target import load_target
 from training.tiny_world.measure.evaluate import PICTURES
-from transformers_msd import MSDDraftModel, TreeConfig
+from transformers_msd import AutoDraftModel, Eagle3DraftModel, TreeConfig
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -28,7 +28,11 @@ DESIGNS = {
     "fused (EAGLE)": {"decoupled": False},
     "visual rows averaged by 4": {"visual_pool_size": 4},
     "visual rows left out (HiViS)": {"visual_pool_size": 0},
+    "three layers, placeholders (EAGLE-3)": {},
+    "three layers, decoupled": {"decoupled": True},
 }
+# Those that read several layers of the target, and learn from its tokens alone.
+OF_EAGLE3 = {"feature_loss_weight": 0.0, "unroll_decay": 0.8}
 SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False, ngrams=False), TreeConfig(40, 10, 4, gate=False, ngrams=False)
 BUDGETS = ("600", "1800")
 SEEDS = ("0", "1", "2")
@@ -50,10 +54,11 @@ def main() -> None:
     def run(design: str, steps: str, seed: str) -> dict[str, float]:
         folder = arguments.work / f"{design} {steps} {seed}".replace(" ", "-")
         if (folder / "config.json").exists():
-            draft = MSDDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
+            draft = AutoDraftModel.from_pretrained(folder, dtype=torch.float32)
         else:
             rows = ordered_dataset([0.5] * (int(steps) * BATCH_SIZE), seed=11)
-            draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design])
+            kind = {"training": OF_EAGLE3, "draft_class": Eagle3DraftModel} if "three layers" in design else {}
+            draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design], **kind)
             draft.save_pretrained(folder)
         found = measure(target, draft, SHALLOW, asked)
         deep = measure(target, draft, DEEP, asked, PICTURES[:1])

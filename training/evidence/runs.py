@@ -14,7 +14,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProce
 from training.tiny_world.build.target import encode_prompts
 from training.tiny_world.build.train_draft import COMMON_SETTINGS
 from training.tiny_world.measure.evaluate import PICTURES, Blinkered, acceptance_length, timed
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
+from transformers_msd import MSDDraftModel, TreeConfig
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 
 
@@ -44,7 +45,8 @@ def train_draft(
     work: Path,
     draft: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
-) -> MSDDraftModel:
+    draft_class: type[FeatureDraftModel] = MSDDraftModel,
+) -> FeatureDraftModel:
     """
     Train a draft on rows as they come, each seen once, on a GPU where there is one; return it on the CPU.
 
@@ -61,10 +63,12 @@ def train_draft(
             Folder of the trainer.
         draft, training (`dict[str, Any]`, *optional*):
             Overrides of the draft's config and of `SETTINGS`.
+        draft_class (`type[FeatureDraftModel]`, *optional*, defaults to `MSDDraftModel`):
+            Kind of the draft.
     """
     num_steps = len(rows) // BATCH_SIZE
     torch.manual_seed(seed)
-    model = MSDDraftModel(MSDConfig.from_target(target.config, **(draft or {})))
+    model = draft_class(draft_class.config_class.from_target(target.config, **(draft or {})))
     settings = SETTINGS | {
         "max_steps": num_steps,
         "lr_scheduler_kwargs": {"num_decay_steps": int(DECAYING * num_steps)},
@@ -104,7 +108,7 @@ def ask(
 
 def measure(
     target: LlavaForConditionalGeneration,
-    draft: MSDDraftModel,
+    draft: FeatureDraftModel,
     tree: TreeConfig,
     asked: dict[str, list[Asked]],
     pictures: Sequence[str] = PICTURES,

@@ -81,6 +81,8 @@ AXES = ROPE | {"mrope_section": [1, 1, 2]}
 MROPE = {"text_config": {"rope_parameters": AXES}}
 DENSE_AND_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 QFORMER = {"hidden_size": 64, "num_attention_heads": 4, "encoder_hidden_size": 64, "intermediate_size": 32}
+# Rows of pictures are added to in the first layers of the text model, too.
+DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
 OMNI = MROPE | {"vision_start_token_id": 91, "vision_end_token_id": 90, "audio_start_token_id": 89}
 SAM = {"image_size": 64, "window_size": 4, "global_attn_indexes": [1], "output_channels": 32, "mlp_dim": 48}
 SAM |= {"num_pos_feats": 16, "downsample_channels": [16, 32]}
@@ -95,13 +97,15 @@ NAMED = {"<image>": 95, "<|extra_200|>": 59}
 # What architectures want beside; `...` leaves a field out.
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"),
+        ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"),
         MROPE,
     ),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), MROPE | DEEPSTACK),
     **dict.fromkeys(
         ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"rope_parameters": ROPE, "head_dim": 8, "moe_topk": 2}
     ),
-    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), OMNI),
+    "qwen2_5_omni_thinker": OMNI,
+    "qwen3_omni_moe_thinker": OMNI | DEEPSTACK,
     "apertus1p5": {
         "image_token_offset": 60,
         "audio_token_offset": 68,
@@ -120,7 +124,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vq_config": VQ
         | {"num_embeddings": 8, "latent_channels": 32, "resolution": 16, "channel_multiplier": [1, 1, 2]},
     },
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": AXES}}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": AXES}}, **DEEPSTACK},
     "cohere_compass_text": {"rope_parameters": {"full_attention": AXES}},
     "cosmos3_edge": MROPE,
     "dbrx": {

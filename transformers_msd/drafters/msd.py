@@ -85,7 +85,7 @@ class MSDDrafter:
         self.draft.check_target(target)
         if self.draft.needs_tokens:
             raise ValueError(
-                f"The {self.draft.config.draft_vocab_size} tokens of the draft must be chosen before it drafts, got "
+                f"The {self.draft.head.out_features} tokens of the draft must be chosen before it drafts, got "
                 "none. Train it with `MSDTrainer`, or call `choose_tokens`."
             )
 

@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.convert_eagle3 import is_eagle3, load_eagle3_checkpoint
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
+from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.published import cast_weights, find_folder, read_config, read_weights

@@ -1,5 +1,6 @@
 """What drafts on a target's features have in common, whatever their layers are."""
 
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from transformers_msd.compat import stock_drafting_error
 from transformers_msd.models.places import check_finite, check_folder
@@ -30,9 +32,15 @@ class FeatureDraftModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    fc: nn.Linear
     head: nn.Linear | None
+    # What says how it drafts, in a model card, and its tag there.
+    method: str
+    tag: str
     # Whether what the target does to its logits is done to those of the draft's own head.
     scales_as_target = True
+    # Whether its predictions are the target's features, which it can be trained on.
+    predicts_features = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +66,13 @@ class FeatureDraftModel(PreTrainedModel):
             raise stock_drafting_error(self)
         return super().__getattr__(name)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.fc:
+            # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
     @property
     def tree_config(self) -> TreeConfig:
         """Tree to draft with; it is saved with the model."""
@@ -79,7 +94,7 @@ class FeatureDraftModel(PreTrainedModel):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether the tokens of a smaller vocabulary are still to be chosen."""
+        """Whether the tokens of its own head are still to be chosen."""
         return self.head is not None and bool((self.draft_token_ids < 0).any())
 
     @property
@@ -112,11 +127,35 @@ class FeatureDraftModel(PreTrainedModel):
         """
         if self.head is None:
             return target.logits(features)
-        own = self.head(features)
+        own = self.own_logits(features)
         if self.scales_as_target:
             own = target.scales.of_logits(own)
         logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
         return logits.index_copy_(-1, self.draft_token_ids, own)
+
+    def own_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Turn predicted features `(..., hidden_size)` into what a head of its own says of the tokens it knows."""
+        return self.head(features)
+
+    @torch.no_grad()
+    def choose_tokens(self, counts: torch.Tensor, head: nn.Module) -> None:
+        """
+        Choose the tokens that its own head knows, and take over what the target's head knows of them.
+
+        Args:
+            counts (`torch.Tensor` of shape `(vocab_size,)`):
+                How often the target says each token.
+            head (`torch.nn.Module`):
+                Head of the target.
+        """
+        token_ids = counts.topk(self.head.out_features).indices.sort().values
+        self.draft_token_ids.copy_(token_ids)
+        # Called, not looked into: it may be quantised.
+        weight = next(head.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else self.dtype
+        probes = torch.eye(self.config.get_text_config().hidden_size, dtype=dtype, device=weight.device)
+        columns = head(probes) - head(torch.zeros_like(probes[:1]))
+        self.head.weight.copy_(columns[:, token_ids.to(columns.device)].T)
 
     def check_target(self, target: PreTrainedModel | PreTrainedConfig) -> None:
         """
@@ -132,7 +171,7 @@ class FeatureDraftModel(PreTrainedModel):
                 raise ValueError(
                     f"The draft was made for a target of `{name}` {getattr(ours, name)}, got {type(target).__name__} "
                     f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
-                    "`MSDConfig.from_target(target.config)`."
+                    f"`{type(self.config).__name__}.from_target(target.config)`."
                 )
 
     def save_pretrained(

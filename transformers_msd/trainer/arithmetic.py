@@ -6,7 +6,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.configuration import DraftConfig
+from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.loading import auto_class
 
@@ -45,24 +46,36 @@ def operations_of_step(
         num_supervised (`float`):
             Tokens of a row that are learned from.
     """
-    weights, attention, head = _operations_of_token(target_config)
-    draft_weights, draft_attention, draft_head = _operations_of_token(draft)
+    target, model = without_weights(target_config), without_weights(draft)
+    text, own = target_config.get_text_config(), draft.get_text_config()
+    head, own_head = (2 * config.hidden_size * config.vocab_size for config in (text, own))
+    once, decoder = 0, model
+    if not isinstance(draft, DraftConfig):
+        decoder = model.get_decoder()
+    elif model.head is not None:
+        own_head = 2 * model.head.weight.numel()
+    if isinstance(model, Eagle3DraftModel):  # fuses what the target says, and not what it says itself
+        once, decoder = 2 * model.fc.weight.numel(), model.model
     steps = args.num_unroll_steps
     # The losses compute all logits twice, so as to keep none of them, and the draft's go back through the head.
-    of_target = length * (weights + attention * length) + num_supervised * 2 * head
+    of_target = length * (_weights(target.get_decoder(), text) + _attention(text) * length) + num_supervised * 2 * head
     # Each unrolled step attends to the keys of all steps before.
-    of_layers = draft_weights * steps + draft_attention * length * steps * (steps + 1) / 2
-    of_draft = length * 3 * of_layers + num_supervised * 3 * draft_head * steps
+    of_layers = once + _weights(decoder, own) * steps + _attention(own) * length * steps * (steps + 1) / 2
+    of_draft = length * 3 * of_layers + num_supervised * 3 * own_head * steps
     return num_rows * of_target, num_rows * of_draft
 
 
-def _operations_of_token(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Count what a token costs forward: in layers, in attention for each key, and in the head."""
-    text, model = config.get_text_config(), without_weights(config)
-    decoder = model if isinstance(config, MSDConfig) else model.get_decoder()
-    # Tables over the vocabulary are heads, or embeddings, which are looked up.
-    sizes = [weight.numel() for weight in decoder.parameters() if text.vocab_size not in weight.shape]
-    return 2 * sum(sizes), 4 * text.num_hidden_layers * text.hidden_size, 2 * text.hidden_size * text.vocab_size
+def _weights(decoder: PreTrainedModel, text_config: PreTrainedConfig) -> int:
+    """Count what a token costs forward in the weights of layers."""
+    # Tables over a vocabulary are heads, or embeddings, which are looked up.
+    tables = {text_config.vocab_size, *(len(head.weight) for head in [getattr(decoder, "head", None)] if head)}
+    return 2 * sum(weight.numel() for weight in decoder.parameters() if not tables & {*weight.shape})
+
+
+def _attention(text_config: PreTrainedConfig) -> int:
+    """Count what a token costs forward in attention for each key."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return 4 * text_config.num_hidden_layers * text_config.num_attention_heads * head_dim
 
 
 def measure_throughput(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:

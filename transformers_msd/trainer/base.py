@@ -161,7 +161,7 @@ class DraftTrainer(SFTTrainer):
         draft_token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Sum the weighted losses on tokens, and add them to what is logged.
+        Sum the weighted losses on tokens over the weighted steps, and add them to what is logged.
 
         Args:
             predicted (`dict[str, torch.Tensor]`):
@@ -198,7 +198,8 @@ class DraftTrainer(SFTTrainer):
             sums = {name: own[step, rows].sum() for name, own in zip(self._token_losses, losses, strict=True)}
             of_agreement = agrees[step, rows]
             self.count(sums | {"agreement": of_agreement.float().sum()}, len(of_agreement), suffix)
-            total = total + sum(weight * sums[name] for name, (_, weight) in self._token_losses.items())
+            of_step = sum(weight * sums[name] for name, (_, weight) in self._token_losses.items())
+            total = total + self.args.step_weights[step] * of_step
         return total
 
     def count(self, sums: dict[str, torch.Tensor], num_rows: int, suffix: str = "") -> None:

@@ -45,6 +45,9 @@ class MSDTrainingConfig(SFTConfig):
         num_unroll_steps (`int`, *optional*, defaults to 1):
             Forwards of the draft per step. From the second on it reads its own features, as in decoding (HASS, arXiv
             2408.15766, uses 3). MSD trains with 1.
+        unroll_decay (`float`, *optional*, defaults to 1.0):
+            How much each of these steps weighs beside the one before (EAGLE-3, arXiv 2503.01840, uses 0.8, and 7
+            steps).
         stage (`str`, *optional*, defaults to `"ramp"`):
             `"text"` trains on the rows of text alone. `"multimodal"` trains on all rows, with and without pictures,
             shuffled together. `"ramp"` trains on rows of text in the first half of the steps; in the second half each
@@ -86,6 +89,7 @@ class MSDTrainingConfig(SFTConfig):
     num_unroll_steps: int = field(
         default=1, metadata={"help": "Forwards of the draft per step; from the second on it reads its own features."}
     )
+    unroll_decay: float = field(default=1.0, metadata={"help": "Weight of a forward beside the one before."})
     stage: str = field(
         default="ramp",
         metadata={
@@ -94,6 +98,12 @@ class MSDTrainingConfig(SFTConfig):
         },
     )
     head_chunk_size: int = field(default=512, metadata={"help": "Rows whose logits are in memory at a time."})
+
+    @property
+    def step_weights(self) -> list[float]:
+        """Weights of the unrolled steps, 1 in all."""
+        weights = [self.unroll_decay**step for step in range(self.num_unroll_steps)]
+        return [weight / sum(weights) for weight in weights]
 
     def __post_init__(self):
         if not isinstance(self.output_dir, str | PathLike | None):
@@ -115,6 +125,8 @@ class MSDTrainingConfig(SFTConfig):
         if not any(getattr(self, name) for name in _LOSS_WEIGHTS):
             raise ValueError(f"Nothing would be learned: all of {', '.join(_LOSS_WEIGHTS)} are 0. Set one of them.")
         check_least(self, **dict.fromkeys(_AT_LEAST_1, 1))
+        if not 0 < self.unroll_decay <= 1:
+            raise ValueError(f"`unroll_decay` must be above 0 and at most 1, got {self.unroll_decay}.")
         if self.activation_checkpointing and self.num_unroll_steps > 1:
             raise ValueError(
                 "`activation_checkpointing` drops the cache that unrolled steps read, got "

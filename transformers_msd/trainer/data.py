@@ -14,8 +14,9 @@ from transformers_msd.compat import encode_pictures
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import pool_visual_rows
 from transformers_msd.target.capturing import capturing
+from transformers_msd.target.recording import side_by_side, with_layers
 from transformers_msd.target.target import TOKEN_TYPES
-from transformers_msd.traits.scales import find_scales, wants_scales
+from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
 from transformers_msd.traits.tokens import visual_token_mask
 
 
@@ -82,8 +83,8 @@ class DraftRows:
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
             Embeddings of tokens `r + 1`.
-        features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-            The target's features at tokens `r`.
+        features (`torch.Tensor` of shape `(batch_size, num_rows, num_layers * hidden_size)`):
+            What the draft reads of the target at tokens `r`: its features, or hidden states of several layers.
         target_features (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
             The target's features at tokens `r + 1`, which the draft predicts.
         visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
@@ -130,14 +131,16 @@ def pair_rows(
     inputs_embeds: torch.Tensor,
     features: torch.Tensor,
     visual_token_ids: list[int],
+    target_features: torch.Tensor | None = None,
 ) -> DraftRows:
-    """Pair every token with the target's feature at the token before it."""
+    """Pair every token with what is read of the target at the token before it, by default its features."""
+    target_features = features if target_features is None else target_features
     attention_mask = attention_mask.bool()
     row_mask = attention_mask[:, :-1] & attention_mask[:, 1:]
     return DraftRows(
         inputs_embeds=inputs_embeds[:, 1:],
         features=features[:, :-1],
-        target_features=features[:, 1:],
+        target_features=target_features[:, 1:],
         visual_mask=visual_token_mask(input_ids[:, 1:], visual_token_ids),
         row_mask=row_mask,
         # The token after the last one is unknown.
@@ -148,25 +151,38 @@ def pair_rows(
 
 @torch.no_grad()
 def hidden_states(
-    target: nn.Module, inputs: dict[str, torch.Tensor], visual_token_ids: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the target; return what its layers read and its features, both `(batch_size, num_rows, hidden_size)`."""
+    target: nn.Module, inputs: dict[str, torch.Tensor], visual_token_ids: list[int], layers: tuple[int, ...] = (0, -1)
+) -> list[torch.Tensor]:
+    """
+    Run the target; return hidden states `(batch_size, num_rows, hidden_size)` of some layers, by default what its
+    layers read, and its features.
+    """
     # One row of logits tells what the model does to them.
     asks = wants_scales(target)
     settings = {"logits_to_keep": torch.tensor([-1])} if asks else NO_LOGITS
     with capturing(target):
-        outputs = target(**encode_pictures(target, inputs), output_hidden_states=[0, -1], use_cache=False, **settings)
+        outputs = target(
+            **encode_pictures(target, inputs),
+            output_hidden_states=with_layers(False, layers),
+            use_cache=False,
+            **settings,
+        )
     inputs_embeds, features = outputs.hidden_states[0], outputs.hidden_states[-1]
     if asks and inputs_embeds.shape[:-1] == inputs["input_ids"].shape:
         text = inputs["attention_mask"].bool() & ~visual_token_mask(inputs["input_ids"], visual_token_ids)
         table_rows = target.get_input_embeddings()(inputs["input_ids"][text])
         find_scales(target, table_rows, inputs_embeds[text], features[:, -1], outputs.logits[:, -1])
-    return inputs_embeds, features
+    return [outputs.hidden_states[layer] for layer in layers]
 
 
 @torch.no_grad()
 def target_rows(
-    target: nn.Module, inputs: dict[str, torch.Tensor], visual_token_ids: list[int], dtype: torch.dtype | None = None
+    target: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    visual_token_ids: list[int],
+    dtype: torch.dtype | None = None,
+    feature_layers: tuple[int, ...] = (-1,),
+    reads_placeholders: bool = False,
 ) -> DraftRows:
     """
     Run the target, and pair its embeddings and features as the draft reads them.
@@ -180,12 +196,24 @@ def target_rows(
             Ids of the placeholders, as in `MSDConfig.visual_token_ids`.
         dtype (`torch.dtype`, *optional*):
             Dtype of the draft, the target's by default.
+        feature_layers (`tuple[int, ...]`, *optional*, defaults to the last):
+            Hidden states that the draft reads.
+        reads_placeholders (`bool`, *optional*, defaults to `False`):
+            Whether it reads embeddings of placeholders, where the target reads visual features.
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    ends = hidden_states(target, inputs, visual_token_ids)
-    inputs_embeds, features = (states.to(dtype or states.dtype) for states in ends)
-    return pair_rows(inputs["input_ids"], labels, inputs["attention_mask"], inputs_embeds, features, visual_token_ids)
+    states = hidden_states(target, inputs, visual_token_ids, (0, -1, *feature_layers))
+    inputs_embeds, features, *read = (state.to(dtype or state.dtype) for state in states)
+    input_ids = inputs["input_ids"]
+    if reads_placeholders:
+        placeholders = (
+            scales_of(target).of_embeddings(target.get_input_embeddings()(input_ids)).to(inputs_embeds.dtype)
+        )
+        inputs_embeds = placeholders.where(visual_token_mask(input_ids, visual_token_ids)[..., None], inputs_embeds)
+    return pair_rows(
+        input_ids, labels, inputs["attention_mask"], inputs_embeds, side_by_side(read), visual_token_ids, features
+    )
 
 
 def feature_noise(features: torch.Tensor, row_mask: torch.Tensor, seeds: list[int], width: float) -> torch.Tensor:

@@ -19,8 +19,7 @@ from transformers import (
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
-from transformers_msd.models.msd.configuration_msd import MSDConfig
+from transformers_msd.models.configuration import DraftConfig
 
 
 def device_of(name: str | None) -> str:
@@ -53,7 +52,7 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
 
 def auto_class(config: PreTrainedConfig) -> type:
     """Return the auto class that makes the model of a config: a target, a draft VLM, or a draft on features."""
-    if isinstance(config, MSDConfig | Eagle3Config):
+    if isinstance(config, DraftConfig):
         return AutoModel
     return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.wrapped import Ungated
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import TOKEN_TYPES, Target
 from transformers_msd.trainer.data import RowCollator, target_rows
@@ -33,7 +33,7 @@ class Parity:
         max_embedding_difference (`float`):
             Largest difference of an embedding.
         max_feature_difference (`float`):
-            Largest difference of a feature that the draft reads: those of visual rows are not.
+            Largest difference of a feature that the draft reads; where it is decoupled, those of visual rows are not.
         equal_masks (`bool`):
             Whether the same rows count as visual.
         equal_positions (`bool`):
@@ -57,7 +57,7 @@ class Parity:
 class _Recorder(Ungated):
     """Keeps what a draft is fed in one call."""
 
-    def __init__(self, assistant: MSDDraftModel) -> None:
+    def __init__(self, assistant: FeatureDraftModel) -> None:
         super().__init__(assistant)
         self.fed: list[Committed] = []
 
@@ -99,7 +99,7 @@ def has_equal_prompt(
 @torch.no_grad()
 def check_parity(
     target: PreTrainedModel,
-    draft: MSDDraftModel,
+    draft: FeatureDraftModel,
     inputs: dict[str, Any],
     max_new_tokens: int = 32,
 ) -> Parity:
@@ -109,7 +109,7 @@ def check_parity(
     Args:
         target ([`~transformers.PreTrainedModel`]):
             The target.
-        draft ([`MSDDraftModel`]):
+        draft ([`FeatureDraftModel`]):
             Its draft, trained or not.
         inputs (`dict[str, Any]`):
             Prompts as for `generate`, left-padded.
@@ -138,7 +138,9 @@ def check_parity(
     for name in TOKEN_TYPES:
         if name in training_inputs:
             training_inputs[name] = pad(training_inputs[name], (0, num_new))
-    rows = target_rows(target, {**training_inputs, "labels": sequences}, draft.config.visual_token_ids)
+    training_inputs["labels"] = sequences
+    visual_ids, layers = draft.config.visual_token_ids, draft.feature_layers
+    rows = target_rows(target, training_inputs, visual_ids, feature_layers=layers)
 
     differences = {"embeds": [0.0], "features": [0.0]}
     equal_masks = equal_positions = True
@@ -149,7 +151,8 @@ def check_parity(
         embeds = fed.inputs_embeds[sequence, ours] - rows.inputs_embeds[sequence, real]
         features = fed.features[sequence, ours] - rows.features[sequence, real]
         differences["embeds"].append(embeds.abs().max().item())
-        differences["features"].append(features[text].abs().max().item())
+        read = text if draft.config.decoupled else torch.ones_like(text)
+        differences["features"].append(features[read].abs().max().item())
         equal_masks &= torch.equal(fed.visual_mask[sequence, ours], ~text)
         equal_positions &= torch.equal(fed.position_ids[sequence, ours], rows.position_ids[sequence, real])
     return Parity(

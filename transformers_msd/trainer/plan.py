@@ -49,11 +49,12 @@ def memory_of_step(
     # Scores and their softmax, where attention has no kernel that does without; unrolled steps see the keys of all
     # steps before.
     scores = 2 * batch_size * heads * length**2 * computed
+    num_taps = len(getattr(draft, "feature_layers", ()))  # beside its features, which are compared
     losses = 1 + sum(map(bool, (args.token_loss_weight, args.top_k_loss_weight, args.probability_loss_weight)))
     return {
         "target": num_parameters(target_config) * half,
         "draft, gradients and AdamW's moments": num_parameters(draft) * 4 * _FLOAT,
-        "features and embeddings": rows * theirs.hidden_size * (2 * half + 3 * _FLOAT),
+        "features and embeddings": rows * theirs.hidden_size * (2 * half + 3 * _FLOAT + num_taps * (half + _FLOAT)),
         "a layer of the target": (of_target + their_scores) * half,
         "layers of the draft": steps * text.num_hidden_layers * layer,
         "attention scores of the draft": text.num_hidden_layers * scores * steps * (steps + 1) // 2,
@@ -139,7 +140,7 @@ def make_plan(
         target_config (`PreTrainedConfig`):
             Config of the target.
         draft (`PreTrainedConfig`):
-            Config of the draft, an [`MSDConfig`] or that of a draft VLM.
+            Config of the draft, of one on features or of a draft VLM.
         args ([`MSDTrainingConfig`]):
             Settings of the run.
         target_dtype (`torch.dtype`):

@@ -12,8 +12,8 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from transformers_msd.drafters.model import MOST_PADDING
-from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.auto import OURS
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.fields import check_types
@@ -22,6 +22,8 @@ from transformers_msd.trainer.loading import auto_class, check_dtype, is_multimo
 
 DEFAULT_RECIPE = "recipe.yaml"
 MOST_BYTES = 100_000
+# Drafts that can be trained.
+KINDS = {"msd": OURS["msd_draft"], "eagle3": OURS["eagle3_draft"]}
 
 
 @dataclass
@@ -52,11 +54,13 @@ class DraftArguments:
             PEFT adapter of the target.
         draft_model (`str`, *optional*):
             Draft to go on from. A new one is made by default.
+        draft (`str`, *optional*, defaults to `"msd"`):
+            Kind of a new draft: `"msd"` or `"eagle3"`.
         draft_config (`dict`, *optional*):
-            Overrides of [`MSDConfig.from_target`] for a new draft.
+            Overrides of [`MSDConfig.from_target`] or [`Eagle3Config.from_target`] for a new draft.
         draft_vlm (`str`, *optional*):
             Folder or Hub repository of a small VLM (for a target of text alone: a language model) to distil by
-            [`VLMDraftTrainer`], instead of training a draft of MSD. Its vision tower is frozen.
+            [`VLMDraftTrainer`], instead of training a draft on the target's features. Its vision tower is frozen.
     """
 
     target_model: str = field(metadata={"help": "Folder or Hub repository of the target."})
@@ -69,6 +73,7 @@ class DraftArguments:
     dtype: str = field(default="auto", metadata={"help": "Dtype the target is loaded in."})
     target_adapter: str | None = field(default=None, metadata={"help": "PEFT adapter of the target."})
     draft_model: str | None = field(default=None, metadata={"help": "Draft to go on from."})
+    draft: str = field(default="msd", metadata={"help": "Kind of a new draft.", "choices": tuple(KINDS)})
     draft_config: dict[str, Any] | None = field(default=None, metadata={"help": "Overrides for a new draft."})
     draft_vlm: str | None = field(default=None, metadata={"help": "Small VLM to distil instead."})
 
@@ -91,10 +96,12 @@ class DraftArguments:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"`{name}` must be a whole number, {least} at least, got {value!r}.")
-        if self.draft_vlm and (self.draft_model or self.draft_config):
+        if self.draft not in KINDS:
+            raise ValueError(f"`draft` must be one of {tuple(KINDS)}, got {self.draft!r}.")
+        if self.draft_vlm and (self.draft_model or self.draft_config or self.draft != "msd"):
             raise ValueError(
-                "`draft_vlm` takes the place of a draft of MSD, got `draft_model` or `draft_config` beside it. Remove "
-                "one or the other."
+                "`draft_vlm` takes the place of a draft of MSD or EAGLE-3, got `draft_model`, `draft_config` or "
+                "`draft` beside it. Remove one or the other."
             )
 
 
@@ -191,19 +198,27 @@ def load_target(arguments: DraftArguments) -> tuple[PreTrainedModel, ProcessorMi
 
 
 def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> PreTrainedConfig:
-    """Make the config of the draft of a recipe: an [`MSDConfig`], or that of a draft VLM."""
+    """Make the config of the draft of a recipe: of one on the target's features, or of a draft VLM."""
     if arguments.draft_vlm:
         return AutoConfig.from_pretrained(arguments.draft_vlm)
     if arguments.draft_model:
-        return MSDConfig.from_pretrained(arguments.draft_model)
-    return MSDConfig.from_target(target_config, **(arguments.draft_config or {}))
+        config = AutoConfig.from_pretrained(arguments.draft_model)
+        if config.model_type not in OURS:
+            raise ValueError(
+                f"`draft_model` must be a draft of ours, got one of `model_type` {config.model_type!r} in "
+                f"{arguments.draft_model}. Turn what others published into one: `transformers-msd convert`."
+            )
+        return config
+    return KINDS[arguments.draft].config_class.from_target(target_config, **(arguments.draft_config or {}))
 
 
-def make_draft(arguments: DraftArguments, target_config: PreTrainedConfig) -> MSDDraftModel:
+def make_draft(arguments: DraftArguments, target_config: PreTrainedConfig) -> FeatureDraftModel:
     """Make or load the draft of a recipe, in float32."""
+    config = draft_config(arguments, target_config)
+    draft_class = OURS[config.model_type]
     if arguments.draft_model:
-        return MSDDraftModel.from_pretrained(arguments.draft_model, dtype=torch.float32)
-    return MSDDraftModel(draft_config(arguments, target_config))
+        return draft_class.from_pretrained(arguments.draft_model, dtype=torch.float32)
+    return draft_class(config)
 
 
 def load_draft_vlm(arguments: DraftArguments, target_config: PreTrainedConfig) -> PreTrainedModel:

@@ -10,43 +10,42 @@ from datasets import Dataset
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import token_counts
 from transformers_msd.trainer.losses import feature_loss
-from transformers_msd.traits.scales import scales_of
+from transformers_msd.traits.scales import Scales, scales_of
 
 
 class MSDTrainer(DraftTrainer):
     """
-    Trainer of [`MSDDraftModel`].
+    Trainer of drafts that read the target's features: [`MSDDraftModel`], [`Eagle3DraftModel`].
 
-    The target's features are computed in the same step and not kept.
+    Features are computed in the same step and not kept.
 
     Args:
-        model ([`MSDDraftModel`]):
+        model ([`FeatureDraftModel`]):
             Draft to train.
         target, args, train_dataset, processing_class, kwargs:
             As [`DraftTrainer`] has them.
 
     Raises:
-        ValueError: If the draft doesn't fit the target, or the dataset has no rows to learn from at this stage.
+        ValueError: If the draft doesn't fit the target, or the losses the draft, or the dataset has no rows to learn
+            from at this stage.
     """
 
-    _tag_names = ["transformers-msd", "msd", "speculative-decoding", "draft-model"]
     _name = "MSD"
     _card = {
-        "imports": "from transformers_msd import MSDDraftModel",
-        "loading": 'MSDDraftModel.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)',
-        "method": "The method is MSD (arXiv 2505.14260), the tree EAGLE-2 (arXiv 2406.16858).",
+        "imports": "from transformers_msd import {draft_class}",
+        "loading": '{draft_class}.from_pretrained("{name}", dtype=target.dtype, device_map=target.device)',
         "relation": "adapter",  # it has no embeddings of its own, and runs beside its target alone
     }
 
     def __init__(
         self,
-        model: MSDDraftModel,
+        model: FeatureDraftModel,
         target: PreTrainedModel,
         args: MSDTrainingConfig,
         train_dataset: Dataset,
@@ -54,6 +53,19 @@ class MSDTrainer(DraftTrainer):
         **kwargs: Any,
     ):
         model.check_target(target)
+        if model.reads_axes:
+            raise ValueError(
+                f"A draft of one axis of positions can be trained, got a {type(model).__name__} with "
+                f"`mrope_section={model.config.mrope_section}`. Train a new one: "
+                f"`{type(model.config).__name__}.from_target(target.config)`."
+            )
+        if args.feature_loss_weight and not model.predicts_features:
+            raise ValueError(
+                f"{type(model).__name__} does not predict the target's features, got `feature_loss_weight="
+                f"{args.feature_loss_weight}`. Set it to 0, and `token_loss_weight` to 1."
+            )
+        self._tag_names = ["transformers-msd", model.tag, "speculative-decoding", "draft-model"]
+        self._card = self._card | {"method": model.method}
         # TRL writes special token ids there, and a model that can't generate has none.
         model.generation_config = GenerationConfig.from_model_config(model.config)
         if model.needs_tokens:
@@ -62,23 +74,32 @@ class MSDTrainer(DraftTrainer):
         super().__init__(model, target, args, train_dataset, processing_class, **kwargs)
         if model.head is not None and self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError(
-                "A draft with a head of its own can't be sharded by FSDP, got `draft_vocab_size="
-                f"{model.config.draft_vocab_size}`. Use `ddp.yaml`, `zero2.yaml` or `zero3.yaml`."
+                "A draft with a head of its own can't be sharded by FSDP, got a "
+                f"{type(model).__name__} with one of {model.head.out_features} tokens. "
+                "Use `ddp.yaml`, `zero2.yaml` or `zero3.yaml`."
             )
 
-    def assistant(self) -> MSDDraftModel:
+    def assistant(self) -> FeatureDraftModel:
         return self.accelerator.unwrap_model(self.model)
 
     def loss_sum(
-        self, model: MSDDraftModel, inputs: dict[str, torch.Tensor], row_ids: list[int]
+        self, model: FeatureDraftModel, inputs: dict[str, torch.Tensor], row_ids: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = target_rows(self.target, inputs, self.model.config.visual_token_ids, self.model.dtype)
+        draft = self.assistant()
+        rows = target_rows(
+            self.target,
+            inputs,
+            draft.config.visual_token_ids,
+            draft.dtype,
+            draft.feature_layers,
+            draft.reads_placeholders,
+        )
         if self.model.training and self.args.feature_noise:
             seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids]
             noise = feature_noise(rows.features, rows.row_mask, seeds, self.args.feature_noise)
             rows = replace(rows, features=rows.features + noise)
-        rows = rows.pool(self.model.config)
-        features, supervised = rows.features, rows.supervised
+        rows = rows.pool(draft.config)
+        features, supervised = self.accelerator.autocast()(draft.fuse)(rows.features), rows.supervised
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
         target_features = rows.target_features[rows.supervised]
         steps, counted, loss = {}, {}, 0.0
@@ -96,18 +117,22 @@ class MSDTrainer(DraftTrainer):
             ).last_hidden_state
             suffix = f"_{step + 1}"
             steps[suffix], counted[suffix] = predicted[rows.supervised], supervised[rows.supervised]
-            of_features = feature_loss(steps[suffix], target_features)[counted[suffix]]
-            self.count({"feature_loss": of_features.sum()}, len(of_features), suffix)
-            loss = loss + self.args.feature_loss_weight * of_features.sum()
+            if draft.predicts_features:
+                of_features = feature_loss(steps[suffix], target_features)[counted[suffix]]
+                self.count({"feature_loss": of_features.sum()}, len(of_features), suffix)
+                loss = loss + self.args.step_weights[step] * self.args.feature_loss_weight * of_features.sum()
             # Row r goes on from what row r - 1 predicted, in the chain of a supervised row.
             features = pad(predicted[:, :-1], (0, 0, 1, 0))
             supervised = supervised & pad(supervised[:, :-1], (1, 0), value=False)
-        loss = loss + self.token_loss_sum(steps, target_features, counted, *self._own_head())
-        return loss / self.args.num_unroll_steps, rows.supervised.sum()
+        loss = loss + self.token_loss_sum(steps, target_features, counted, *self._own_head(draft))
+        return loss, rows.supervised.sum()
 
-    def _own_head(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | tuple[()]:
-        """Return head and tokens of a draft that has a smaller vocabulary."""
-        draft = self.accelerator.unwrap_model(self.model)
+    def _own_head(
+        self, draft: FeatureDraftModel
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None] | tuple[()]:
+        """Return the head of a draft that has its own, and its tokens where they are not all."""
         if draft.head is None:
             return ()
-        return lambda rows: scales_of(self.target).of_logits(draft.head(rows)), draft.draft_token_ids
+        scales = scales_of(self.target) if draft.scales_as_target else Scales()
+        token_ids = None if draft.config.draft_vocab_size is None else draft.draft_token_ids
+        return lambda rows: scales.of_logits(draft.own_logits(rows)), token_ids

@@ -15,7 +15,7 @@ from transformers_msd.traits.scales import logits_of, wants_scales
 from transformers_msd.traits.tokens import visual_token_ids
 
 
-_OF_FEATURES = ("feature_loss_weight", "feature_noise", "num_unroll_steps")
+_OF_FEATURES = ("feature_loss_weight", "feature_noise", "num_unroll_steps", "unroll_decay")
 
 
 class VLMDraftTrainer(DraftTrainer):

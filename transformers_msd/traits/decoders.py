@@ -96,6 +96,19 @@ def decoder_layers_of(
     for fields in _candidates(text_config, lists, num_layers):
         if _can_draft(type(text_config), fields, lists):
             return type(text_config), fields
+    return LlamaConfig, llama_layers_of(text_config, num_layers)
+
+
+def llama_layers_of(text_config: PreTrainedConfig, num_layers: int = 1) -> dict[str, Any]:
+    """
+    Choose the fields of a Llama config of a target's sizes.
+
+    Args:
+        text_config (`PreTrainedConfig`):
+            Text config of the target.
+        num_layers (`int`, *optional*, defaults to 1):
+            Number of layers.
+    """
     size, vocab_size = _number(text_config, "hidden_size"), _number(text_config, "vocab_size")
     if size is None or vocab_size is None or size % 2:
         raise ValueError(
@@ -116,7 +129,7 @@ def decoder_layers_of(
         max_position_embeddings=_number(text_config, "max_position_embeddings") or 2048,
         initializer_range=getattr(text_config, "initializer_range", None) or 0.02,
     )
-    return LlamaConfig, {name: value for name, value in config.to_dict().items() if name != "dtype"}
+    return {name: value for name, value in config.to_dict().items() if name != "dtype"}
 
 
 def check_decoder(

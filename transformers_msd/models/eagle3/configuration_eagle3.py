@@ -3,18 +3,19 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from transformers_msd.trees.tree import TreeConfig
+from transformers_msd.models.configuration import DraftConfig, check_target_config, make_draft_config
+from transformers_msd.traits.decoders import llama_layers_of
+from transformers_msd.traits.tokens import visual_token_ids
 
 
 @strict
-class Eagle3Config(PreTrainedConfig):
+class Eagle3Config(DraftConfig):
     r"""
-    Architecture of an [`Eagle3DraftModel`] (EAGLE-3, arXiv 2503.01840). [`load_eagle3_checkpoint`] makes one of what
-    was published.
+    Architecture of an [`Eagle3DraftModel`] (EAGLE-3, arXiv 2503.01840). Make one with
+    [`Eagle3Config.from_target`]; [`load_eagle3_checkpoint`] makes one of what was published.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama config):
@@ -36,6 +37,9 @@ class Eagle3Config(PreTrainedConfig):
         reads_placeholders (`bool`, *optional*, defaults to `True`):
             Whether a visual token enters as the embedding of its placeholder, as in training; else as the visual
             feature that the target has in its place.
+        decoupled (`bool`, *optional*, defaults to `False`):
+            Whether a visual token enters as its visual feature alone, in place of the target's hidden states, too, as
+            in MSD (arXiv 2505.14260).
         mrope_section (`list[int]`, *optional*):
             Rotary frequencies that turn with time, height and width of a token's place in a picture, where positions
             have these axes; they are the target's then.
@@ -57,6 +61,7 @@ class Eagle3Config(PreTrainedConfig):
     norm_output: bool = False
     visual_token_ids: list[int] | None = None
     reads_placeholders: bool = True
+    decoupled: bool = False
     mrope_section: list[int] | None = None
     mrope_interleaved: bool = False
     tree_config: dict[str, Any] | None = None
@@ -68,13 +73,11 @@ class Eagle3Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
         self.feature_layers = self.feature_layers or [2, -2, -4]
-        if self.tree_config is not None:
-            TreeConfig.checked(self.tree_config)
-        vocab_size = self.get_text_config().vocab_size
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= vocab_size:
+        self.check()
+        if self.decoupled and self.reads_placeholders:
             raise ValueError(
-                f"`draft_vocab_size` must be between 1 and the target's {vocab_size} tokens, got "
-                f"{self.draft_vocab_size}. Leave it out to draft all of them."
+                "A draft that is `decoupled` reads visual features, got `reads_placeholders=True` with it. Set one of "
+                "them to False."
             )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError(
@@ -90,17 +93,45 @@ class Eagle3Config(PreTrainedConfig):
             raise ValueError(f"`visual_pool_size` must be 1, got {self.visual_pool_size}: EAGLE-3 reads every row.")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Eagle3Config":
-        found = config_dict.get("model_type")
-        if found != cls.model_type:
-            raise ValueError(
-                f"Expected the config of an EAGLE-3 draft of ours, of `model_type` {cls.model_type!r}, got {found!r}. "
-                "Load what was published by `AutoDraftModel.from_pretrained(folder, target=target)`."
-            )
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+    def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "Eagle3Config":
+        """
+        Make the config of a draft for a target: one Llama layer of the target's text shape, as engines read it, on the
+        hidden states 2, L // 2 and L - 3 of L layers (EAGLE-3).
+
+        Args:
+            target_config (`PreTrainedConfig`):
+                Config of the target, multimodal or text-only.
+            overrides (`dict[str, Any]`, *optional*):
+                Fields of this config (`decoupled`, `draft_vocab_size`, `fc_norm`, `feature_layers`, `norm_before_fc`,
+                `norm_before_residual`, `norm_output`, `reads_placeholders`, `tree_config`, `visual_token_ids`) or of
+                its text config (`intermediate_size`, ...). Positions have one axis.
+        """
+        check_target_config(target_config)
+        num_layers = target_config.get_text_config().num_hidden_layers
+        own = {
+            "visual_token_ids": visual_token_ids(target_config),
+            "feature_layers": sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)}),
+            "reads_placeholders": not overrides.get("decoupled", False),
+        }
+        flags = ("decoupled", "fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
+        names = (*own, *flags, "draft_vocab_size", "tree_config")
+        text_config = target_config.get_text_config()
+        fields = llama_layers_of(text_config) | _shape_of(text_config)
+        return make_draft_config(cls, target_config, LlamaConfig, fields, own, names, overrides)
+
+
+def _shape_of(text_config: PreTrainedConfig) -> dict[str, Any]:
+    """Take over heads, norms and the base of positions, where a target's are as Llama has them."""
+    head_dim = getattr(text_config, "head_dim", None)
+    names = ["rms_norm_eps"] if isinstance(getattr(text_config, "rms_norm_eps", None), float) else []
+    if isinstance(head_dim, int) and head_dim % 2 == 0:
+        names += ["head_dim", "num_attention_heads", "num_key_value_heads"]
+    fields: dict[str, Any] = {name: getattr(text_config, name) for name in names}
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope  # some say it for each kind of layer
+    if isinstance(theta := rope.get("rope_theta"), int | float):
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    return fields
 
 
 __all__ = ["Eagle3Config"]

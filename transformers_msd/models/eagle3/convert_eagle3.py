@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.msd.configuration_msd import check_target_config
 from transformers_msd.models.places import check_finite
 from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids

@@ -100,8 +100,11 @@ class Eagle3DraftModel(FeatureDraftModel):
     config: Eagle3Config
     config_class = Eagle3Config
     base_model_prefix = "model"
+    method = "The method is EAGLE-3 (arXiv 2503.01840), the tree EAGLE-2 (arXiv 2406.16858)."
+    tag = "eagle3"
     supports_gradient_checkpointing = True
     scales_as_target = False  # its head was trained for logits as they are in the end
+    predicts_features = False
 
     def __init__(self, config: Eagle3Config):
         super().__init__(config)
@@ -118,9 +121,7 @@ class Eagle3DraftModel(FeatureDraftModel):
         self.norm = norm_of(size)
         self.head = nn.Linear(size, config.draft_vocab_size or text_config.vocab_size, bias=False)
         # Ids of the tokens it knows; -1 until they are chosen.
-        num_tokens = self.head.out_features
-        known = torch.full((num_tokens,), -1) if config.draft_vocab_size else torch.arange(num_tokens)
-        self.register_buffer("draft_token_ids", known)
+        self.register_buffer("draft_token_ids", torch.full((self.head.out_features,), -1))
         self.post_init()
 
     @property
@@ -155,8 +156,8 @@ class Eagle3DraftModel(FeatureDraftModel):
             features = self.input_norm(features)
         return self.fc(features)
 
-    def logits(self, features: torch.Tensor, target: object) -> torch.Tensor:
-        return super().logits(features if self.config.norm_output else self.norm(features), target)
+    def own_logits(self, features: torch.Tensor) -> torch.Tensor:
+        return super().own_logits(features if self.config.norm_output else self.norm(features))
 
     def forward(
         self,
@@ -181,7 +182,7 @@ class Eagle3DraftModel(FeatureDraftModel):
                 What [`Eagle3DraftModel.fuse`] makes of the target's hidden states at tokens `r`, or the draft's own
                 predictions.
             visual_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Not looked at: visual tokens enter like any other.
+                Whether tokens `r + 1` are visual, which matters where `config.decoupled` is True.
             attention_mask (`torch.Tensor`, *optional*):
                 Either 1 for real and 0 for padding, of shape `(batch_size, past_length + sequence_length)`, or an
                 additive float mask of shape `(batch_size, 1, sequence_length, past_length + sequence_length)`.
@@ -202,6 +203,8 @@ class Eagle3DraftModel(FeatureDraftModel):
                 f"{tuple(inputs_embeds.shape)} and {tuple(features.shape)}. Pass what `fuse` makes of the target's "
                 "hidden states."
             )
+        if visual_mask is not None and self.config.decoupled:
+            features = torch.where(visual_mask[..., None], inputs_embeds, features)
         cache = cache_of({"past_key_values": past_key_values, "cache": cache})
         if cache is None and attention_mask is None and position_ids is not None and position_ids.ndim == 3:
             # Transformers would look for gaps in positions, and take them for packed sequences.

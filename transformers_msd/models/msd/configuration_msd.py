@@ -3,17 +3,16 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from transformers_msd.traits.decoders import check_decoder, decoder_layers_of
-from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
-from transformers_msd.trees.tree import TreeConfig
+from transformers_msd.models.configuration import DraftConfig, check_target_config, make_draft_config
+from transformers_msd.traits.decoders import decoder_layers_of
+from transformers_msd.traits.tokens import visual_token_ids
 
 
 @strict
-class MSDConfig(PreTrainedConfig):
+class MSDConfig(DraftConfig):
     r"""
     Architecture of an [`MSDDraftModel`] (MSD, arXiv 2505.14260). Make one with [`MSDConfig.from_target`].
 
@@ -57,32 +56,12 @@ class MSDConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
-        if self.tree_config is not None:
-            TreeConfig.checked(self.tree_config)
-        vocab_size = self.get_text_config().vocab_size
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= vocab_size:
-            raise ValueError(
-                f"`draft_vocab_size` must be between 1 and the target's {vocab_size} tokens, got "
-                f"{self.draft_vocab_size}. Leave it out to draft all of them."
-            )
+        self.check()
         if self.visual_pool_size < 0:
             raise ValueError(
                 f"`visual_pool_size` must not be negative, got {self.visual_pool_size}. Use 1 to keep all visual "
                 "rows, 0 to drop them."
             )
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MSDConfig":
-        found = config_dict.get("model_type")
-        if found != cls.model_type:
-            raise ValueError(
-                f"Expected the config of a draft, of `model_type` {cls.model_type!r}, got {found!r}. Load the folder "
-                "of a draft; for a target there is `MSDConfig.from_target(target.config)`."
-            )
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error).split())) from None
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "MSDConfig":
@@ -101,52 +80,16 @@ class MSDConfig(PreTrainedConfig):
                 `intermediate_size`, ...).
         """
         check_target_config(target_config)
-        text_config = target_config.get_text_config()
         # One layer (MSD, section 3). A wrong number of them is told below.
         num_layers = overrides.get("num_hidden_layers")
         num_layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 1
-        config_class, fields = decoder_layers_of(text_config, num_layers)
-        fields |= special_token_ids(target_config) | {"tie_word_embeddings": False}
+        config_class, fields = decoder_layers_of(target_config.get_text_config(), num_layers)
         own = {
             "visual_token_ids": visual_token_ids(target_config),
             "input_layernorm": config_class.model_type != "llama",
         }
-        own_names = (*own, "decoupled", "draft_vocab_size", "fc_bias", "tree_config", "visual_pool_size")
-        unknown = sorted(set(overrides) - set(own_names) - set(fields))
-        if unknown:
-            raise ValueError(
-                f"Overrides must be fields of `MSDConfig` or `{config_class.__name__}`, got {unknown}. "
-                "Check the spelling, or set them on the returned config."
-            )
-        for name in ("hidden_size", "vocab_size"):
-            if name in overrides and overrides[name] != getattr(text_config, name):
-                raise ValueError(
-                    f"`{name}` must be the target's, {getattr(text_config, name)}, got {overrides[name]}: the draft "
-                    "reads its features and says its tokens. Make a draft smaller with `intermediate_size` or "
-                    "`draft_vocab_size`."
-                )
-        visual = overrides.get("visual_token_ids") or ()
-        if isinstance(visual, list | tuple) and any(token_id < 0 for token_id in visual if isinstance(token_id, int)):
-            raise ValueError(
-                f"`visual_token_ids` must be tokens of the target, got {visual}. Pass those that stand for pictures "
-                "in what its processor makes of a prompt."
-            )
-        own.update({name: overrides.pop(name) for name in own_names if name in overrides})
-        try:
-            if overrides:
-                check_decoder(config_class, fields, overrides)
-            return cls(text_config=config_class(**{**fields, **overrides}), **own)
-        except StrictDataclassError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+        names = (*own, "decoupled", "draft_vocab_size", "fc_bias", "tree_config", "visual_pool_size")
+        return make_draft_config(cls, target_config, config_class, fields, own, names, overrides)
 
 
-def check_target_config(target_config: Any) -> None:
-    """Raise a `ValueError` for what is no config of a target."""
-    if not isinstance(target_config, PreTrainedConfig) or isinstance(target_config, MSDConfig):
-        raise ValueError(
-            f"`target_config` must be the config of a target, got {type(target_config).__name__}. Pass "
-            "`target.config`, or what `AutoConfig.from_pretrained` gives."
-        )
-
-
-__all__ = ["MSDConfig", "check_target_config"]
+__all__ = ["MSDConfig"]

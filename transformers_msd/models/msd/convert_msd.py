@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from transformers_msd.models.msd.configuration_msd import MSDConfig, check_target_config
+from transformers_msd.models.configuration import check_target_config
+from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_finite
 from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights

@@ -1,12 +1,9 @@
 """The MSD draft: one decoder layer on the target's features, text and visual tokens decoupled."""
 
-import math
-
 import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers import Cache
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_msd.compat import CACHE, cache_of
@@ -81,6 +78,8 @@ class MSDDraftModel(FeatureDraftModel):
     config: MSDConfig
     config_class = MSDConfig
     base_model_prefix = "model"
+    method = "The method is MSD (arXiv 2505.14260), the tree EAGLE-2 (arXiv 2406.16858)."
+    tag = "msd"
     supports_gradient_checkpointing = True
 
     def __init__(self, config: MSDConfig):
@@ -95,13 +94,6 @@ class MSDDraftModel(FeatureDraftModel):
             self.register_buffer("draft_token_ids", torch.full((config.draft_vocab_size,), -1))
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.fc:
-            # `fc` feeds the residual stream directly: it keeps the scale of its input, whatever the width.
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-
     @property
     def dtype(self) -> torch.dtype:
         # Layers may keep some weights in float32.
@@ -110,26 +102,6 @@ class MSDDraftModel(FeatureDraftModel):
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
-
-    @torch.no_grad()
-    def choose_tokens(self, counts: torch.Tensor, head: nn.Module) -> None:
-        """
-        Choose the tokens to draft, and take over what the target's head knows of them.
-
-        Args:
-            counts (`torch.Tensor` of shape `(vocab_size,)`):
-                How often the target says each token.
-            head (`torch.nn.Module`):
-                Head of the target.
-        """
-        token_ids = counts.topk(self.config.draft_vocab_size).indices.sort().values
-        self.draft_token_ids.copy_(token_ids)
-        # Called, not looked into: it may be quantised.
-        weight = next(head.parameters())
-        dtype = weight.dtype if weight.is_floating_point() else self.dtype
-        probes = torch.eye(self.config.get_text_config().hidden_size, dtype=dtype, device=weight.device)
-        columns = head(probes) - head(torch.zeros_like(probes[:1]))
-        self.head.weight.copy_(columns[:, token_ids.to(columns.device)].T)
 
     def forward(
         self,

@@ -1,0 +1,111 @@
+"""What configs of drafts on a target's features have in common."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from transformers_msd.traits.decoders import check_decoder
+from transformers_msd.traits.tokens import special_token_ids
+from transformers_msd.trees.tree import TreeConfig
+
+
+class DraftConfig(PreTrainedConfig):
+    """Base of the configs of drafts on a target's features."""
+
+    def check(self) -> None:
+        """Raise a `ValueError` for a tree or a vocabulary that can't be."""
+        if self.tree_config is not None:
+            TreeConfig.checked(self.tree_config)
+        vocab_size = self.get_text_config().vocab_size
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` must be between 1 and the target's {vocab_size} tokens, got "
+                f"{self.draft_vocab_size}. Leave it out to draft all of them."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        found = config_dict.get("model_type")
+        if found != cls.model_type:
+            raise ValueError(
+                f"Expected the config of a draft of ours, of `model_type` {cls.model_type!r}, got {found!r}. Load the "
+                "folder of a draft, one that others published by `AutoDraftModel.from_pretrained(folder, "
+                f"target=target)`; for a target there is `{cls.__name__}.from_target(target.config)`."
+            )
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+
+
+ConfigType = TypeVar("ConfigType", bound=DraftConfig)
+
+
+def make_draft_config(
+    config_class: type[ConfigType],
+    target_config: PreTrainedConfig,
+    layer_class: type[PreTrainedConfig],
+    layer_fields: Mapping[str, Any],
+    own: Mapping[str, Any],
+    own_names: tuple[str, ...],
+    overrides: Mapping[str, Any],
+) -> ConfigType:
+    """
+    Make the config of a draft for a target.
+
+    Args:
+        config_class (`type[DraftConfig]`):
+            Class of the config.
+        target_config (`PreTrainedConfig`):
+            Config of the target.
+        layer_class (`type[PreTrainedConfig]`):
+            Class of the text config, which is that of the draft's layers.
+        layer_fields (`dict[str, Any]`):
+            Fields of the text config.
+        own (`dict[str, Any]`):
+            Fields of the config.
+        own_names (`tuple[str, ...]`):
+            Names of all of them that may be set.
+        overrides (`dict[str, Any]`):
+            Fields of both that a user sets.
+    """
+    text_config = target_config.get_text_config()
+    fields = {**layer_fields, **special_token_ids(target_config), "tie_word_embeddings": False}
+    unknown = sorted(set(overrides) - set(own_names) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"Overrides must be fields of `{config_class.__name__}` or `{layer_class.__name__}`, got {unknown}. "
+            "Check the spelling, or set them on the returned config."
+        )
+    for name in ("hidden_size", "vocab_size"):
+        if name in overrides and overrides[name] != getattr(text_config, name):
+            raise ValueError(
+                f"`{name}` must be the target's, {getattr(text_config, name)}, got {overrides[name]}: the draft "
+                "reads its features and says its tokens. Make a draft smaller with `intermediate_size` or "
+                "`draft_vocab_size`."
+            )
+    visual = overrides.get("visual_token_ids") or ()
+    if isinstance(visual, list | tuple) and any(token_id < 0 for token_id in visual if isinstance(token_id, int)):
+        raise ValueError(
+            f"`visual_token_ids` must be tokens of the target, got {visual}. Pass those that stand for pictures "
+            "in what its processor makes of a prompt."
+        )
+    own = {**own, **{name: overrides[name] for name in own_names if name in overrides}}
+    of_layers = {name: value for name, value in overrides.items() if name not in own_names}
+    try:
+        if of_layers:
+            check_decoder(layer_class, fields, of_layers)
+        return config_class(text_config=layer_class(**{**fields, **of_layers}), **own)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def check_target_config(target_config: Any) -> None:
+    """Raise a `ValueError` for what is no config of a target."""
+    if not isinstance(target_config, PreTrainedConfig) or isinstance(target_config, DraftConfig):
+        raise ValueError(
+            f"`target_config` must be the config of a target, got {type(target_config).__name__}. Pass "
+            "`target.config`, or what `AutoConfig.from_pretrained` gives."
+        )
