@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from other_devices import TREE, make_msd
+from other_devices import TREE, make_eagle3, make_msd
 from zoo import IMAGE_ID, VIDEO_ID, make_draft_model, make_inputs, make_target
 
 from training.evidence.tiny import make_model
@@ -62,6 +62,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
     whole, small = make_target("llava"), make_draft_model("llava").to(DEVICE)
     here, exact = copy.deepcopy(whole).to(DEVICE), copy.deepcopy(whole).to(DEVICE)
     msd, unsure = make_msd(whole, DEVICE), make_msd(whole, DEVICE)
+    eagle3 = make_eagle3(whole, DEVICE, draft_vocab_size=40)
     unsure.tree_config = UNSURE
     tuned, tuned_small = make_msd(whole, DEVICE, num_hidden_layers=2), copy.deepcopy(small)
     tuned_small.config.name_or_path = "tuned"
@@ -86,6 +87,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
         for batch_size in (1, 3):
             yield f"MSD{option}", here, lambda: msd, batch_size, call
             yield f"VLM{option}", here, vlm, batch_size, call
+            yield f"EAGLE-3{option}", here, lambda: eagle3, batch_size, call
     for batch_size in (1, 3):
         yield "VLM that is right", here, lambda: vlm(exact), batch_size, {}
         yield "VLM that is right, penalty", here, lambda: vlm(exact), batch_size, PENALTY
@@ -114,11 +116,16 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
         draft.tree_config = TREE
         for batch_size in (1, 3):
             yield name, target, lambda draft=draft: draft, batch_size, {}
+    qwen = make_target("qwen2_5_vl")
+    with_axes = make_eagle3(qwen, DEVICE)
+    for batch_size in (1, 3):
+        yield "EAGLE-3 with axes", copy.deepcopy(qwen).to(DEVICE), lambda: with_axes, batch_size, {}
 
 
 def waits(target: Any, assistant: Any, batch_size: int, call: dict[str, Any]) -> list[Counter]:
     """Count, by place, what made the host wait in each round of a call but the first, which runs the prompt."""
-    inputs = make_inputs("llava" if hasattr(target.config, "vision_config") else "llama", (1, 0, 2)[:batch_size])
+    kind = target.config.model_type if hasattr(target.config, "vision_config") else "llama"
+    inputs = make_inputs(kind, (1, 0, 2)[:batch_size])
     inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
     settings = {"max_new_tokens": 24, "return_dict_in_generate": True, "do_sample": False} | call
     settings["suppress_tokens"] = [IMAGE_ID, VIDEO_ID]  # there is no picture for what a random target says

@@ -17,6 +17,8 @@ from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_draft_model, make_inputs, m
 
 from training.evidence.tiny import make_model
 from transformers_msd import (
+    Eagle3Config,
+    Eagle3DraftModel,
     EnsembleDrafter,
     MSDConfig,
     MSDDraftModel,
@@ -46,6 +48,17 @@ def make_msd(target: PreTrainedModel, device: str, **overrides: Any) -> MSDDraft
     return draft.to(device)
 
 
+def make_eagle3(target: PreTrainedModel, device: str, **overrides: Any) -> Eagle3DraftModel:
+    torch.manual_seed(1)
+    config = Eagle3Config.from_target(target.config, head_dim=8, **overrides)
+    if "qwen" in target.config.model_type:  # positions on its axes
+        config = Eagle3Config(**config.to_dict() | {"mrope_section": [2, 1, 1]})
+    draft = Eagle3DraftModel(config).eval()
+    draft.tree_config = TREE
+    draft.choose_tokens(torch.rand(VOCAB_SIZE), make_target("llava").get_output_embeddings())
+    return draft.to(device)
+
+
 def split(target: PreTrainedModel) -> PreTrainedModel:
     """Spread a LLaVA over both devices, as `device_map="auto"` does."""
     text = "model.language_model"
@@ -68,6 +81,10 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         yield f"a runtime on {device}", here, StaticRuntime(make_msd(whole, device)), "fgpu:0"
     yield "MSD with a head of its own", here, make_msd(whole, "fgpu:1", draft_vocab_size=40), "fgpu:0"
     yield "MSD that pools", here, make_msd(whole, "fgpu:1", visual_pool_size=2), "fgpu:0"
+    for device in ("fgpu:0", "fgpu:1"):
+        draft = make_eagle3(whole, device, draft_vocab_size=40)
+        yield f"EAGLE-3 on {device}", here, draft, "fgpu:0"
+        yield f"a runtime, EAGLE-3 on {device}", here, StaticRuntime(draft), "fgpu:0"
     apart = [copy.deepcopy(small).to(device) for device in ("fgpu:1", "fgpu:0")]
     yield (
         "an ensemble on two devices",
@@ -75,11 +92,13 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         EnsembleDrafter(apart, ("multimodal",), "kld", tree_config=TREE),
         "fgpu:0",
     )
+    yield "tokens on the CPU, EAGLE-3", here, make_eagle3(whole, "fgpu:0", decoupled=True), "cpu"
     yield "tokens on the CPU", here, make_msd(whole, "fgpu:0"), "cpu"
     yield "tokens on the CPU, draft VLM", here, VLMDrafter(copy.deepcopy(small).to("fgpu:0"), tree_config=TREE), "cpu"
     spread = split(whole)
     for device in (str(spread.device), "fgpu:1"):
         yield f"a spread target, MSD on {device}", spread, make_msd(whole, device), "fgpu:0"
+        yield f"a spread target, EAGLE-3 on {device}", spread, make_eagle3(whole, device), "fgpu:0"
         drafter = VLMDrafter(copy.deepcopy(small).to(device), tree_config=TREE)
         yield f"a spread target, draft VLM on {device}", spread, drafter, "fgpu:0"
 
@@ -92,6 +111,14 @@ def text_cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         draft.tree_config = TREE
         yield f"{name}, MSD on fgpu:1", target, draft, "fgpu:0"
         yield f"{name}, a runtime", target, StaticRuntime(copy.deepcopy(draft).to("fgpu:0")), "fgpu:0"
+
+
+def axes_cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
+    """Drafts that read positions on several axes."""
+    whole = make_target("qwen2_5_vl")
+    here = copy.deepcopy(whole).to("fgpu:0")
+    for device in ("fgpu:0", "fgpu:1"):
+        yield f"EAGLE-3 with axes on {device}", here, make_eagle3(whole, device), "fgpu:0"
 
 
 def fault(
@@ -128,11 +155,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     whole = [(*case, option, "llava") for case, option in product(cases(), CALLS)]
     text = [(*case, option, "llama") for case, option in product(text_cases(), ("greedy", "sampled"))]
+    axes = [(*case, option, "qwen2_5_vl") for case, option in product(axes_cases(), ("greedy", "sampled"))]
     faults, num_cases = {}, 0
-    for name, target, assistant, device, option, prompts in whole + text:
+    for name, target, assistant, device, option, prompts in whole + text + axes:
         inputs = make_inputs(prompts, (1, 0, 2))
         # Transformers moves tokens to where the model is, but no pictures.
-        inputs = {key: value.to("fgpu:0" if key == "pixel_values" else device) for key, value in inputs.items()}
+        places = dict.fromkeys(("pixel_values", "image_grid_thw"), "fgpu:0")
+        inputs = {key: value.to(places.get(key, device)) for key, value in inputs.items()}
         try:
             found = fault(target, assistant, inputs, CALLS[option])
         except RuntimeError as error:

@@ -24,12 +24,7 @@ class Eagle3RotaryEmbedding(LlamaRotaryEmbedding):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config.get_text_config())
-        sizes = config.mrope_section
-        # Of each frequency.
-        self._axes = [axis for axis, size in enumerate(sizes) for _ in range(size)]
-        if config.mrope_interleaved:
-            turns = range(len(self._axes))
-            self._axes = [place % 3 if place < 3 * sizes[place % 3] else 0 for place in turns]
+        self._sizes, self._takes_turns = config.mrope_section, config.mrope_interleaved
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +38,16 @@ class Eagle3RotaryEmbedding(LlamaRotaryEmbedding):
                 Positions, the same on all axes where they have none.
         """
         positions = position_ids if position_ids.ndim == 3 else position_ids.expand(3, -1, -1)
-        angles = positions.movedim(0, -1)[..., self._axes].float() * self.inv_freq.float()
+        of_axes = positions[..., None].float() * self.inv_freq.float()
+        # By slices: an index of numbers would be copied to the device at every level.
+        if self._takes_turns:
+            angles = of_axes[0].clone()
+            for axis in (1, 2):
+                own = slice(axis, 3 * self._sizes[axis], 3)
+                angles[..., own] = of_axes[axis, ..., own]
+        else:
+            parts = of_axes.split(self._sizes, dim=-1)
+            angles = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
