@@ -11,7 +11,14 @@ from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.msd.configuration_msd import check_target_config
 from transformers_msd.models.places import check_finite
-from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights
+from transformers_msd.models.published import (
+    EXPORTER,
+    cast_weights,
+    check_weights,
+    find_folder,
+    read_config,
+    read_weights,
+)
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
@@ -156,6 +163,8 @@ def _rope_parameters(published: dict[str, Any], text: dict[str, Any]) -> dict[st
     kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_type"] = "default" if kind == "mrope" else kind
     theta = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
+    if published.get("exported_by") == EXPORTER:
+        return scaling | {"rope_theta": theta}
     # What trained them does not read all of this. AngelSlim's axes take turns, and where there is one axis the base is
     # the default; SpecForge's lie in chunks, of that base.
     trainer, has_axes = published.get("architectures"), bool(scaling.get("mrope_section"))
