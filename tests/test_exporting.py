@@ -69,6 +69,7 @@ DRAFTS: dict[str, Draft] = {
     ),
     "layers of Qwen3": ("llava", {"draft_vocab_size": len(DRAFTED)}, {"class": Qwen3Config, "head_dim": 8}, ONE),
     "biases": ("llava", {}, {"attention_bias": True}, ONE),
+    "several layers": ("llava", {"norm_before_residual": True}, {"num_hidden_layers": 3}, ONE),
 }
 SAVED: list[tempfile.TemporaryDirectory] = []  # removed at the end of the process
 CASES = [(name, layout) for name, (*_, layouts) in DRAFTS.items() for layout in layouts]
@@ -262,6 +263,7 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
     "one norm": ("llava", "sglang", of_llava(norm_before_fc=True), "`norm_before_fc`"),
     "biases": ("llava", "sglang", of_llava(layer={"attention_bias": True}), "biases of the attention"),
     "biases of the MLP": ("llava", "sglang", of_llava(layer={"mlp_bias": True}), "biases of the MLP"),
+    "layers": ("llava", "sglang", of_llava(layer={"num_hidden_layers": 2}), "layers behind the first"),
     "an activation": ("llava", "sglang", of_llava(layer={"hidden_act": "gelu"}), "the activation gelu"),
     "layers of Qwen3": ("llava", "sglang", of_llava(layer={"class": Qwen3Config, "head_dim": 8}), "layers of qwen3"),
     "layers of Granite": (

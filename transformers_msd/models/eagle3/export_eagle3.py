@@ -111,6 +111,8 @@ def sglang_config(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> d
         "sglang",
         llama_losses(text_config)
         | {
+            # It wants another norm of them than vLLM and speculators.
+            "layers behind the first": text_config.num_hidden_layers > 1,
             "`norm_before_residual`": config.norm_before_residual,
             "`norm_before_fc`": config.norm_before_fc,
             "positions on axes that are scaled besides": config.mrope_section is not None and is_scaled,
