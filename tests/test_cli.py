@@ -45,6 +45,8 @@ MISTAKES = {
     f"bench {TARGET} --draft_models {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
     f"convert ./no --target_model {CHECKPOINTS}/target --output here": "`checkpoint` must be a path or a repository",
     f"convert {CHECKPOINTS} --target_model ./no --output here": "`target_model` must be a path or a repository",
+    f"convert {CHECKPOINTS}/draft {TARGET} --output here --to speculators": "must be given an EAGLE-3 draft",
+    f"convert {CHECKPOINTS}/draft {TARGET} --output here --to sglang": "it would lose rows of pictures",
     f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "must hold the tokenizer",
     "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
 }
@@ -56,6 +58,7 @@ USAGE = {
     f"tune {TARGET} {DRAFT} --wat 1": "`wat` is no option of transformers-msd tune. `--help` lists them all.",
     f"tune {TARGET} {DRAFT} more": "unrecognized arguments: more",
     "convert a --target b --output c": "`target` is no option of transformers-msd convert. Did you mean `target_mod",
+    "convert a --target_model b --output c --to vllm": "invalid choice: 'vllm'",
     "check-parity --target_dtype float32": "Did you mean `dtype`?",
     f"generate-data {TARGET} --use_cpu": "`use_cpu` is no option of transformers-msd generate-data",
     f"generate-data {TARGET} --datasets a/b --output here --num_rows -1": "must be at least 1, got -1",

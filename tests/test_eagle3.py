@@ -103,6 +103,15 @@ LAYOUTS |= {
         3e4,
     ),
 }
+LAYOUTS["speculators, three layers"] = (
+    {
+        "transformer_layer_config": SIZES | {"rope_theta": 1e4, "num_hidden_layers": 3},
+        "norm_before_residual": True,
+    },
+    "layers.0",
+    ("layers.1.input_layernorm", "layers.2.input_layernorm"),
+    1e4,
+)
 TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7), "speculators, Qwen3-VL": (1, 5, 7)}
 
 
@@ -144,6 +153,12 @@ def positions_of(token_ids: list[int]) -> torch.Tensor:
     return torch.tensor(found).T
 
 
+def layers_of(name: str) -> list[str]:
+    """Names of the layers, of which all but the first have a norm of their input alone."""
+    _, layer, norms, _ = LAYOUTS[name]
+    return [layer, *(norm.removesuffix(".input_layernorm") for norm in norms if norm.endswith("input_layernorm"))]
+
+
 def make_weights(name: str) -> dict[str, torch.Tensor]:
     _, layer, norms, _ = LAYOUTS[name]
     generator = torch.Generator().manual_seed(1)
@@ -152,21 +167,27 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=generator) * 0.3
 
     wide, shared = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM
-    weights = {
-        f"{layer}.self_attn.q_proj.weight": random(wide, 2 * HIDDEN),
-        f"{layer}.self_attn.k_proj.weight": random(shared, 2 * HIDDEN),
-        f"{layer}.self_attn.v_proj.weight": random(shared, 2 * HIDDEN),
-        f"{layer}.self_attn.o_proj.weight": random(HIDDEN, wide),
-        f"{layer}.mlp.gate_proj.weight": random(48, HIDDEN),
-        f"{layer}.mlp.up_proj.weight": random(48, HIDDEN),
-        f"{layer}.mlp.down_proj.weight": random(HIDDEN, 48),
+    weights = {}
+    for each in layers_of(name):
+        width = 2 * HIDDEN if each == layer else HIDDEN
+        weights |= {
+            f"{each}.self_attn.q_proj.weight": random(wide, width),
+            f"{each}.self_attn.k_proj.weight": random(shared, width),
+            f"{each}.self_attn.v_proj.weight": random(shared, width),
+            f"{each}.self_attn.o_proj.weight": random(HIDDEN, wide),
+            f"{each}.mlp.gate_proj.weight": random(48, HIDDEN),
+            f"{each}.mlp.up_proj.weight": random(48, HIDDEN),
+            f"{each}.mlp.down_proj.weight": random(HIDDEN, 48),
+            f"{each}.post_attention_layernorm.weight": 1 + random(HIDDEN),
+        }
+    weights |= {
         "fc.weight": random(HIDDEN, 3 * HIDDEN),
         "lm_head.weight": random(len(DRAFTED), HIDDEN),
         "d2t": torch.tensor(DRAFTED) - torch.arange(len(DRAFTED)),
         "t2d": torch.isin(torch.arange(VOCAB_SIZE), torch.tensor(DRAFTED)),
         "embed_tokens.weight": random(VOCAB_SIZE, HIDDEN),
     }
-    for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+    for norm in ("hidden_norm", "input_layernorm"):
         weights[f"{layer}.{norm}.weight"] = 1 + random(HIDDEN)
     for norm in ("norm", *norms):
         width = {"input_norm": 3 * HIDDEN, "q_norm": HEAD_DIM, "k_norm": HEAD_DIM}.get(norm.split(".")[-1], HIDDEN)
@@ -208,10 +229,18 @@ def independent(
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def heads(rows: torch.Tensor, kind: str, num: int) -> torch.Tensor:
-        projected = rows @ weights[f"{layer}.self_attn.{kind}_proj.weight"].T
-        found, norm = projected.view(len(rows), num, HEAD_DIM).transpose(0, 1), f"{layer}.self_attn.{kind}_norm"
-        return (normed(found, norm) if norm in norms else found).repeat_interleave(NUM_HEADS // num, 0)
+    def layer_of(each: str, residual: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
+        def heads(kind: str, num: int) -> torch.Tensor:
+            projected = joined @ weights[f"{each}.self_attn.{kind}_proj.weight"].T
+            found, norm = projected.view(len(joined), num, HEAD_DIM).transpose(0, 1), f"{each}.self_attn.{kind}_norm"
+            return (normed(found, norm) if norm in norms else found).repeat_interleave(NUM_HEADS // num, 0)
+
+        query, key = rotated(heads("q", NUM_HEADS)), rotated(heads("k", NUM_SHARED))
+        attended = scaled_dot_product_attention(query, key, heads("v", NUM_SHARED), is_causal=True)
+        hidden = residual + attended.transpose(0, 1).flatten(1) @ weights[f"{each}.self_attn.o_proj.weight"].T
+        inner = normed(hidden, f"{each}.post_attention_layernorm")
+        gate, up, down = (weights[f"{each}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down"))
+        return hidden + (silu(inner @ gate) * (inner @ up)) @ down
 
     if "input_norm" in norms:
         taps = normed(taps, "input_norm")
@@ -223,12 +252,9 @@ def independent(
     read = normed(features, f"{layer}.hidden_norm")
     residual = read if published.get("norm_before_residual") else features
     joined = torch.cat([normed(embeds, f"{layer}.input_layernorm"), read], dim=-1)
-    query, key = rotated(heads(joined, "q", NUM_HEADS)), rotated(heads(joined, "k", NUM_SHARED))
-    attended = scaled_dot_product_attention(query, key, heads(joined, "v", NUM_SHARED), is_causal=True)
-    hidden = residual + attended.transpose(0, 1).flatten(1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
-    inner = normed(hidden, f"{layer}.post_attention_layernorm")
-    gate, up, down = (weights[f"{layer}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down"))
-    hidden = hidden + (silu(inner @ gate) * (inner @ up)) @ down
+    hidden = layer_of(layer, residual, joined)
+    for each in layers_of(name)[1:]:
+        hidden = layer_of(each, hidden, normed(hidden, f"{each}.input_layernorm"))
     last = normed(hidden, "norm")
     return (last if published.get("norm_output") else hidden), last @ weights["lm_head.weight"].T
 

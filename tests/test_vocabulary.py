@@ -20,7 +20,7 @@ from training.tiny_world.world.rows import evaluation_prompts, training_dataset
 from transformers_msd import MSDDraftModel, convert_msd_checkpoint
 from transformers_msd.cli import main
 from transformers_msd.costs.floors import VocabularyCut
-from transformers_msd.models.weights import read_head
+from transformers_msd.models.weights import read_embeddings, read_head
 from transformers_msd.trainer import cut_vocabulary
 from transformers_msd.trainer.dataset import token_counts
 
@@ -108,6 +108,13 @@ def test_the_head_is_read_and_nothing_else(layout, tmp_path):
     end = "embed_tokens.weight" if LAYOUTS[layout].get("tied") else "lm_head.weight"
     (expected,) = (weight for name, weight in weights.items() if name.endswith(end))
     assert torch.equal(read_head(str(tmp_path), target), expected)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "of which one is there" not in name])
+def test_the_embeddings_are_read_and_nothing_else(layout, tmp_path):
+    target, weights = write_target(tmp_path, **LAYOUTS[layout])
+    (expected,) = (weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
+    assert torch.equal(read_embeddings(str(tmp_path), target), expected)
 
 
 BROKEN = {

@@ -1,4 +1,4 @@
-"""`transformers-msd convert`: turn a published checkpoint into a draft folder, with fewer tokens on demand."""
+"""`transformers-msd convert`: turn a published checkpoint into a draft folder, with fewer tokens or for engines."""
 
 import argparse
 
@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers_msd.cli.options import positive
 from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.exporting import LAYOUTS, export_draft
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_place
 
@@ -18,11 +19,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="turn a published checkpoint into a draft folder",
         description="Turn a published checkpoint of MSD or EAGLE-3, or a draft folder, into a draft folder. With "
         "--draft_vocab_size a draft of MSD gets a head of its own for the tokens that the target says most, where "
-        "that pays.",
+        "that pays. With --to it is written as an engine reads it: `speculators` (vLLM) takes EAGLE-3; `sglang` takes "
+        "EAGLE-3, and MSD for targets without pictures. What would be lost is told, and then nothing is written.",
     )
     parser.add_argument("checkpoint", help="folder or Hub repository of the published checkpoint, or of a draft")
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
     parser.add_argument("--output", required=True, help="folder to write the draft to")
+    parser.add_argument("--to", choices=LAYOUTS, help="write the layout of other readers instead of ours")
     parser.add_argument("--draft_vocab_size", type=positive, help="draft only so many tokens, the most frequent")
     parser.add_argument("--counts_from", nargs="+", help="datasets whose answers they are counted in, as in recipes")
     parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
@@ -43,7 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
     draft = AutoDraftModel.from_pretrained(arguments.checkpoint, target_config)
     if arguments.draft_vocab_size:
         draft = _cut(draft, target_config, arguments)
-    draft.save_pretrained(arguments.output)
+    if arguments.to is None:
+        draft.save_pretrained(arguments.output)
+    else:
+        export_draft(draft, arguments.to, arguments.target_model, arguments.output)
     print(f"Wrote a draft of {draft.num_parameters():,} parameters to {arguments.output}.")
 
 

@@ -10,10 +10,32 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.places import check_place
 from transformers_msd.models.weights import read_weight_map
+
+
+# What we write ourselves names us as `exported_by`, and means what it says.
+EXPORTER = "transformers-msd"
+_LAYER_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 def find_folder(path_or_repo_id: str | Path) -> Path:
@@ -82,3 +104,64 @@ def cast_weights(draft: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if type(weight) is nn.Parameter and weight.is_floating_point():
             weight.data = weight.data.to(dtype)
     return draft
+
+
+def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Give weights other names, by what these begin with."""
+
+    def name_of(key: str) -> str:
+        return next((new + key.removeprefix(old) for old, new in names.items() if key.startswith(old)), key)
+
+    return {name_of(key): value for key, value in weights.items()}
+
+
+def layer_fields(text_config: PreTrainedConfig) -> dict[str, Any]:
+    """Sizes and kind of a draft's layers, as configs of text models name them."""
+    fields = text_config.to_dict()
+    return {name: fields[name] for name in _LAYER_FIELDS if name in fields}
+
+
+def rope_fields(
+    text_config: PreTrainedConfig, mrope_section: list[int] | None = None, mrope_interleaved: bool = False
+) -> dict[str, Any]:
+    """
+    Settings of a draft's positions, where readers of Transformers 4 look and where those of Transformers 5 do.
+
+    Args:
+        text_config (`PreTrainedConfig`):
+            Config of the draft's layers.
+        mrope_section (`list[int]`, *optional*):
+            Frequencies of each axis, of positions that have three.
+        mrope_interleaved (`bool`, *optional*, defaults to `False`):
+            Whether the axes take turns.
+    """
+    rope = {name: value for name, value in text_config.rope_parameters.items() if not name.startswith("mrope_")}
+    if mrope_section is not None:
+        rope |= {"mrope_section": mrope_section, "mrope_interleaved": mrope_interleaved}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    is_plain = scaling == {"rope_type": "default"}
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if is_plain else scaling,
+        "rope_parameters": rope,
+    }
+
+
+def llama_losses(text_config: PreTrainedConfig) -> dict[str, bool]:
+    """What layers have that a reader of plain Llama layers has no place for, and whether these have it."""
+    return {
+        f"layers of {text_config.model_type}": text_config.model_type != "llama",
+        "biases of the attention": getattr(text_config, "attention_bias", False),
+        "biases of the MLP": getattr(text_config, "mlp_bias", False),
+        f"the activation {text_config.hidden_act}": text_config.hidden_act != "silu",
+    }
+
+
+def check_kept(layout: str, losses: dict[str, bool]) -> None:
+    """Raise a `ValueError` that names what a layout would lose of a draft, unless that is nothing."""
+    lost = [name for name, is_lost in losses.items() if is_lost]
+    if lost:
+        raise ValueError(
+            f"A draft must be one that `{layout}` can hold, got one of which it would lose {', '.join(lost)}. Keep it "
+            "in our own layout, or train one without."
+        )

@@ -8,7 +8,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from transformers_msd.traits.support import is_multimodal
 
 
 _FILE = "model.safetensors"
@@ -45,9 +47,41 @@ def read_head(name: str, target: PreTrainedModel) -> torch.Tensor:
         ValueError: If the checkpoint has no such weights, or other than floating-point ones.
     """
     head, embeddings = target.get_output_embeddings(), target.get_input_embeddings()
-    names = [_name_of(head, target)]
-    if head.weight is embeddings.weight:
-        names.append(_name_of(embeddings, target))
+    is_tied = head.weight is embeddings.weight
+    return _read(name, target, "head", [head, embeddings] if is_tied else [head])
+
+
+def read_embeddings(name: str, target: PreTrainedModel) -> torch.Tensor:
+    """
+    Read a target's table of embeddings, and no other weights; what [`read_head`] says holds here as well.
+
+    Args:
+        name (`str`):
+            Folder or Hub repository of the target, in safetensors.
+        target (`PreTrainedModel`):
+            The target, which may be without weights.
+
+    Returns:
+        `torch.Tensor`: Weights of shape `(vocab_size, hidden_size)`.
+
+    Raises:
+        ValueError: If the checkpoint has no such weights, or other than floating-point ones.
+    """
+    head, embeddings = target.get_output_embeddings(), target.get_input_embeddings()
+    is_tied = head.weight is embeddings.weight
+    return _read(name, target, "embeddings", [embeddings, head] if is_tied else [embeddings])
+
+
+def shapes_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Make a target without weights, in its own dtype or else in the one given."""
+    auto_class = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=config.dtype or dtype)
+
+
+def _read(name: str, target: PreTrainedModel, what: str, modules: list[nn.Module]) -> torch.Tensor:
+    """Read the weight of the first of some modules that a checkpoint has, all of one shape."""
+    names = [_name_of(module, target) for module in modules]
     index = _find(name, f"{_FILE}.index.json")
     if index is not None:
         files = read_weight_map(index)
@@ -59,14 +93,15 @@ def read_head(name: str, target: PreTrainedModel) -> torch.Tensor:
             keys = _matching(names, list(opened.keys()))
     if not keys:
         raise ValueError(
-            f"The weights in {name} must hold the target's head, {names[0]}.weight, got none. Point to the folder of "
-            "the whole target."
+            f"The weights in {name} must hold the target's {what}, {names[0]}.weight, got none. Point to the folder "
+            "of the whole target."
         )
     with _opened(file, name) as opened:
         weight = opened.get_tensor(keys[0])
-    if weight.shape != head.weight.shape or not weight.is_floating_point():
+    shape = modules[0].weight.shape
+    if weight.shape != shape or not weight.is_floating_point():
         raise ValueError(
-            f"{keys[0]} in {name} must be of floating point and shape {tuple(head.weight.shape)}, got {weight.dtype} "
+            f"{keys[0]} in {name} must be of floating point and shape {tuple(shape)}, got {weight.dtype} "
             f"and {tuple(weight.shape)}. Point to the target as it was before it was quantised or changed."
         )
     return weight

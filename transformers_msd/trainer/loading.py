@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from transformers_msd.models.configuration import DraftConfig
+from transformers_msd.traits.support import is_multimodal
 
 
 def device_of(name: str | None) -> str:
@@ -43,11 +43,6 @@ def check_dtype(name: str, field: str) -> None:
     dtype = getattr(torch, name, None)
     if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`{field}` must be `auto` or a floating-point dtype of torch, as `bfloat16`, got {name!r}.")
-
-
-def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Tell whether a model reads pictures."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def auto_class(config: PreTrainedConfig) -> type:

@@ -4,14 +4,14 @@ import copy
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_msd.costs.floors import VocabularyCut
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.weights import read_head
+from transformers_msd.models.weights import read_head, shapes_of
 from transformers_msd.trainer.dataset import answer_counts, check_messages, with_ends
-from transformers_msd.trainer.loading import auto_class, load_processor
+from transformers_msd.trainer.loading import load_processor
 from transformers_msd.traits.sizes import num_bytes_per_step
 
 
@@ -64,7 +64,7 @@ def cut_vocabulary(
             f"`draft_vocab_size` must be below the target's {text_config.vocab_size} tokens, got {draft_vocab_size}. "
             "Leave it out to draft all of them."
         )
-    target = _shapes_of(AutoConfig.from_pretrained(target_model), draft.dtype)
+    target = shapes_of(AutoConfig.from_pretrained(target_model), draft.dtype)
     draft.check_target(target)
     halves = _count_halves(dataset, target_model, text_config.vocab_size)
     counts = with_ends(sum(halves), text_config)
@@ -95,12 +95,6 @@ def cut_vocabulary(
     }
     smaller.load_state_dict(weights, assign=True)
     return smaller.eval(), cut
-
-
-def _shapes_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a target without weights, in its own dtype or else in the draft's."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config, dtype=config.dtype or dtype)
 
 
 def _count_halves(dataset: Dataset, target_model: str, vocab_size: int) -> list[torch.Tensor]:

@@ -62,6 +62,11 @@ def wants_scales(model: PreTrainedModel) -> bool:
     return model not in _found and any(_numbers(model.config, (*_OF_EMBEDDINGS, *_OF_LOGITS, *_CAPS)))
 
 
+def scales_embeddings(model: PreTrainedModel) -> bool:
+    """Tell whether a model may multiply what it looks up of its embeddings; it may be without weights."""
+    return type(model.get_input_embeddings()) is not nn.Embedding or bool(_numbers(model.config, _OF_EMBEDDINGS))
+
+
 def logits_of(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
     """Return a model's logits of features that are on the device of its head."""
     return scales_of(model).of_logits(model.get_output_embeddings()(features))

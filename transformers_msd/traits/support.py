@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
 
@@ -102,6 +102,11 @@ def unready_fact(model: PreTrainedModel) -> str | None:
             "is adapted from some tokens on (PEFT's aLoRA), counted from the end of a forward, where a tree has others"
         )
     return None
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Tell whether a model reads pictures."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

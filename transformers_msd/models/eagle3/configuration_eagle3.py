@@ -19,7 +19,7 @@ class Eagle3Config(DraftConfig):
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama config):
-            Sizes of the draft's one layer, in Llama's terms. Its vocabulary is the target's.
+            Sizes of the draft's layers, mostly one, in Llama's terms. Its vocabulary is the target's.
         feature_layers (`list[int]`, *optional*, defaults to `[2, -2, -4]`):
             Hidden states of the target that are read, numbered as `output_hidden_states` returns them.
         draft_vocab_size (`int`, *optional*):

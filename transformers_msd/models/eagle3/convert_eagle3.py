@@ -11,7 +11,14 @@ from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.places import check_finite
-from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights
+from transformers_msd.models.published import (
+    EXPORTER,
+    cast_weights,
+    check_weights,
+    find_folder,
+    read_config,
+    read_weights,
+)
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
@@ -40,7 +47,8 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     Load an EAGLE-3 checkpoint as a draft for a target: of SafeAILab, AngelSlim or SpecForge (`midlayer.*`), or in the
     format of speculators (`layers.0.*`).
 
-    Copies of the target's embeddings are dropped; every other tensor must have its place.
+    Of several layers only the first reads embeddings and features side by side, as in speculators and vLLM. Copies of
+    the target's embeddings are dropped; every other tensor must have its place.
 
     Args:
         path_or_repo_id (`str` or `Path`):
@@ -49,8 +57,8 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Config of the target.
 
     Raises:
-        ValueError: If it is no such checkpoint, belongs to another target, or needs what is not supported: more than
-            one layer, or embeddings of its own.
+        ValueError: If it is no such checkpoint, belongs to another target, or needs what is not supported: another
+            width than the target's, or embeddings of its own.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
@@ -87,8 +95,6 @@ def _draft_config(
     text, target_text = published.get("transformer_layer_config", published), target_config.get_text_config()
     is_of_speculators = "transformer_layer_config" in published
     num_layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")}) or 1
-    if num_layers > 1:
-        raise ValueError(f"An EAGLE-3 draft of one layer is supported, got {num_layers} in {folder}.")
     theirs = published.get("target_hidden_size") or text["hidden_size"]
     if theirs != text["hidden_size"] or text["hidden_size"] != target_text.hidden_size:
         raise ValueError(
@@ -114,7 +120,7 @@ def _draft_config(
     text_config = config_class(
         **fields | special_token_ids(target_config),
         vocab_size=target_text.vocab_size,
-        num_hidden_layers=1,
+        num_hidden_layers=num_layers,
         attention_bias=any(key.endswith("q_proj.bias") for key in weights),
         rope_parameters=rope,
         tie_word_embeddings=False,
@@ -156,6 +162,8 @@ def _rope_parameters(published: dict[str, Any], text: dict[str, Any]) -> dict[st
     kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_type"] = "default" if kind == "mrope" else kind
     theta = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
+    if published.get("exported_by") == EXPORTER:
+        return scaling | {"rope_theta": theta}
     # What trained them does not read all of this. AngelSlim's axes take turns, and where there is one axis the base is
     # the default; SpecForge's lie in chunks, of that base.
     trainer, has_axes = published.get("architectures"), bool(scaling.get("mrope_section"))

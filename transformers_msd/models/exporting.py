@@ -1,0 +1,130 @@
+"""Drafts of ours in the layouts that engines read, exact or not at all."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from transformers_msd.models.auto import AutoDraftModel
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.eagle3.export_eagle3 import (
+    eagle3_weights,
+    layers_read,
+    sglang_config,
+    speculators_config,
+)
+from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
+from transformers_msd.models.msd.export_msd import msd_config, msd_weights
+from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.published import EXPORTER, check_kept
+from transformers_msd.models.weights import read_embeddings, shapes_of
+from transformers_msd.traits.scales import scales_embeddings, wants_scales
+
+
+LAYOUTS = ("speculators", "sglang")
+# Fields of configs that say nothing of what a draft computes, or are compared in other words.
+_NOT_COMPARED = {
+    *("architectures", "dtype", "transformers_version", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache"),
+    *("text_config", "tree_config", "feature_layers", "draft_vocab_size", "model_type", "rope_parameters"),
+    "mrope_interleaved",
+}
+# Nor do these where no token is visual, or zeros are written; MSD drafts with pictures are not written.
+_OF_PICTURES = {"fc_bias", "decoupled", "visual_pool_size"}
+
+
+def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, output: str | Path) -> None:
+    """
+    Write a draft in a layout that engines read. It is loaded again before anything is left in `output`.
+
+    Args:
+        draft ([`MSDDraftModel`] or [`Eagle3DraftModel`]):
+            The draft.
+        layout (`str`):
+            `"speculators"`, which vLLM reads, or `"sglang"`, which is SpecForge's for EAGLE-3 and EAGLE's for MSD.
+        target_model (`str`):
+            Folder or Hub repository of the target. Its config is read, and for `"speculators"` its embeddings.
+        output (`str` or `Path`):
+            Folder to write to.
+
+    Raises:
+        ValueError: If the layout would lose something of the draft.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    target_config = AutoConfig.from_pretrained(target_model)
+    draft.check_target(target_config)
+    if draft.needs_tokens:
+        raise ValueError(
+            "The tokens that a draft says must be chosen before it leaves, got one whose tokens are still to be "
+            "chosen. Train it first."
+        )
+    shapes = shapes_of(target_config, draft.dtype)
+    published, weights = _parts(draft, layout, target_model, target_config, shapes)
+    published |= {"torch_dtype": str(draft.dtype).removeprefix("torch."), "exported_by": EXPORTER}
+    Path(output).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output) as folder:
+        written = Path(folder)
+        (written / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+        own = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(own, written / "model.safetensors", metadata={"format": "pt"})
+        again = AutoDraftModel.from_pretrained(written, target_config)
+        ours, theirs = (_described(one, target_config) for one in (draft, again))
+        check_kept(layout, {f"`{name}`": value != theirs.get(name) for name, value in ours.items()})
+        loaded = again.state_dict()
+        check_kept(layout, {key: not torch.equal(loaded[key], old.cpu()) for key, old in draft.state_dict().items()})
+        for file in written.iterdir():
+            file.replace(Path(output, file.name))
+
+
+def _parts(
+    draft: FeatureDraftModel,
+    layout: str,
+    target_model: str,
+    target_config: PreTrainedConfig,
+    shapes: PreTrainedModel,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Make the config and the weights that a layout holds."""
+    if isinstance(draft, MSDDraftModel):
+        if layout != "sglang":
+            raise ValueError(
+                f"`{layout}` must be given an EAGLE-3 draft, got one of MSD, for which it has no format. Write it for "
+                "`sglang`, or keep it in our own layout."
+            )
+        is_scaled = scales_embeddings(shapes) or wants_scales(shapes)
+        check_kept(layout, {"the scales of the target's embeddings and logits": is_scaled})
+        return msd_config(draft, target_config), msd_weights(draft)
+    assert isinstance(draft, Eagle3DraftModel)
+    losses = {
+        "the scale of the target's embeddings": scales_embeddings(shapes),
+        "the features of pictures in place of their tokens": not draft.config.reads_placeholders,
+    }
+    check_kept(layout, losses)
+    weights = eagle3_weights(draft, layout)
+    if layout == "sglang":
+        return sglang_config(draft, target_config), weights
+    published = speculators_config(draft, target_model, target_config)
+    weights["embed_tokens.weight"] = read_embeddings(target_model, shapes).to(draft.dtype)
+    return published, weights
+
+
+def _described(draft: FeatureDraftModel, target_config: PreTrainedConfig) -> dict[str, Any]:
+    """Settings of a draft by which it drafts, in words that do not depend on where it comes from."""
+    left_out = _NOT_COMPARED | (_OF_PICTURES if isinstance(draft, MSDDraftModel) else set())
+    text_config = draft.config.get_text_config()
+    fields = text_config.to_dict() | draft.config.to_dict()
+    rope = {name: value for name, value in text_config.rope_parameters.items() if not name.startswith("mrope_")}
+    return {name: value for name, value in fields.items() if name not in left_out} | {
+        "feature_layers": layers_read(draft, target_config),
+        "rope_parameters": rope,
+        "mrope_interleaved": bool(fields.get("mrope_section") and fields["mrope_interleaved"]),
+        "num_draft_tokens": draft.head.out_features if draft.head is not None else None,
+        "kind_of_layer": text_config.model_type,
+    }
+
+
+__all__ = ["LAYOUTS", "export_draft"]
