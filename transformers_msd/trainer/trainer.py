@@ -10,7 +10,9 @@ from datasets import Dataset
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
@@ -53,6 +55,11 @@ class MSDTrainer(DraftTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
+        if isinstance(model, HiViSDraftModel | ViSpecDraftModel):
+            raise ValueError(
+                f"`model` must be one that is trained here, got {type(model).__name__}, which is only loaded. Make "
+                "an `MSDDraftModel(MSDConfig.from_target(target.config))`."
+            )
         model.check_target(target)
         # TRL writes special token ids there, and a model that can't generate has none.
         model.generation_config = GenerationConfig.from_model_config(model.config)
