@@ -26,11 +26,15 @@ from transformers_msd import (
     Eagle3Config,
     Eagle3DraftModel,
     EnsembleDrafter,
+    HiViSConfig,
+    HiViSDraftModel,
     MSDConfig,
     MSDDraftModel,
     NgramDrafter,
     StaticRuntime,
     TreeConfig,
+    ViSpecConfig,
+    ViSpecDraftModel,
     VLMDrafter,
 )
 from transformers_msd.compat import CACHE
@@ -266,6 +270,14 @@ def check_tokens(
         for assistant in (draft, VLMDrafter(make_draft_model(architecture, device), tree_config=static_tree)):
             drafted = generate(target, inputs, **kwargs, assistant_model=assistant)
             assert torch.equal(drafted.sequences, plain.sequences)
+
+    if option == "default" and do_sample and batch_size > 1 and attn_implementation == "sdpa":
+        for config_class, model_class in ((HiViSConfig, HiViSDraftModel), (ViSpecConfig, ViSpecDraftModel)):
+            other = model_class(config_class.from_target(target.config)).eval().to(device)
+            other.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
+            drafted = generate(target, inputs, **kwargs, assistant_model=other)
+            assert torch.equal(drafted.sequences, plain.sequences)
+            assert torch.equal(get_random_state(), random_state)
 
     # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)

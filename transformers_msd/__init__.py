@@ -15,9 +15,13 @@ from transformers_msd.hook import disable, enable
 from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
+from transformers_msd.models.hivis.configuration_hivis import HiViSConfig
+from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.vispec.configuration_vispec import ViSpecConfig
+from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.tree import TokenTree, TreeConfig
@@ -32,6 +36,8 @@ __all__ = [
     "Eagle3Config",
     "Eagle3DraftModel",
     "EnsembleDrafter",
+    "HiViSConfig",
+    "HiViSDraftModel",
     "MSDConfig",
     "MSDDraftModel",
     "Multimodal",
@@ -48,14 +54,20 @@ __all__ = [
     "TreeCandidateGenerator",
     "TreeConfig",
     "VLMDrafter",
+    "ViSpecConfig",
+    "ViSpecDraftModel",
     "ViewPrompt",
     "convert_msd_checkpoint",
     "disable",
     "enable",
 ]
 
-AutoConfig.register(MSDConfig.model_type, MSDConfig, exist_ok=True)
-AutoConfig.register(Eagle3Config.model_type, Eagle3Config, exist_ok=True)
-AutoModel.register(MSDConfig, MSDDraftModel, exist_ok=True)
-AutoModel.register(Eagle3Config, Eagle3DraftModel, exist_ok=True)
+for config_class, model_class in (
+    (MSDConfig, MSDDraftModel),
+    (Eagle3Config, Eagle3DraftModel),
+    (HiViSConfig, HiViSDraftModel),
+    (ViSpecConfig, ViSpecDraftModel),
+):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
 enable()

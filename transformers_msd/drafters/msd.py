@@ -15,13 +15,12 @@ from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_device
 from transformers_msd.drafters.msd_captured import draft_trees
+from transformers_msd.drafters.reading import Reader, beside
 from transformers_msd.models.base import FeatureDraftModel
-from transformers_msd.models.msd.modeling_msd import pool_visual_rows
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unready_fact
 from transformers_msd.trees.growing import grow_tree
-from transformers_msd.trees.host import keep_rows
 from transformers_msd.trees.masks import causal_mask, take_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
@@ -31,13 +30,14 @@ class _Carried:
     cache: DynamicCache
     lengths: torch.Tensor
     starts: torch.Tensor
+    context: torch.Tensor | None
     pending: Committed
     owner: Owner
 
 
 class MSDDrafter:
     """
-    Drafts with an [`MSDDraftModel`] or [`Eagle3DraftModel`], which `generate` also takes as it is.
+    Drafts with an [`MSDDraftModel`] or another draft on features, which `generate` also takes as it is.
 
     Args:
         draft ([`FeatureDraftModel`]):
@@ -123,8 +123,10 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._room: Room | None = None
         self._pending: Committed | None = None
         self._owner = Owner([draft])
+        self._reader = Reader(draft, target)
         if isinstance(carried := inputs.carried, _Carried) and carried.owner == self._owner:
-            self._cache, self._pending, self._starts = carried.cache, carried.pending, carried.starts
+            self._cache, self._pending = carried.cache, carried.pending
+            self._reader.starts, self._reader.context = carried.starts, carried.context
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
 
@@ -134,8 +136,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         is_prompt = self._room is None or self._pending is not None
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
-        if is_prompt:
-            committed = self._pool(committed)
+        num_before = None if self._room is None else self._room.lengths
+        committed = self._reader.read(committed, is_prompt, num_before)
         if self._captures is not None:
             return self._draft_captured(committed, is_prompt)
         last_rows = committed.last_rows[:, None]
@@ -146,9 +148,10 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
             nonlocal hidden, depth
             depth += 1
+            features = beside(take_rows(hidden, slots), self._reader.context)
             hidden = self._forward(
                 inputs_embeds=self._target.embed(token_ids),
-                features=take_rows(hidden, slots),
+                features=self._draft.deepen(features.to(self._device, self._dtype), depth),
                 attention_mask=self._room.mask(visible, self._dtype),
                 position_ids=self._positions((position_ids + depth).expand_as(token_ids)),
             )
@@ -203,6 +206,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._room.lengths,
             inputs_embeds,
             features,
+            self._reader.context,
             position_ids,
             committed.lengths,
             committed.root_token_ids,
@@ -220,49 +224,27 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._room is not None:
             self._room.keep_sequences(kept)
             self._room.settle(None, self._room.lengths, self._room.host_lengths)
-            self._starts = keep_rows(self._starts, kept)
+            self._reader.keep_sequences(kept)
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
         if self._pending is not None:
             committed = self._pending.join(committed)
         if self._room is None:
-            lengths, self._starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
+            lengths, self._reader.starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
         else:
             lengths = self._room.lengths.to(committed.lengths.device)
             self._room.leave()
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
-        lengths = torch.minimum(lengths, target.num_real_rows - self._starts - committed.lengths)
-        return _Carried(self._cache, lengths, self._starts, committed, self._owner)
+        starts, context = self._reader.starts, self._reader.context
+        lengths = torch.minimum(lengths, target.num_real_rows - starts - committed.lengths)
+        return _Carried(self._cache, lengths, starts, context, committed, self._owner)
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         lengths = lengths.to(self._device)
         make_room = Room if self._captures is None else partial(self._captures.room, self._draft)
         self._room = make_room(self._cache, lengths, host_lengths)
         self._room.open()
-
-    def _pool(self, committed: Committed) -> Committed:
-        """Pool the visual rows of a prompt as in training."""
-        if self._room is None:
-            # Rows of the target that the draft has none for.
-            self._starts = committed.position_ids[:, 0]
-        if self._draft.reads_placeholders:
-            visual, unnamed = committed.visual_mask[..., None], (self._draft.config.visual_token_ids or [0])[0]
-            placeholders = self._target.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed))
-            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
-        if self._draft.config.visual_pool_size == 1:
-            return committed
-        rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
-        inputs_embeds, features, kept = pool_visual_rows(
-            self._draft.config,
-            committed.inputs_embeds,
-            committed.features,
-            committed.visual_mask,
-            rows < committed.lengths[:, None],
-        )
-        pooled = replace(committed, inputs_embeds=inputs_embeds, features=features).pack(kept)
-        self._starts = self._starts + committed.lengths - pooled.lengths
-        return pooled
 
     def _extend(self, committed: Committed) -> torch.Tensor:
         """Add committed rows to the draft's cache; fillers behind the last row of a sequence are overwritten later."""

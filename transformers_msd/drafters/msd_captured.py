@@ -6,6 +6,7 @@ from transformers.generation import LogitsProcessor
 
 from transformers_msd.caches.fixed import fixed_attention_mask
 from transformers_msd.call.sampling import coupled_log_probs
+from transformers_msd.drafters.reading import beside
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.target import Target
 from transformers_msd.trees.growing import grow_tree
@@ -22,6 +23,7 @@ def draft_trees(
     lengths: torch.Tensor,
     inputs_embeds: torch.Tensor,
     features: torch.Tensor,
+    context: torch.Tensor | None,
     position_ids: torch.Tensor,
     counts: torch.Tensor,
     root_token_ids: torch.Tensor,
@@ -47,7 +49,9 @@ def draft_trees(
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
             Of the committed rows, fillers behind them, as in [`Committed`].
         features (`torch.Tensor` of shape `(batch_size, num_rows, num_layers * hidden_size)`):
-            The same.
+            The same, and the context behind them, where there is one.
+        context (`torch.Tensor` of shape `(batch_size, context_size)`, *optional*):
+            What is read with each feature.
         position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
             The same.
         counts (`torch.Tensor` of shape `(batch_size,)`):
@@ -96,7 +100,8 @@ def draft_trees(
         nonlocal hidden, depth
         depth += 1
         places = (roots + depth).expand_as(token_ids)
-        hidden = forward(target.embed(token_ids), take_rows(hidden, slots), places, lengths + counts, visible)
+        features = draft.deepen(beside(take_rows(hidden, slots), context), depth)
+        hidden = forward(target.embed(token_ids), features, places, lengths + counts, visible)
         return rank(hidden, depth)
 
     tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)

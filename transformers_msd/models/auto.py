@@ -11,14 +11,27 @@ from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.convert_eagle3 import is_eagle3, load_eagle3_checkpoint
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
+from transformers_msd.models.hivis.configuration_hivis import HiViSConfig
+from transformers_msd.models.hivis.convert_hivis import is_hivis, load_hivis_checkpoint
+from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.published import cast_weights, find_folder, read_config, read_weights
+from transformers_msd.models.vispec.configuration_vispec import ViSpecConfig
+from transformers_msd.models.vispec.convert_vispec import is_vispec, load_vispec_checkpoint
+from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.traits.support import dtype_of
 
 
-OURS = {MSDConfig.model_type: MSDDraftModel, Eagle3Config.model_type: Eagle3DraftModel}
+OURS = {
+    MSDConfig.model_type: MSDDraftModel,
+    Eagle3Config.model_type: Eagle3DraftModel,
+    HiViSConfig.model_type: HiViSDraftModel,
+    ViSpecConfig.model_type: ViSpecDraftModel,
+}
+# By what their weights look like; the others are those of MSD and EAGLE-1.
+THEIRS = ((is_eagle3, load_eagle3_checkpoint), (is_vispec, load_vispec_checkpoint), (is_hivis, load_hivis_checkpoint))
 
 
 class AutoDraftModel:
@@ -37,7 +50,7 @@ class AutoDraftModel:
 
         Args:
             path_or_repo_id (`str` or `Path`):
-                Folder, or repository on the Hub: a draft of ours, of MSD or EAGLE-3 as published.
+                Folder, or repository on the Hub: a draft of ours, of MSD, EAGLE-3, HiViS or ViSpec as published.
             target (`PreTrainedModel` or `PreTrainedConfig`, *optional*):
                 The target or its config, which drafts of ours do not need.
             dtype (`torch.dtype`, *optional*):
@@ -47,7 +60,8 @@ class AutoDraftModel:
                 trained on, numbered as `output_hidden_states` returns them.
 
         Returns:
-            [`MSDDraftModel`] or [`Eagle3DraftModel`], ready to be passed as `assistant_model`.
+            [`MSDDraftModel`], [`Eagle3DraftModel`], [`HiViSDraftModel`] or [`ViSpecDraftModel`], ready to be passed as
+            `assistant_model`.
         """
         folder = find_folder(path_or_repo_id)
         config, is_model = getattr(target, "config", target), isinstance(target, PreTrainedModel)
@@ -62,7 +76,8 @@ class AutoDraftModel:
                 "`target=model`, or its config."
             )
         else:
-            load = load_eagle3_checkpoint if is_eagle3(read_weights(folder)) else convert_msd_checkpoint
+            weights = read_weights(folder)
+            load = next((load for is_theirs, load in THEIRS if is_theirs(weights)), convert_msd_checkpoint)
             draft = load(folder, config)
         if feature_layers is not None:
             if len(feature_layers) != len(draft.feature_layers) or not isinstance(draft, Eagle3DraftModel):

@@ -102,16 +102,76 @@ class FeatureDraftModel(PreTrainedModel):
         """Whether positions are the target's, on several axes, and not the places of tokens in their sequence."""
         return False
 
+    @property
+    def pools(self) -> bool:
+        """Whether some rows of a prompt are read as one, or not at all."""
+        return False
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions count the rows that are read, and not all tokens of a sequence."""
+        return False
+
+    def pool(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        visual_mask: torch.Tensor,
+        real: torch.Tensor,
+        context: torch.Tensor | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """
+        Choose the rows of a prompt that are read, as in training.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
+                Input embeddings of tokens `r + 1`, visual features merged in.
+            features (`torch.Tensor` of shape `(batch_size, num_rows, len(feature_layers) * hidden_size)`):
+                What is read of the target at tokens `r`.
+            position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
+                Places of tokens `r`.
+            visual_mask (`torch.Tensor` of shape `(batch_size, num_rows)`):
+                Whether tokens `r + 1` are visual.
+            real (`torch.Tensor` of shape `(batch_size, num_rows)`):
+                Which rows are real, without a gap in a sequence; what lies behind them is filler.
+            context (`torch.Tensor` of shape `(batch_size, context_size)`, *optional*):
+                What earlier prompts of the sequences have left to be read with each feature; none at the start.
+
+        Returns:
+            `tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]`: Those of the first three that change,
+            by their names, features with what is read with them behind; which rows are kept, of shape `(batch_size,
+            num_rows)`, the last of each sequence among them; and what rows after these are to read with their
+            features.
+        """
+        return {}, real, context
+
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """
-        Turn what is read of the target into what the layer reads, and what it predicts itself.
+        Turn what is read of the target into what the layer reads.
 
         Args:
             features (`torch.Tensor` of shape `(..., len(feature_layers) * hidden_size)`):
-                Hidden states of the target, one layer behind the other.
+                Hidden states of the target, one layer behind the other, and the context of [`FeatureDraftModel.pool`]
+                behind them, where there is one.
 
         Returns:
-            `torch.Tensor` of shape `(..., hidden_size)`.
+            `torch.Tensor` of shape `(..., hidden_size)`, or wider where the layer reads more.
+        """
+        return features
+
+    def deepen(self, features: torch.Tensor, depth: int) -> torch.Tensor:
+        """
+        Turn the draft's own predictions into what the layer reads of them a level deeper.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., hidden_size)`):
+                Predictions, with the context behind them as for [`FeatureDraftModel.fuse`].
+            depth (`int`):
+                Levels below the root, from 1.
+
+        Returns:
+            `torch.Tensor` of the shape that [`FeatureDraftModel.fuse`] gives.
         """
         return features
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from transformers_msd.models.places import check_place
+from transformers_msd.models.places import check_finite, check_place
 from transformers_msd.models.weights import read_weight_map
 
 
@@ -96,6 +96,15 @@ def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict
             f"The weights in {folder} do not have the sizes its `config.json` and the target say: {wrong}. Check "
             "that the target is the one the draft was trained for."
         )
+
+
+def fill_draft(draft: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> PreTrainedModel:
+    """Put weights into a draft, each in its place and of the dtype that it has in `folder`, and make it ready."""
+    check_weights(folder, weights, draft.state_dict())
+    draft = cast_weights(draft, weights["fc.weight"].dtype)
+    draft.load_state_dict(weights)
+    check_finite(draft, str(folder))
+    return draft.eval()
 
 
 def cast_weights(draft: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

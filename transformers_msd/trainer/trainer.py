@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
+from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
@@ -52,6 +54,11 @@ class MSDTrainer(DraftTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
+        if isinstance(model, HiViSDraftModel | ViSpecDraftModel):
+            raise ValueError(
+                f"`model` must be one that is trained here, got {type(model).__name__}, which is only loaded. Make "
+                "an `MSDDraftModel(MSDConfig.from_target(target.config))`."
+            )
         model.check_target(target)
         if model.reads_axes:
             raise ValueError(

@@ -2,15 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.places import check_finite
-from transformers_msd.models.published import cast_weights, check_weights, find_folder, read_config, read_weights
+from transformers_msd.models.published import fill_draft, find_folder, read_config, read_weights
+from transformers_msd.traits.decoders import check_decoder
+from transformers_msd.traits.tokens import special_token_ids
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -46,15 +48,59 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     published = read_config(folder)
     if published.get("model_type") == MSDConfig.model_type:
         return _load_ours(folder, target_config)
-    weights = {key: value for key, value in read_weights(folder).items() if not _DROPPED.fullmatch(key)}
-
+    weights = read_own_weights(folder)
     draft = MSDDraftModel(_draft_config(published, weights, target_config))
     weights = {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
-    check_weights(folder, weights, draft.state_dict())
-    draft = cast_weights(draft, weights["fc.weight"].dtype)
-    draft.load_state_dict(weights)
-    check_finite(draft, str(path_or_repo_id))
-    return draft.eval()
+    return fill_draft(draft, weights, folder)
+
+
+def read_own_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a published draft without copies of what its target has."""
+    return {key: value for key, value in read_weights(folder).items() if not _DROPPED.fullmatch(key)}
+
+
+def eagle_layer(
+    published: dict[str, Any], weights: dict[str, torch.Tensor], target_config: PreTrainedConfig
+) -> PreTrainedConfig:
+    """
+    Make the config of the layer that the code of EAGLE-1 (arXiv 2401.15077) makes, and those who build on it: heads
+    and biases as the tensors have them, and positions on one axis.
+
+    Args:
+        published (`dict[str, Any]`):
+            Config of the published draft.
+        weights (`dict[str, torch.Tensor]`):
+            Its weights.
+        target_config (`PreTrainedConfig`):
+            Config of the target.
+
+    Raises:
+        ValueError: If no layer can be made of it, or the target is of another width.
+    """
+    target_text = target_config.get_text_config()
+    known = {name: getattr(target_text, name, None) for name in _TEXT_FIELDS} | {"num_hidden_layers": 1} | published
+    fields = {name: known[name] for name in _TEXT_FIELDS if known[name] is not None}
+    config_class = Qwen2Config if "layers.0.self_attn.q_proj.bias" in weights else LlamaConfig
+    base = special_token_ids(target_config) | {"vocab_size": target_text.vocab_size, "tie_word_embeddings": False}
+    check_decoder(config_class, base, fields)
+    size, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    if size != target_text.hidden_size:
+        raise ValueError(
+            f"The draft is {size} wide and reads a target as wide, got one of {target_text.hidden_size}. Pass the "
+            "target that it was trained for."
+        )
+    keys = weights.get("layers.0.self_attn.k_proj.weight")
+    num_shared = 0 if keys is None else len(keys) * num_heads // size
+    if num_shared and num_heads % num_shared == 0:
+        fields["num_key_value_heads"] = num_shared
+    scaling = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "mrope"):
+        raise ValueError(
+            f"The positions of a published draft must not be scaled, got {scaling}, which is not supported."
+        )
+    theta = published.get("rope_theta") or scaling.get("rope_theta") or 10000.0
+    return config_class(**base, **fields, rope_parameters={"rope_type": "default", "rope_theta": theta})
 
 
 def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
@@ -79,4 +125,4 @@ def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_conf
     )
 
 
-__all__ = ["convert_msd_checkpoint"]
+__all__ = ["convert_msd_checkpoint", "eagle_layer", "read_own_weights"]

@@ -103,6 +103,22 @@ class MSDDraftModel(FeatureDraftModel):
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
 
+    @property
+    def pools(self) -> bool:
+        return self.config.visual_pool_size != 1
+
+    def pool(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        visual_mask: torch.Tensor,
+        real: torch.Tensor,
+        context: torch.Tensor | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        inputs_embeds, features, kept = pool_visual_rows(self.config, inputs_embeds, features, visual_mask, real)
+        return {"inputs_embeds": inputs_embeds, "features": features}, kept, context
+
     def forward(
         self,
         inputs_embeds: torch.Tensor,
@@ -142,7 +158,7 @@ class MSDDraftModel(FeatureDraftModel):
         """
         self._check_inputs(inputs_embeds, features, visual_mask, attention_mask)
         cache = cache_of({"past_key_values": past_key_values, "cache": cache})
-        hidden_states = self.fc(torch.cat([inputs_embeds, features], dim=-1))
+        hidden_states = self._join(inputs_embeds, features)
         if visual_mask is not None and self.config.decoupled:
             hidden_states = torch.where(visual_mask[..., None], inputs_embeds, hidden_states)
         if position_ids is None:
@@ -156,6 +172,9 @@ class MSDDraftModel(FeatureDraftModel):
             use_cache=use_cache,
             **{CACHE: cache},
         )
+
+    def _join(self, inputs_embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.cat([inputs_embeds, features], dim=-1))
 
     def _check_inputs(
         self,

@@ -1,0 +1,87 @@
+"""What a draft reads of the rows that the target hands over."""
+
+from dataclasses import replace
+
+import torch
+
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.host import keep_rows
+
+
+def beside(features: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    """Put what is read with each feature, `(batch_size, m)`, behind those `(batch_size, n, hidden_size)`, if any."""
+    if context is None:
+        return features
+    context = context.to(features)[:, None].expand(-1, features.shape[1], -1)
+    return torch.cat([features, context], dim=-1)
+
+
+class Reader:
+    """
+    Makes of committed rows those that a draft reads, as its training made them.
+
+    Args:
+        draft ([`FeatureDraftModel`]):
+            The draft model.
+        target ([`Target`]):
+            The target of the call.
+    """
+
+    def __init__(self, draft: FeatureDraftModel, target: Target) -> None:
+        self._draft, self._target = draft, target
+        # Of each sequence: rows of the target that the draft has none for, and what is read with each feature.
+        self.starts: torch.Tensor | None = None
+        self.context: torch.Tensor | None = None
+
+    def read(self, committed: Committed, is_prompt: bool, num_before: torch.Tensor | None) -> Committed:
+        """
+        Make the rows that the draft reads.
+
+        Args:
+            committed (`Committed`):
+                Rows of the target.
+            is_prompt (`bool`):
+                Whether visual rows may be among them.
+            num_before (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Rows that the draft has read; none of any sequence when it is not given.
+        """
+        if num_before is None:
+            self.starts = committed.position_ids[:, 0]
+        if is_prompt:
+            committed = self._pool(committed)
+        else:
+            committed = replace(committed, features=beside(committed.features, self.context))
+        if self._draft.renumbers:
+            places = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
+            if num_before is not None:
+                places = places + num_before.to(places.device)[:, None]
+            committed = replace(committed, position_ids=places.expand_as(committed.position_ids))
+        return committed
+
+    def keep_sequences(self, kept: list[bool]) -> None:
+        """Forget sequences that have ended."""
+        self.starts = keep_rows(self.starts, kept)
+        self.context = None if self.context is None else keep_rows(self.context, kept)
+
+    def _pool(self, committed: Committed) -> Committed:
+        draft = self._draft
+        if draft.reads_placeholders:
+            visual, unnamed = committed.visual_mask[..., None], (draft.config.visual_token_ids or [0])[0]
+            placeholders = self._target.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed))
+            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
+        if not draft.pools:
+            return committed
+        rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
+        changed, kept, self.context = draft.pool(
+            committed.inputs_embeds,
+            committed.features,
+            committed.position_ids,
+            committed.visual_mask,
+            rows < committed.lengths[:, None],
+            self.context,
+        )
+        pooled = replace(committed, **changed).pack(kept)
+        self.starts = self.starts + committed.lengths - pooled.lengths
+        return pooled

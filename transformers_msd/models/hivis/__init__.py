@@ -1,0 +1,1 @@
+"""Drafts that see no picture: HiViS (arXiv 2509.23928)."""
