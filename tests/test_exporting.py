@@ -93,6 +93,8 @@ def make_eagle3(settings: dict[str, Any], layer: dict[str, Any]) -> Eagle3DraftM
     draft = Eagle3DraftModel(Eagle3Config(text_config=config_class(**fields), **own))
     if settings.get("draft_vocab_size") == len(DRAFTED):
         draft.draft_token_ids.copy_(DRAFTED)
+    elif settings.get("draft_vocab_size") is None:
+        draft.draft_token_ids.copy_(torch.arange(draft.head.out_features))
     return shaken(draft)
 
 
