@@ -22,11 +22,11 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/python -m training.tiny_world.demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest --numprocesses 2 --quiet
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 # What depends on the versions, and of the tables of equality the batches.
 test-lowest: $(VENV)-lowest/.installed
-	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --quiet \
+	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet \
 		-k "not (test_tokens_equal_plain_generate and (eager or -1])) and not (test_all_that_a_call_returns and single)" \
 		tests/test_compat.py tests/test_hook.py tests/test_equality.py tests/test_generate.py tests/test_static.py \
 		tests/test_msd_drafter.py tests/test_vlm_drafter.py tests/test_ensemble_drafter.py tests/test_convert.py \

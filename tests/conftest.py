@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -8,6 +10,13 @@ import transformers_msd.costs.calibration  # and `generate` takes our assistants
 def one_thread() -> None:
     """Tiny models are quickest on one thread, and the workers of a parallel run don't get in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """What was imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -201,6 +201,17 @@ def said_without_end(
     return output.sequences[:, inputs["input_ids"].shape[1] :]
 
 
+@functools.cache
+def make_msd(architecture: str, attn_implementation: str, device: str, **overrides: int) -> MSDDraftModel:
+    """Make a random draft; who sets its tree sets it before each call."""
+    target = make_target(architecture, attn_implementation, device)
+    torch.manual_seed(1)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, **overrides)).eval().to(device)
+    if draft.head is not None:
+        draft.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
+    return draft
+
+
 def make_eagle3(target: torch.nn.Module) -> Eagle3DraftModel:
     """Make a draft on three layers of a target, with its positions."""
     torch.manual_seed(1)
@@ -241,8 +252,7 @@ def check_tokens(
     beyond = torch.cat([truth, beyond[:, truth.shape[1] :]], dim=1) if option in ENDS else truth
     ends = ends_of(truth, kwargs)
 
-    torch.manual_seed(1)
-    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval().to(device)
+    draft = make_msd(architecture, attn_implementation, device)
     for gate in (False, True) if attn_implementation == "sdpa" else (False,):
         draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=gate)
         drafted = generate(target, inputs, **kwargs, assistant_model=draft)
@@ -256,8 +266,7 @@ def check_tokens(
         assert torch.equal(get_random_state(), random_state)
 
     if option == "default":
-        fewer = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=20)).eval().to(device)
-        fewer.choose_tokens(torch.rand(VOCAB_SIZE), target.get_output_embeddings())
+        fewer = make_msd(architecture, attn_implementation, device, draft_vocab_size=20)
         drafted = generate(target, inputs, **kwargs, assistant_model=fewer)
         assert torch.equal(drafted.sequences, plain.sequences)
         for assistant in (make_eagle3(target), StaticRuntime(make_eagle3(target))):

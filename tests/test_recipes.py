@@ -307,24 +307,36 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("name", ["org/drafts", "org/drafts:small.yaml"])
-def test_recipe_from_the_hub(world, tmp_path, name):
+HUB_NAMES = ("org/drafts", "org/drafts:small.yaml")
+# One process for all names: it takes longer to start than to plan.
+PLAN_EACH = """
+import sys
+from transformers_msd.cli import main
+for name in sys.argv[1:]:
+    print("plan of", name)
+    main(["train", "--config", name, "--dry_run"])
+"""
+
+
+@pytest.fixture(scope="module")
+def plans(world, tmp_path_factory):
+    """What the command prints of recipes on the Hub, by their names."""
     said = recipe(world, "from-hub")
     del said["output_dir"], said["report_to"]
-    content = yaml.safe_dump(said).encode()
-    Hub.files = {"recipe.yaml" if ":" not in name else "small.yaml": content}
+    recipes = {"recipe.yaml": said | {"max_steps": 3}, "small.yaml": said | {"max_steps": 2}}
+    Hub.files = {name: yaml.safe_dump(content).encode() for name, content in recipes.items()}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = ENVIRONMENT | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "no_proxy": "127.0.0.1",
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "transformers_msd.cli", "train", "--config", name, "--dry_run"],
+            [sys.executable, "-c", PLAN_EACH, *HUB_NAMES],
             env=environment,
             cwd=ROOT,
             capture_output=True,
@@ -334,7 +346,12 @@ def test_recipe_from_the_hub(world, tmp_path, name):
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "steps:" in done.stdout
+    return dict(part.split("\n", 1) for part in done.stdout.split("plan of ")[1:])
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_recipe_from_the_hub(plans, name):
+    assert f"steps: {2 if ':' in name else 3} of" in plans[name]
 
 
 def test_conversations_of_llava_and_sharegpt_are_read(tmp_path):

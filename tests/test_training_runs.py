@@ -109,8 +109,7 @@ def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
     settings = CURVE | {"save_strategy": "steps", "save_steps": 2}
     path = write_recipe(world, "killed", make_recipe, **settings, resume_from_checkpoint=True)
     shutil.rmtree(world / "killed", ignore_errors=True)
-    arguments = ["-m", "transformers_msd.trainer.run", "--config", str(path)]
-    process = launch(arguments)
+    process = launch(["-m", "transformers_msd.trainer.run", "--config", str(path)])
     saved = world / "killed/checkpoint-2/trainer_state.json"
     deadline = time.monotonic() + 120
     while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -121,7 +120,7 @@ def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
     broken = world / "killed/checkpoint-5"
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"half of it")
-    finish(launch(arguments))
+    run(world, "killed", make_recipe, **settings, resume_from_checkpoint=True)
     state = json.loads((world / f"killed/checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
     torch.testing.assert_close(curve(state["log_history"]), unbroken, rtol=1e-6, atol=0.0)
 
