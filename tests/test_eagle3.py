@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,13 +308,9 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
     assert drafted.speculative_stats.num_accepted > 0
 
 
-WAYS: dict[str, Callable[[Eagle3DraftModel], Any]] = {"eager": lambda draft: draft, "captured": StaticRuntime}
-
-
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["SafeAILab", "speculators, Qwen3-VL"])
-def test_batches_and_turns_equal_plain_ones(name: str, way: str, do_sample: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL"])
+def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path: Path) -> None:
     target = make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", name), target)
     draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False)
@@ -324,11 +319,10 @@ def test_batches_and_turns_equal_plain_ones(name: str, way: str, do_sample: bool
     for key, value in draft.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
     call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
-    call |= {"compile_config": CompileConfig(backend="eager", mode=None)} if way == "captured" else {}
+    compiled = {"compile_config": CompileConfig(backend="eager", mode=None), "assistant_model": StaticRuntime(again)}
     inputs = make_inputs(architecture_of(name), (2, 0, 1))
-    assistant = WAYS[way](again)
     outputs = []
-    for assisted in ({}, {"assistant_model": assistant}):
+    for assisted in ({}, {"assistant_model": again}, compiled):
         torch.manual_seed(2)
         first = target.generate(**inputs, **call, **assisted)
         ids = torch.cat([first.sequences, torch.full((3, 2), 7)], dim=1)
@@ -337,9 +331,12 @@ def test_batches_and_turns_equal_plain_ones(name: str, way: str, do_sample: bool
             input_ids=ids, attention_mask=mask.long(), **call, **assisted, **{CACHE: first[CACHE]}
         )
         outputs.append((first, second))
-    for plain, drafted in zip(*outputs, strict=True):
-        assert torch.equal(plain.sequences, drafted.sequences)
-        assert drafted.speculative_stats.num_accepted > 0
+    for plain, *drafted in zip(*outputs, strict=True):
+        assert all(torch.equal(plain.sequences, own.sequences) for own in drafted)
+        eager, captured = (own.speculative_stats.acceptance_lengths for own in drafted)
+        assert torch.equal(eager, captured)
+        assert drafted[0].speculative_stats.num_accepted > 0
+    assert compiled["assistant_model"].num_captures > 0
 
 
 def test_what_the_user_sees_is_what_was_asked_for(target: PreTrainedModel, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         # Of tokens by their places `(batch_size, num_rows)`.
         self._positions = target.axes if draft.reads_axes else lambda places: places
         # Draft and target are captured together.
-        self._captures = inputs.captures if self._device == target.device and not draft.reads_axes else None
+        self._captures = inputs.captures if self._device == target.device else None
         if self._captures is None:  # what was measured is not the cost of compiled rounds
             self.sizing = load_sizing([draft], target.model)
         self._cache = DynamicCache(config=draft.config.get_text_config())
@@ -179,10 +179,14 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             committed = committed.last()
         self._room.reserve(num_rows + config.depth * config.top_k)
         more = num_rows - committed.token_ids.shape[1]
-        inputs_embeds, features, position_ids = (
-            pad(rows, (0, 0) * (rows.ndim - 2) + (0, more)).to(self._dtype if rows.is_floating_point() else None)
-            for rows in (committed.inputs_embeds, committed.features, committed.position_ids)
+        position_ids, next_positions = self._positions(committed.position_ids), None
+        if self._draft.reads_axes:
+            last_positions = committed.position_ids.gather(1, committed.last_rows[:, None])
+            next_positions = self._positions(last_positions + 1)[-1]
+        inputs_embeds, features = (
+            pad(rows, (0, 0, 0, more)).to(self._dtype) for rows in (committed.inputs_embeds, committed.features)
         )
+        position_ids = pad(position_ids, (0, more))
         noise = self._sampler.noise_of_round(config.depth)
         warpers = () if noise is None else self._sampler.draft_warpers
         # Their settings are constants of the compiled code.
@@ -208,6 +212,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             features,
             self._reader.context,
             position_ids,
+            next_positions,
             committed.lengths,
             committed.root_token_ids,
             noise,

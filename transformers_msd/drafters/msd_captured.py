@@ -25,6 +25,7 @@ def draft_trees(
     features: torch.Tensor,
     context: torch.Tensor | None,
     position_ids: torch.Tensor,
+    next_positions: torch.Tensor | None,
     counts: torch.Tensor,
     root_token_ids: torch.Tensor,
     noise: torch.Tensor | None,
@@ -53,7 +54,9 @@ def draft_trees(
         context (`torch.Tensor` of shape `(batch_size, context_size)`, *optional*):
             What is read with each feature.
         position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
-            The same.
+            The same, or those on three axes, of shape `(3, batch_size, num_rows)`.
+        next_positions (`torch.Tensor` of shape `(batch_size, 1)`, *optional*):
+            Positions behind the last of them, where these have axes; all that is drafted goes on from there alike.
         counts (`torch.Tensor` of shape `(batch_size,)`):
             How many there are.
         root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
@@ -89,17 +92,18 @@ def draft_trees(
         logits = draft.logits(hidden, target)
         return coupled_log_probs(logits, None if noise is None else noise[:, depth], warpers)
 
-    batch_size, num_rows = position_ids.shape
+    batch_size, num_rows = position_ids.shape[-2:]
     causal = causal_mask(batch_size, num_rows, position_ids.device)
     last_rows = (counts - 1).clamp(min=0)[:, None]
     hidden = take_rows(forward(inputs_embeds, draft.fuse(features), position_ids, lengths, causal), last_rows)
-    roots = position_ids.gather(1, last_rows)
+    if next_positions is None:
+        next_positions = position_ids.gather(1, last_rows) + 1
     depth = 0
 
     def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         nonlocal hidden, depth
+        places = (next_positions + depth).expand_as(token_ids)
         depth += 1
-        places = (roots + depth).expand_as(token_ids)
         features = draft.deepen(beside(take_rows(hidden, slots), context), depth)
         hidden = forward(target.embed(token_ids), features, places, lengths + counts, visible)
         return rank(hidden, depth)
