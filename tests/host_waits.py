@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from other_devices import TREE, make_eagle3, make_msd
+from other_devices import TREE, make_eagle3, make_msd, make_visual
 from zoo import IMAGE_ID, VIDEO_ID, make_draft_model, make_inputs, make_target
 
 from training.evidence.tiny import make_model
@@ -116,6 +116,10 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
         draft.tree_config = TREE
         for batch_size in (1, 3):
             yield name, target, lambda draft=draft: draft, batch_size, {}
+    for name, draft in make_visual(whole, DEVICE).items():
+        for batch_size in (1, 3):
+            yield name, here, lambda draft=draft: draft, batch_size, {}
+            yield f"runtime, {name}", here, lambda draft=draft: StaticRuntime(draft), batch_size, STATIC
     qwen = make_target("qwen2_5_vl")
     with_axes = make_eagle3(qwen, DEVICE)
     for batch_size in (1, 3):

@@ -20,11 +20,15 @@ from transformers_msd import (
     Eagle3Config,
     Eagle3DraftModel,
     EnsembleDrafter,
+    HiViSConfig,
+    HiViSDraftModel,
     MSDConfig,
     MSDDraftModel,
     NgramDrafter,
     StaticRuntime,
     TreeConfig,
+    ViSpecConfig,
+    ViSpecDraftModel,
     VLMDrafter,
 )
 from transformers_msd.compat import CACHE
@@ -59,6 +63,18 @@ def make_eagle3(target: PreTrainedModel, device: str, **overrides: Any) -> Eagle
     return draft.to(device)
 
 
+def make_visual(target: PreTrainedModel, device: str) -> dict[str, PreTrainedModel]:
+    """Make drafts that read pictures in ways of their own."""
+    torch.manual_seed(1)
+    drafts = {
+        "HiViS": HiViSDraftModel(HiViSConfig.from_target(target.config)),
+        "ViSpec": ViSpecDraftModel(ViSpecConfig.from_target(target.config)),
+    }
+    for draft in drafts.values():
+        draft.tree_config = TREE
+    return {name: draft.eval().to(device) for name, draft in drafts.items()}
+
+
 def split(target: PreTrainedModel) -> PreTrainedModel:
     """Spread a LLaVA over both devices, as `device_map="auto"` does."""
     text = "model.language_model"
@@ -85,6 +101,9 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         draft = make_eagle3(whole, device, draft_vocab_size=40)
         yield f"EAGLE-3 on {device}", here, draft, "fgpu:0"
         yield f"a runtime, EAGLE-3 on {device}", here, StaticRuntime(draft), "fgpu:0"
+    for name, draft in make_visual(whole, "fgpu:1").items():
+        yield f"{name} on fgpu:1", here, draft, "fgpu:0"
+        yield f"a runtime, {name}", here, StaticRuntime(copy.deepcopy(draft).to("fgpu:0")), "fgpu:0"
     apart = [copy.deepcopy(small).to(device) for device in ("fgpu:1", "fgpu:0")]
     yield (
         "an ensemble on two devices",

@@ -23,11 +23,13 @@ from transformers_msd import (
     Committed,
     Eagle3Config,
     Eagle3DraftModel,
+    HiViSDraftModel,
     MSDConfig,
     MSDDraftModel,
     TokenTree,
     TreeCandidateGenerator,
     TreeConfig,
+    ViSpecDraftModel,
 )
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.assistants import assistant_for
@@ -106,6 +108,10 @@ def draft_for(name: str, target: PreTrainedModel) -> Eagle3DraftModel:
 
 def make_msd(**settings: Any) -> MSDDraftModel:
     return shaken(MSDDraftModel(MSDConfig.from_target(make_target("llama").config, **settings)))
+
+
+def make_visual(draft_class: type[MSDDraftModel]) -> MSDDraftModel:
+    return draft_class(draft_class.config_class.from_target(make_target("llama").config))
 
 
 def hidden_states(draft: FeatureDraftModel, axes: bool = False) -> list[torch.Tensor]:
@@ -298,6 +304,8 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
         of_llava(layer={"vocab_size": 200}),
         "made for a target of `vocab_size` 200",
     ),
+    "HiViS": (*("llama", "sglang"), lambda: make_visual(HiViSDraftModel), "got HiViSDraftModel, for which no engine"),
+    "ViSpec": (*("llava", "speculators"), lambda: make_visual(ViSpecDraftModel), "got ViSpecDraftModel, for which no"),
     "MSD for speculators": ("llama", "speculators", make_msd, "must be given an EAGLE-3 draft, got one of MSD"),
     "MSD with pictures": ("llava", "sglang", msd_with_pictures, "rows of pictures"),
     "MSD with a head": ("llama", "sglang", msd_with_a_head, "its own head"),

@@ -382,6 +382,11 @@ BAD: dict[str, tuple[tuple[str, dict[str, torch.Tensor], dict[str, Any]], str]] 
         "as `residual`, got .*'res'",
     ),
     "vectors of another width": (changed("HiViS, LLaVA", residual=torch.ones(4, 8)), r"'residual': .* got \(4, 8\)"),
+    "a number for vectors": (changed("HiViS, LLaVA", residual=torch.tensor(1.0)), r"'residual': .* got \(\)"),
+    "a number for keys": (
+        changed("ViSpec, LLaVA", **{"layers.0.self_attn.k_proj.weight": torch.tensor(1.0)}),
+        r"k_proj.weight': .* got \(\)",
+    ),
     "an `fc` for two": (changed("HiViS, LLaVA", **{"fc.weight": VISPEC["fc.weight"]}), r"'fc.weight': .*\(32, 64\)"),
     "no `fc`": (changed("HiViS, LLaVA", **{"fc.weight": None}), "'fc.weight': .* got none"),
     "a lost layer": (

@@ -17,7 +17,7 @@ from zoo import make_target
 from training.tiny_world.build.target import CHECKPOINT, encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts, training_dataset
-from transformers_msd import MSDDraftModel, convert_msd_checkpoint
+from transformers_msd import HiViSDraftModel, MSDDraftModel, ViSpecDraftModel, convert_msd_checkpoint
 from transformers_msd.cli import main
 from transformers_msd.costs.floors import VocabularyCut
 from transformers_msd.models.weights import read_embeddings, read_head
@@ -211,6 +211,18 @@ def test_the_share_outside_is_counted_on_rows_that_chose_no_token(draft):
         number = len(said) + 1  # and the token that ends an answer
         _, cut = cut_vocabulary(draft, str(CHECKPOINT), Dataset.from_list([*map(row, texts)]), number, force=True)
         assert cut.share_outside == share
+
+
+@pytest.mark.parametrize("draft_class", [HiViSDraftModel, ViSpecDraftModel])
+def test_drafts_that_others_trained_are_cut(draft_class, rows):
+    target, processor = load_target()
+    draft = draft_class(draft_class.config_class.from_target(target.config))
+    smaller, _ = cut_vocabulary(draft, str(CHECKPOINT), rows, 256, force=True)
+    assert type(smaller) is draft_class
+    assert all(torch.equal(smaller.state_dict()[name], weight) for name, weight in draft.state_dict().items())
+    inputs = encode_prompts(processor, evaluation_prompts(1)[:1])
+    plain, drafted = (target.generate(**inputs, max_new_tokens=8, assistant_model=own) for own in (None, smaller))
+    assert torch.equal(plain, drafted)
 
 
 def unanswered(rows: Dataset) -> Dataset:

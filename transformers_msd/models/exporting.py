@@ -18,9 +18,11 @@ from transformers_msd.models.eagle3.export_eagle3 import (
     speculators_config,
 )
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
+from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.export_msd import msd_config, msd_weights
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.published import EXPORTER, check_kept
+from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.models.weights import read_embeddings, shapes_of
 from transformers_msd.traits.scales import scales_embeddings, wants_scales
 
@@ -56,6 +58,11 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    if isinstance(draft, HiViSDraftModel | ViSpecDraftModel):
+        raise ValueError(
+            f"`draft` must be one of EAGLE-3 or MSD, got {type(draft).__name__}, for which no engine has a format. "
+            "Keep it in our own layout."
+        )
     target_config = AutoConfig.from_pretrained(target_model)
     draft.check_target(target_config)
     if draft.needs_tokens:

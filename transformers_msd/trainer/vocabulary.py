@@ -7,7 +7,6 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_msd.costs.floors import VocabularyCut
-from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.weights import read_head, shapes_of
 from transformers_msd.trainer.dataset import answer_counts, check_messages, with_ends
@@ -52,7 +51,7 @@ def cut_vocabulary(
         ValueError: If the draft has a head of its own, the answers do not hold so many tokens, the target's head can't
             be read, or a smaller vocabulary would be slower.
     """
-    config = MSDConfig.from_dict(draft.config.to_dict() | {"draft_vocab_size": draft_vocab_size})
+    config = type(draft.config).from_dict(draft.config.to_dict() | {"draft_vocab_size": draft_vocab_size})
     text_config = config.get_text_config()
     if draft.head is not None:
         raise ValueError(
@@ -88,7 +87,7 @@ def cut_vocabulary(
             "tokens or leave them all, or pass `force` to cut all the same."
         )
     token_ids = _most_frequent(counts, draft_vocab_size)
-    smaller = MSDDraftModel(config)
+    smaller = type(draft)(config)
     weights = copy.deepcopy(draft).state_dict() | {
         "head.weight": read_head(target_model, target)[token_ids].to(draft.dtype),
         "draft_token_ids": token_ids,

@@ -63,7 +63,8 @@ def _fold(weights: dict[str, torch.Tensor], size: int, folder: Path) -> dict[str
             f"A HiViS draft must hold the vectors of each depth as `residual`, got {sorted(weights)} in {folder}. "
             "Those of earlier versions are not supported."
         )
-    shapes = {"residual": (len(vectors), size), "fc.weight": (size, 3 * size), "fc.bias": (size,)}
+    number = len(vectors) if vectors.ndim else 1
+    shapes = {"residual": (number, size), "fc.weight": (size, 3 * size), "fc.bias": (size,)}
     wrong = {
         name: f"expected {shape}, got {tuple(weights[name].shape) if name in weights else 'none'}"
         for name, shape in shapes.items()

@@ -90,7 +90,7 @@ def eagle_layer(
             "target that it was trained for."
         )
     keys = weights.get("layers.0.self_attn.k_proj.weight")
-    num_shared = 0 if keys is None else len(keys) * num_heads // size
+    num_shared = 0 if keys is None or keys.ndim != 2 else len(keys) * num_heads // size
     if num_shared and num_heads % num_shared == 0:
         fields["num_key_value_heads"] = num_shared
     scaling = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
