@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 
 pytest.importorskip("trl")
@@ -88,6 +89,27 @@ def test_the_layer_has_the_shape_of_the_targets():
     )
     assert own.rope_parameters == {"rope_type": "default", "rope_theta": 5e6}
     assert (own.hidden_size, own.vocab_size, own.intermediate_size) == (text.hidden_size, text.vocab_size, 20)
+
+
+# Heads that are named otherwise, told for each layer, do not fill the width, or are none.
+OTHER_HEADS = {
+    "falcon": {},
+    "gemma4_text": {},
+    "laguna": {"hidden_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "seed_oss": {"hidden_size": 64, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 16},
+    "mamba2": {},
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_HEADS)
+def test_a_target_of_other_heads_has_a_draft(model_type, tmp_path):
+    target_config = CONFIG_MAPPING[model_type](**OTHER_HEADS[model_type])
+    config = Eagle3Config.from_target(target_config)
+    with torch.device("meta"):
+        draft = Eagle3DraftModel(config)
+    assert draft.fc.out_features == target_config.hidden_size
+    config.save_pretrained(tmp_path)
+    assert Eagle3Config.from_pretrained(tmp_path).text_config.to_dict() == config.text_config.to_dict()
 
 
 @pytest.mark.parametrize("draft_vocab_size", [None, 96])
@@ -273,6 +295,8 @@ def test_wrong_settings_raise(tmp_path):
         make_parser().parse_dict(vlm_recipe(tmp_path, "wrong") | {"draft": "eagle3"})
     with pytest.raises(ValueError, match="`draft` must be one of"):
         make_parser().parse_dict(recipe(tmp_path, "wrong") | {"draft": "eagle4"})
+    with pytest.raises(ValueError, match="A draft needs the `hidden_size` and `vocab_size` of its target"):
+        Eagle3Config.from_target(CONFIG_MAPPING["blt"]())
     config = zoo.make_target("llava").config
     with pytest.raises(ValueError, match="A draft that is `decoupled` reads visual features"):
         Eagle3Config.from_target(config, decoupled=True, reads_placeholders=True)
