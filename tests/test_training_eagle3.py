@@ -265,9 +265,17 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
         again = make_draft(arguments, None)
         assert type(again) is kind
         assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
-    settings = recipe(tmp_path, "other") | {"draft_model": str(tmp_path / "target"), "draft_config": None}
-    with pytest.raises(ValueError, match="`draft_model` must be a draft of ours, got one of `model_type` 'llava'"):
-        make_draft(make_parser().parse_dict(settings)[0], None)
+    (tmp_path / "of_speculators").mkdir()
+    (tmp_path / "of_speculators/config.json").write_text('{"speculators_model_type": "eagle3"}')
+    MSDConfig.from_target(zoo.make_target("llava").config).save_pretrained(tmp_path / "msd")
+    for folder, message in (
+        ("target", "`draft_model` must be a draft of ours, got one of `model_type` 'llava'"),
+        ("of_speculators", "`draft_model` must be a draft of ours, got one of `model_type` None"),
+        ("msd", "`draft_model` must be of the kind that `draft` says, 'eagle3', got one of `model_type` 'msd_draft'"),
+    ):
+        settings = eagle3_recipe(tmp_path, "other") | {"draft_model": str(tmp_path / folder), "draft_config": None}
+        with pytest.raises(ValueError, match=message):
+            make_draft(make_parser().parse_dict(settings)[0], None)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +308,8 @@ def test_wrong_settings_raise(tmp_path):
     config = zoo.make_target("llava").config
     with pytest.raises(ValueError, match="A draft that is `decoupled` reads visual features"):
         Eagle3Config.from_target(config, decoupled=True, reads_placeholders=True)
+    with pytest.raises(ValueError, match="`feature_layers` must name a hidden state at least, got none"):
+        Eagle3Config.from_target(config, feature_layers=[])
     with pytest.raises(ValueError, match="fields of `Eagle3Config` or `LlamaConfig`, got .'fc_bias'"):
         Eagle3Config.from_target(config, fc_bias=True)
     with pytest.raises(ValueError, match="must be the config of a target, got Eagle3Config"):

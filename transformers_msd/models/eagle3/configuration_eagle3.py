@@ -72,8 +72,10 @@ class Eagle3Config(DraftConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
-        self.feature_layers = self.feature_layers or [2, -2, -4]
+        self.feature_layers = [2, -2, -4] if self.feature_layers is None else self.feature_layers
         self.check()
+        if not self.feature_layers:
+            raise ValueError("`feature_layers` must name a hidden state at least, got none. Leave it out for three.")
         if self.decoupled and self.reads_placeholders:
             raise ValueError(
                 "A draft that is `decoupled` reads visual features, got `reads_placeholders=True` with it. Set one of "
