@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 import zoo
 from torch.nn.functional import pad
 
+from training.evidence.tiny import make_model, make_prompts
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts
@@ -57,6 +58,13 @@ def test_rows_are_equal_on_every_architecture(architecture, num_images):
     parity = check_parity(target, draft, zoo.make_inputs(architecture, num_images), max_new_tokens=12)
     assert parity.holds(1e-3), parity
     assert parity.num_generated_rows > 0
+
+
+def test_patches_that_no_tower_encodes_are_seen_in_training():
+    target = make_model("fuyu")
+    draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
+    parity = check_parity(target, draft, make_prompts(target, "pictures"), max_new_tokens=4)
+    assert parity.holds(1e-3), parity
 
 
 def test_a_wrong_row_is_seen(pair):

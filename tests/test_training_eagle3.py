@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 
 pytest.importorskip("trl")
@@ -88,6 +89,27 @@ def test_the_layer_has_the_shape_of_the_targets():
     )
     assert own.rope_parameters == {"rope_type": "default", "rope_theta": 5e6}
     assert (own.hidden_size, own.vocab_size, own.intermediate_size) == (text.hidden_size, text.vocab_size, 20)
+
+
+# Heads that are named otherwise, told for each layer, do not fill the width, or are none.
+OTHER_HEADS = {
+    "falcon": {},
+    "gemma4_text": {},
+    "laguna": {"hidden_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "seed_oss": {"hidden_size": 64, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 16},
+    "mamba2": {},
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_HEADS)
+def test_a_target_of_other_heads_has_a_draft(model_type, tmp_path):
+    target_config = CONFIG_MAPPING[model_type](**OTHER_HEADS[model_type])
+    config = Eagle3Config.from_target(target_config)
+    with torch.device("meta"):
+        draft = Eagle3DraftModel(config)
+    assert draft.fc.out_features == target_config.hidden_size
+    config.save_pretrained(tmp_path)
+    assert Eagle3Config.from_pretrained(tmp_path).text_config.to_dict() == config.text_config.to_dict()
 
 
 @pytest.mark.parametrize("draft_vocab_size", [None, 96])
@@ -243,9 +265,17 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
         again = make_draft(arguments, None)
         assert type(again) is kind
         assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
-    settings = recipe(tmp_path, "other") | {"draft_model": str(tmp_path / "target"), "draft_config": None}
-    with pytest.raises(ValueError, match="`draft_model` must be a draft of ours, got one of `model_type` 'llava'"):
-        make_draft(make_parser().parse_dict(settings)[0], None)
+    (tmp_path / "of_speculators").mkdir()
+    (tmp_path / "of_speculators/config.json").write_text('{"speculators_model_type": "eagle3"}')
+    MSDConfig.from_target(zoo.make_target("llava").config).save_pretrained(tmp_path / "msd")
+    for folder, message in (
+        ("target", "`draft_model` must be a draft of ours, got one of `model_type` 'llava'"),
+        ("of_speculators", "`draft_model` must be a draft of ours, got one of `model_type` None"),
+        ("msd", "`draft_model` must be of the kind that `draft` says, 'eagle3', got one of `model_type` 'msd_draft'"),
+    ):
+        settings = eagle3_recipe(tmp_path, "other") | {"draft_model": str(tmp_path / folder), "draft_config": None}
+        with pytest.raises(ValueError, match=message):
+            make_draft(make_parser().parse_dict(settings)[0], None)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +303,13 @@ def test_wrong_settings_raise(tmp_path):
         make_parser().parse_dict(vlm_recipe(tmp_path, "wrong") | {"draft": "eagle3"})
     with pytest.raises(ValueError, match="`draft` must be one of"):
         make_parser().parse_dict(recipe(tmp_path, "wrong") | {"draft": "eagle4"})
+    with pytest.raises(ValueError, match="A draft needs the `hidden_size` and `vocab_size` of its target"):
+        Eagle3Config.from_target(CONFIG_MAPPING["blt"]())
     config = zoo.make_target("llava").config
     with pytest.raises(ValueError, match="A draft that is `decoupled` reads visual features"):
         Eagle3Config.from_target(config, decoupled=True, reads_placeholders=True)
+    with pytest.raises(ValueError, match="`feature_layers` must name a hidden state at least, got none"):
+        Eagle3Config.from_target(config, feature_layers=[])
     with pytest.raises(ValueError, match="fields of `Eagle3Config` or `LlamaConfig`, got .'fc_bias'"):
         Eagle3Config.from_target(config, fc_bias=True)
     with pytest.raises(ValueError, match="must be the config of a target, got Eagle3Config"):

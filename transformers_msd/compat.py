@@ -208,9 +208,11 @@ def encode_pictures(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     """
     if not any(name in inputs for name in _PIXELS) or not model._supports_mm_encoder_outputs():
         return dict(inputs)
-    encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
+    encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))["mm_encoder_outputs"]
+    if not encoded:  # Fuyu has no tower, and reads its patches in the forward
+        return dict(inputs)
     rest = {name: value for name, value in inputs.items() if name not in _PIXELS}
-    return rest | {"mm_encoder_outputs": encoded["mm_encoder_outputs"]}
+    return rest | {"mm_encoder_outputs": encoded}
 
 
 def attention_of(config: PreTrainedConfig) -> str:

@@ -202,13 +202,19 @@ def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> 
     if arguments.draft_vlm:
         return AutoConfig.from_pretrained(arguments.draft_vlm)
     if arguments.draft_model:
-        config = AutoConfig.from_pretrained(arguments.draft_model)
-        if config.model_type not in OURS:
+        # What others published may say no `model_type`.
+        found = PreTrainedConfig.get_config_dict(arguments.draft_model)[0].get("model_type")
+        if found not in OURS:
             raise ValueError(
-                f"`draft_model` must be a draft of ours, got one of `model_type` {config.model_type!r} in "
+                f"`draft_model` must be a draft of ours, got one of `model_type` {found!r} in "
                 f"{arguments.draft_model}. Turn what others published into one: `transformers-msd convert`."
             )
-        return config
+        if arguments.draft != "msd" and KINDS[arguments.draft] is not OURS[found]:
+            raise ValueError(
+                f"`draft_model` must be of the kind that `draft` says, {arguments.draft!r}, got one of `model_type` "
+                f"{found!r} in {arguments.draft_model}. Leave `draft` out: the folder says it."
+            )
+        return OURS[found].config_class.from_pretrained(arguments.draft_model)
     return KINDS[arguments.draft].config_class.from_target(target_config, **(arguments.draft_config or {}))
 
 

@@ -109,24 +109,24 @@ def llama_layers_of(text_config: PreTrainedConfig, num_layers: int = 1) -> dict[
         num_layers (`int`, *optional*, defaults to 1):
             Number of layers.
     """
-    size, vocab_size = _number(text_config, "hidden_size"), _number(text_config, "vocab_size")
+    size, vocab_size = number_of(text_config, "hidden_size"), number_of(text_config, "vocab_size")
     if size is None or vocab_size is None or size % 2:
         raise ValueError(
             f"A draft needs the `hidden_size` and `vocab_size` of its target, an even one and any, got {size} and "
             f"{vocab_size} in {type(text_config).__name__}. Pass the config of a decoder of tokens."
         )
     # Rotary embeddings want heads of an even size.
-    most_heads = _number(text_config, "num_attention_heads") or max(size // 64, 1)
+    most_heads = number_of(text_config, "num_attention_heads") or max(size // 64, 1)
     num_heads = next(number for number in range(most_heads, 0, -1) if size % (2 * number) == 0)
-    num_key_value_heads = _number(text_config, "num_key_value_heads") or num_heads
+    num_key_value_heads = number_of(text_config, "num_key_value_heads") or num_heads
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=size,
         num_hidden_layers=num_layers,
-        intermediate_size=_number(text_config, "intermediate_size") or 4 * size,
+        intermediate_size=number_of(text_config, "intermediate_size") or 4 * size,
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads if num_heads % num_key_value_heads == 0 else num_heads,
-        max_position_embeddings=_number(text_config, "max_position_embeddings") or 2048,
+        max_position_embeddings=number_of(text_config, "max_position_embeddings") or 2048,
         initializer_range=getattr(text_config, "initializer_range", None) or 0.02,
     )
     return {name: value for name, value in config.to_dict().items() if name != "dtype"}
@@ -151,7 +151,7 @@ def check_decoder(
         with torch.device("meta"):
             make_decoder(config)
         wrong = [name for name in _SIZES if isinstance(size := overrides.get(name), int) and size < 1]
-        num_heads, num_shared = (_number(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
+        num_heads, num_shared = (number_of(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
         reason = f"{', '.join(wrong)} must be at least 1" if wrong else None
         if not wrong and num_heads and num_shared and num_heads % num_shared:
             reason = f"{num_heads} heads can't share {num_shared} of keys and values"
@@ -163,7 +163,7 @@ def check_decoder(
 
 def _per_layer(config: PreTrainedConfig) -> dict[str, Any]:
     """Fields of a config that are lists of something for each layer."""
-    most = _number(config, "num_hidden_layers")
+    most = number_of(config, "num_hidden_layers")
     others = ("_id", "_ids", "architectures")
     return {
         name: value
@@ -188,7 +188,7 @@ def _candidates(text_config: PreTrainedConfig, lists: Mapping[str, Any], num_lay
     elif whole.get("sliding_window") is not None:
         yield whole | {"sliding_window": None}
     seen = []
-    for place in reversed(range(_number(text_config, "num_hidden_layers") or 0)):
+    for place in reversed(range(number_of(text_config, "num_hidden_layers") or 0)):
         cut = {name: [value[place]] * num_layers for name, value in lists.items()}
         if own:
             settings = own.get(place, own.get(str(place), {}))
@@ -241,8 +241,16 @@ def _text_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def _number(config: PreTrainedConfig, name: str) -> int | None:
-    """Read a number that some configs give for each layer, or refuse to give for all, and some don't have."""
+def number_of(config: PreTrainedConfig, name: str) -> int | None:
+    """
+    Read a number that some configs give for each layer, or refuse to give for all, and some don't have.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Config of a text model.
+        name (`str`):
+            Name of the field.
+    """
     try:
         value = getattr(config, name)
     except Exception:  # not an `AttributeError` alone

@@ -7,7 +7,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from transformers_msd.models.configuration import DraftConfig, check_target_config, make_draft_config
-from transformers_msd.traits.decoders import llama_layers_of
+from transformers_msd.traits.decoders import llama_layers_of, number_of
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -72,8 +72,10 @@ class Eagle3Config(DraftConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
-        self.feature_layers = self.feature_layers or [2, -2, -4]
+        self.feature_layers = [2, -2, -4] if self.feature_layers is None else self.feature_layers
         self.check()
+        if not self.feature_layers:
+            raise ValueError("`feature_layers` must name a hidden state at least, got none. Leave it out for three.")
         if self.decoupled and self.reads_placeholders:
             raise ValueError(
                 "A draft that is `decoupled` reads visual features, got `reads_placeholders=True` with it. Set one of "
@@ -107,7 +109,9 @@ class Eagle3Config(DraftConfig):
                 its text config (`intermediate_size`, ...). Positions have one axis.
         """
         check_target_config(target_config)
-        num_layers = target_config.get_text_config().num_hidden_layers
+        text_config = target_config.get_text_config()
+        fields = llama_layers_of(text_config) | _shape_of(text_config)
+        num_layers = number_of(text_config, "num_hidden_layers") or 0
         own = {
             "visual_token_ids": visual_token_ids(target_config),
             "feature_layers": sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)}),
@@ -115,18 +119,19 @@ class Eagle3Config(DraftConfig):
         }
         flags = ("decoupled", "fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
         names = (*own, *flags, "draft_vocab_size", "tree_config")
-        text_config = target_config.get_text_config()
-        fields = llama_layers_of(text_config) | _shape_of(text_config)
         return make_draft_config(cls, target_config, LlamaConfig, fields, own, names, overrides)
 
 
 def _shape_of(text_config: PreTrainedConfig) -> dict[str, Any]:
     """Take over heads, norms and the base of positions, where a target's are as Llama has them."""
-    head_dim = getattr(text_config, "head_dim", None)
-    names = ["rms_norm_eps"] if isinstance(getattr(text_config, "rms_norm_eps", None), float) else []
-    if isinstance(head_dim, int) and head_dim % 2 == 0:
-        names += ["head_dim", "num_attention_heads", "num_key_value_heads"]
-    fields: dict[str, Any] = {name: getattr(text_config, name) for name in names}
+    fields: dict[str, Any] = {}
+    if isinstance(eps := getattr(text_config, "rms_norm_eps", None), float):
+        fields["rms_norm_eps"] = eps
+    names = ("head_dim", "num_attention_heads", "num_key_value_heads")
+    head_dim, num_heads, num_shared = sizes = [number_of(text_config, name) or 0 for name in names]
+    # Llama's config wants heads that would fill the width, whatever their size.
+    if all(sizes) and head_dim % 2 == text_config.hidden_size % num_heads == num_heads % num_shared == 0:
+        fields |= dict(zip(names, sizes, strict=True))
     rope = getattr(text_config, "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope  # some say it for each kind of layer
     if isinstance(theta := rope.get("rope_theta"), int | float):
