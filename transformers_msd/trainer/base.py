@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer.checkpoints import (
     check_whole,
     last_checkpoint,
@@ -108,7 +108,7 @@ class DraftTrainer(SFTTrainer):
         self._embeddings, self._head = target.get_input_embeddings(), target.get_output_embeddings()
         self.target = prepare_target(target.eval().requires_grad_(False), self.accelerator)
 
-    def assistant(self) -> MSDDraftModel | VLMDrafter:
+    def assistant(self) -> FeatureDraftModel | VLMDrafter:
         """Return what drafts with the weights as they are."""
         raise NotImplementedError
 

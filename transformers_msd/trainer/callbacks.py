@@ -14,7 +14,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.drafters.wrapped import Ungated
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
 from transformers_msd.trainer.progress import Progress
@@ -120,7 +120,7 @@ class AcceptanceLengthCallback(TrainerCallback):
         return metrics
 
     def _timed(
-        self, inputs: dict[str, torch.Tensor], draft: MSDDraftModel | VLMDrafter | None
+        self, inputs: dict[str, torch.Tensor], draft: FeatureDraftModel | VLMDrafter | None
     ) -> tuple[ModelOutput, float]:
         """Generate; return the output and the seconds it took."""
         torch.manual_seed(self.trainer.args.seed)
