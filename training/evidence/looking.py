@@ -6,7 +6,8 @@ Must a draft see, and which design sees best? Drafts of several designs in the g
 
 Every design is trained from three seeds on the same rows, for two budgets. τ is measured, greedy, in trees of 6 and
 of 10 levels, on held-out prompts of text and of pictures, on these also with the draft alone shown another picture and
-none. A run that is broken off goes on where it stopped.
+none. A run that is broken off goes on where it stopped. `--world tiny` does the same in the tiny world, whose target
+is shipped.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import torch
 from transformers.utils import logging
 
 from training.evidence.runs import BATCH_SIZE, ask, collect, measure, table, train_draft
+from training.evidence.two_stages import tiny_dataset, tiny_prompts
 from training.glyph_world.world import ordered_dataset, prompts_by_kind
-from training.tiny_world.build.target import load_target
+from training.tiny_world.build.target import CHECKPOINT, load_target
 from training.tiny_world.measure.evaluate import PICTURES
 from transformers_msd import AutoDraftModel, Eagle3DraftModel, TreeConfig
 
@@ -41,31 +43,41 @@ NUM_PROMPTS = 20  # of a kind
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--target", type=Path, help="of the glyph world")
+    parser.add_argument("--world", choices=("glyphs", "tiny"), default="glyphs")
+    parser.add_argument("--designs", nargs="+", default=list(DESIGNS), choices=list(DESIGNS))
     parser.add_argument("--steps", nargs="+", default=BUDGETS, help="of 16 rows, half of them with pictures")
     parser.add_argument("--seeds", nargs="+", default=SEEDS)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/glyph_world/drafts"), help="where drafts are kept")
-    parser.add_argument("--output", type=Path, default=DOCS / "looking.json")
+    parser.add_argument("--work", type=Path, help="where drafts are kept")
+    parser.add_argument("--output", type=Path, help="docs/looking.json or docs/looking_tiny.json by default")
     arguments = parser.parse_args()
+    is_tiny = arguments.world == "tiny"
+    if (arguments.target is None) != is_tiny:
+        parser.error("`--target` is that of the glyph world, which is trained first, and of no other")
+    work = arguments.work or Path(f"/tmp/looking_{arguments.world}")
     logging.disable_progress_bar()
-    target, processor = load_target(arguments.target)
-    asked = ask(target, processor, prompts_by_kind(NUM_PROMPTS))
+    target, processor = load_target(arguments.target or CHECKPOINT)
+    make_rows = tiny_dataset if is_tiny else ordered_dataset
+    asked = ask(target, processor, tiny_prompts() if is_tiny else prompts_by_kind(NUM_PROMPTS))
 
     def run(design: str, steps: str, seed: str) -> dict[str, float]:
-        folder = arguments.work / f"{design} {steps} {seed}".replace(" ", "-")
+        folder = work / f"{design} {steps} {seed}".replace(" ", "-")
         if (folder / "config.json").exists():
             draft = AutoDraftModel.from_pretrained(folder, dtype=torch.float32)
         else:
-            rows = ordered_dataset([0.5] * (int(steps) * BATCH_SIZE), seed=11)
+            rows = make_rows([0.5] * (int(steps) * BATCH_SIZE), seed=11)
             kind = {"training": OF_EAGLE3, "draft_class": Eagle3DraftModel} if "three layers" in design else {}
-            draft = train_draft(target, processor, rows, int(seed), arguments.work, DESIGNS[design], **kind)
+            draft = train_draft(target, processor, rows, int(seed), work, DESIGNS[design], **kind)
             draft.save_pretrained(folder)
         found = measure(target, draft, SHALLOW, asked)
         deep = measure(target, draft, DEEP, asked, PICTURES[:1])
         return found | {f"{kind}, {DEEP.depth} levels": tau for kind, tau in deep.items()}
 
-    runs = [(design, steps, seed) for steps in arguments.steps for seed in arguments.seeds for design in DESIGNS]
-    print(table(collect(arguments.output, runs, run), "draft, steps"))
+    runs = [
+        (design, steps, seed) for steps in arguments.steps for seed in arguments.seeds for design in arguments.designs
+    ]
+    output = arguments.output or DOCS / ("looking_tiny.json" if is_tiny else "looking.json")
+    print(table(collect(output, runs, run), "draft, steps"))
 
 
 if __name__ == "__main__":
