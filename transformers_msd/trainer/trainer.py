@@ -105,7 +105,8 @@ class MSDTrainer(DraftTrainer):
             seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids]
             noise = feature_noise(rows.features, rows.row_mask, seeds, self.args.feature_noise)
             rows = replace(rows, features=rows.features + noise)
-        rows = rows.pool(draft.config)
+        if draft.pools:
+            rows = rows.pool(draft.config)
         features, supervised = self.accelerator.autocast()(draft.fuse)(rows.features), rows.supervised
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
         target_features = rows.target_features[rows.supervised]

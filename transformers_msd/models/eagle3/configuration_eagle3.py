@@ -66,8 +66,6 @@ class Eagle3Config(DraftConfig):
     mrope_interleaved: bool = False
     tree_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
-    # All visual rows are read.
-    visual_pool_size: int = 1
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -91,8 +89,6 @@ class Eagle3Config(DraftConfig):
                 f"`mrope_section` must divide the {num_frequencies} frequencies of a head in three, got {section}. "
                 "Copy it from the draft's own config."
             )
-        if self.visual_pool_size != 1:
-            raise ValueError(f"`visual_pool_size` must be 1, got {self.visual_pool_size}: EAGLE-3 reads every row.")
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "Eagle3Config":
