@@ -67,9 +67,9 @@ def operations_of_step(
 
 def _weights(decoder: PreTrainedModel, text_config: PreTrainedConfig) -> int:
     """Count what a token costs forward in the weights of layers."""
-    # Tables over a vocabulary are heads, or embeddings, which are looked up.
-    tables = {text_config.vocab_size, *(len(head.weight) for head in [getattr(decoder, "head", None)] if head)}
-    return 2 * sum(weight.numel() for weight in decoder.parameters() if not tables & {*weight.shape})
+    own = [weight for name, weight in decoder.named_parameters() if not name.startswith("head.")]
+    # Tables over the vocabulary are heads, or embeddings, which are looked up.
+    return 2 * sum(weight.numel() for weight in own if text_config.vocab_size not in weight.shape)
 
 
 def _attention(text_config: PreTrainedConfig) -> int:

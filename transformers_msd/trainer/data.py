@@ -203,8 +203,10 @@ def target_rows(
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    states = hidden_states(target, inputs, visual_token_ids, (0, -1, *feature_layers))
-    inputs_embeds, features, *read = (state.to(dtype or state.dtype) for state in states)
+    layers = tuple(dict.fromkeys((0, -1, *feature_layers)))  # each is converted once
+    found = hidden_states(target, inputs, visual_token_ids, layers)
+    states = {layer: state.to(dtype or state.dtype) for layer, state in zip(layers, found, strict=True)}
+    inputs_embeds, features, read = states[0], states[-1], [states[layer] for layer in feature_layers]
     input_ids = inputs["input_ids"]
     if reads_placeholders:
         placeholders = (

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.msd.convert_msd import eagle_layer, read_own_weights
-from transformers_msd.models.published import fill_draft, find_folder, read_config
+from transformers_msd.models.published import fill_draft, find_folder, read_config, renamed
 from transformers_msd.models.vispec.configuration_vispec import ViSpecConfig
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.traits.tokens import visual_token_ids
@@ -53,11 +53,7 @@ def load_vispec_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
         num_queries=len(queries),
         adaptor_bias="imadpt.k_proj.bias" in weights,
     )
-    return fill_draft(ViSpecDraftModel(config), {_renamed(key): value for key, value in weights.items()}, folder)
-
-
-def _renamed(key: str) -> str:
-    return next((own + key.removeprefix(theirs) for theirs, own in _NAMES.items() if key.startswith(theirs)), key)
+    return fill_draft(ViSpecDraftModel(config), renamed(weights, _NAMES), folder)
 
 
 __all__ = ["is_vispec", "load_vispec_checkpoint"]
