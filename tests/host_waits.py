@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from other_devices import TREE, make_eagle3, make_msd, make_visual
+from other_devices import TREE, make_block, make_eagle3, make_msd, make_visual
 from zoo import IMAGE_ID, VIDEO_ID, make_draft_model, make_inputs, make_target
 
 from training.evidence.tiny import make_model
@@ -63,6 +63,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
     here, exact = copy.deepcopy(whole).to(DEVICE), copy.deepcopy(whole).to(DEVICE)
     msd, unsure = make_msd(whole, DEVICE), make_msd(whole, DEVICE)
     eagle3 = make_eagle3(whole, DEVICE, draft_vocab_size=40)
+    block = make_block(whole, DEVICE, edge_rank=4)
     unsure.tree_config = UNSURE
     tuned, tuned_small = make_msd(whole, DEVICE, num_hidden_layers=2), copy.deepcopy(small)
     tuned_small.config.name_or_path = "tuned"
@@ -88,6 +89,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
             yield f"MSD{option}", here, lambda: msd, batch_size, call
             yield f"VLM{option}", here, vlm, batch_size, call
             yield f"EAGLE-3{option}", here, lambda: eagle3, batch_size, call
+            yield f"block{option}", here, lambda: block, batch_size, call
     for batch_size in (1, 3):
         yield "VLM that is right", here, lambda: vlm(exact), batch_size, {}
         yield "VLM that is right, penalty", here, lambda: vlm(exact), batch_size, PENALTY
@@ -104,6 +106,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
         for option in ({}, {"do_sample": True}):
             yield f"runtime{option and ', sampled'}", here, lambda: StaticRuntime(msd), batch_size, STATIC | option
         yield "runtime, min_probability", here, lambda: StaticRuntime(unsure), batch_size, STATIC
+        yield "runtime, block", here, lambda: StaticRuntime(block), batch_size, STATIC
         yield "runtime, VLM", here, lambda: StaticRuntime(vlm()), batch_size, STATIC
         yield "runtime, ensemble", here, lambda: StaticRuntime(ensemble("grid")), batch_size, STATIC
     for option, call in {"": ENDS, ", penalty": ENDS | PENALTY, ", a criterion": ENDS | {"max_time": 1e6}}.items():

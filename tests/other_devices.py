@@ -17,6 +17,8 @@ from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_draft_model, make_inputs, m
 
 from training.evidence.tiny import make_model
 from transformers_msd import (
+    BlockDraftConfig,
+    BlockDraftModel,
     Eagle3Config,
     Eagle3DraftModel,
     EnsembleDrafter,
@@ -63,6 +65,18 @@ def make_eagle3(target: PreTrainedModel, device: str, **overrides: Any) -> Eagle
     return draft.to(device)
 
 
+def make_block(target: PreTrainedModel, device: str, **overrides: Any) -> BlockDraftModel:
+    torch.manual_seed(1)
+    config = BlockDraftConfig.from_target(target.config, block_size=4, **overrides)
+    draft = BlockDraftModel(config).eval()
+    if draft.edge_to is not None:
+        torch.nn.init.normal_(draft.edge_to.weight)
+    draft.tree_config = TREE
+    if draft.head is not None:
+        draft.choose_tokens(torch.rand(VOCAB_SIZE), make_target("llava").get_output_embeddings())
+    return draft.to(device)
+
+
 def make_visual(target: PreTrainedModel, device: str) -> dict[str, PreTrainedModel]:
     """Make drafts that read pictures in ways of their own."""
     torch.manual_seed(1)
@@ -101,6 +115,11 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
         draft = make_eagle3(whole, device, draft_vocab_size=40)
         yield f"EAGLE-3 on {device}", here, draft, "fgpu:0"
         yield f"a runtime, EAGLE-3 on {device}", here, StaticRuntime(draft), "fgpu:0"
+        draft = make_block(whole, device, edge_rank=4, visual_rows="decoupled")
+        yield f"a block on {device}", here, draft, "fgpu:0"
+        yield f"a runtime, a block on {device}", here, StaticRuntime(draft), "fgpu:0"
+    block = make_block(whole, "fgpu:1", draft_vocab_size=40, mask_token_id=5, visual_rows="dropped")
+    yield "a block with a head of its own", here, block, "fgpu:0"
     for name, draft in make_visual(whole, "fgpu:1").items():
         yield f"{name} on fgpu:1", here, draft, "fgpu:0"
         yield f"a runtime, {name}", here, StaticRuntime(copy.deepcopy(draft).to("fgpu:0")), "fgpu:0"
@@ -118,6 +137,7 @@ def cases() -> Iterator[tuple[str, PreTrainedModel, Any, str]]:
     for device in (str(spread.device), "fgpu:1"):
         yield f"a spread target, MSD on {device}", spread, make_msd(whole, device), "fgpu:0"
         yield f"a spread target, EAGLE-3 on {device}", spread, make_eagle3(whole, device), "fgpu:0"
+        yield f"a spread target, a block on {device}", spread, make_block(whole, device, edge_rank=4), "fgpu:0"
         drafter = VLMDrafter(copy.deepcopy(small).to(device), tree_config=TREE)
         yield f"a spread target, draft VLM on {device}", spread, drafter, "fgpu:0"
 

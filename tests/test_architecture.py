@@ -40,6 +40,8 @@ PRIVATE = ("compat", "hook", "target", "caches")
 
 PUBLIC = {
     "AutoDraftModel": "models.auto",
+    "BlockDraftConfig": "models.block.configuration_block",
+    "BlockDraftModel": "models.block.modeling_block",
     "CallInputs": "drafters.base",
     "Caption": "drafters.ensemble.views",
     "Committed": "target.committed",

@@ -23,6 +23,8 @@ from zoo import (
 )
 
 from transformers_msd import (
+    BlockDraftConfig,
+    BlockDraftModel,
     Eagle3Config,
     Eagle3DraftModel,
     EnsembleDrafter,
@@ -231,6 +233,16 @@ def make_eagle3(target: torch.nn.Module) -> Eagle3DraftModel:
     return draft.to(target.device)
 
 
+def make_block(target: torch.nn.Module) -> BlockDraftModel:
+    """Make a draft that says all levels at once, of positions in turn and of what follows what."""
+    torch.manual_seed(1)
+    config = BlockDraftConfig.from_target(target.config, edge_rank=4, visual_rows="decoupled", block_size=4)
+    draft = BlockDraftModel(config).eval()
+    torch.nn.init.normal_(draft.edge_to.weight)
+    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
+    return draft.to(target.device)
+
+
 def check_tokens(
     architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
 ) -> None:
@@ -269,7 +281,8 @@ def check_tokens(
         fewer = make_msd(architecture, attn_implementation, device, draft_vocab_size=20)
         drafted = generate(target, inputs, **kwargs, assistant_model=fewer)
         assert torch.equal(drafted.sequences, plain.sequences)
-        for assistant in (make_eagle3(target), StaticRuntime(make_eagle3(target))):
+        others = (make_eagle3(target), make_block(target))
+        for assistant in (*others, *map(StaticRuntime, others)):
             static = {"disable_compile": True} if isinstance(assistant, StaticRuntime) else {}
             drafted = generate(target, inputs, **kwargs | static, assistant_model=assistant)
             assert torch.equal(drafted.sequences, plain.sequences)

@@ -25,7 +25,7 @@ from transformers_msd import (
 )
 from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE
-from transformers_msd.drafters.msd import MSDCandidateGenerator, MSDDrafter
+from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.drafters.wrapped import Wrapped
 from transformers_msd.traits.scales import Scales
 
@@ -62,7 +62,7 @@ def golden_candidates(name: str) -> tuple[MSDCandidateGenerator, dict, dict[str,
     draft.tree_config = TreeConfig(meta["total_tokens"], meta["depth"] + 1, meta["top_k"])
     target = GoldenTarget(embed_tokens, tensors["lm_head.weight"])
     inputs = CallInputs({}, Sampler(LogitsProcessorList(), emission=None, noise=None))
-    return MSDCandidateGenerator(MSDDrafter(draft), target, inputs), meta, tensors, embed_tokens
+    return MSDCandidateGenerator(draft, draft.tree_config, target, inputs), meta, tensors, embed_tokens
 
 
 @pytest.mark.parametrize("name", ["a", "c"])

@@ -21,7 +21,7 @@ from zoo import TEXT, make_inputs, make_target
 
 from training.evidence.tiny import make_model, make_prompts
 from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, StaticRuntime, Target, TreeConfig
-from transformers_msd.drafters.msd import MSDCandidateGenerator
+from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.drafters.wrapped import Wrapped
 from transformers_msd.trainer.data import hidden_states
 from transformers_msd.traits.scales import Scales, logits_of, scales_of

@@ -13,6 +13,8 @@ from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.hook import disable, enable
 from transformers_msd.models.auto import AutoDraftModel
+from transformers_msd.models.block.configuration_block import BlockDraftConfig
+from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.hivis.configuration_hivis import HiViSConfig
@@ -30,6 +32,8 @@ from transformers_msd.trees.tree import TokenTree, TreeConfig
 __version__ = "0.1.0.dev0"
 __all__ = [
     "AutoDraftModel",
+    "BlockDraftConfig",
+    "BlockDraftModel",
     "CallInputs",
     "Caption",
     "Committed",
@@ -65,6 +69,7 @@ __all__ = [
 for config_class, model_class in (
     (MSDConfig, MSDDraftModel),
     (Eagle3Config, Eagle3DraftModel),
+    (BlockDraftConfig, BlockDraftModel),
     (HiViSConfig, HiViSDraftModel),
     (ViSpecConfig, ViSpecDraftModel),
 ):

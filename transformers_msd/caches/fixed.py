@@ -60,6 +60,10 @@ class FixedRoom(Room):
             is_open, visible = seen if is_open is None else seen & is_open, visible & near
         return fixed_attention_mask(self.lengths, visible, self.width, dtype, is_open)
 
+    def place(self, num_rows: int) -> None:
+        self.reserve(num_rows)
+        self.starts.copy_(self.lengths)
+
     def open(self, num_rows: int = 0) -> None:
         # Columns, used or not.
         self.width = FIXED_COLUMNS

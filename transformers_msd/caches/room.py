@@ -113,6 +113,9 @@ class Room:
             columns, visible = columns & seen, visible & near
         return tree_attention_mask(columns, visible, dtype)
 
+    def place(self, num_rows: int) -> None:
+        """Let a forward that needs no mask add so many rows behind the settled ones."""
+
     @property
     def _padding(self) -> torch.Tensor:
         """Columns before the first token of each sequence, of shape `(batch_size,)`."""

@@ -84,9 +84,16 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         batch_size, num_nodes = tree.token_ids.shape
         device_type = tree.token_ids.device.type
         if self.sizing is None:
-            level = self.assumed_level_cost.get(device_type, self.assumed_level_cost["cuda"])
-            return tree.depth * level + self.forward_cost(batch_size, num_nodes, device_type)
+            return self.assumed_draft_cost(tree, device_type) + self.forward_cost(batch_size, num_nodes, device_type)
         return round_cost(self.sizing.measured, batch_size, num_nodes, tree.depth)
+
+    def assumed_level(self, device_type: str) -> float:
+        """What a forward of the draft is taken to cost where it was not measured, in plain steps."""
+        return self.assumed_level_cost.get(device_type, self.assumed_level_cost["cuda"])
+
+    def assumed_draft_cost(self, tree: TokenTree, device_type: str) -> float:
+        """What drafting a tree is taken to cost where it was not measured, in plain steps."""
+        return tree.depth * self.assumed_level(device_type)
 
     def forward_cost(self, batch_size: int, num_nodes: int, device_type: str) -> float:
         """What the target's forward over trees of so many nodes costs, in plain steps of the same batch."""

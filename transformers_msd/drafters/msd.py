@@ -1,38 +1,19 @@
-"""Drafting trees on the target's features: MSD (arXiv 2505.14260), EAGLE-2 (2406.16858), EAGLE-3 (2503.01840)."""
+"""What drafts with a model on the target's features."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
-from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from transformers_msd.caches.carried import Owner
-from transformers_msd.caches.room import Room
-from transformers_msd.costs.calibration import load_sizing
-from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.base import CallInputs
+from transformers_msd.drafters.block_candidates import BlockCandidateGenerator
 from transformers_msd.drafters.check import check_device
-from transformers_msd.drafters.msd_captured import draft_trees
-from transformers_msd.drafters.reading import Reader, beside
+from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.models.base import FeatureDraftModel
-from transformers_msd.target.committed import Committed
+from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unready_fact
-from transformers_msd.trees.growing import grow_tree
-from transformers_msd.trees.masks import causal_mask, take_rows
-from transformers_msd.trees.tree import TokenTree, TreeConfig
-
-
-@dataclass(frozen=True)
-class _Carried:
-    cache: DynamicCache
-    lengths: torch.Tensor
-    starts: torch.Tensor
-    context: torch.Tensor | None
-    pending: Committed
-    owner: Owner
+from transformers_msd.trees.tree import TreeConfig
 
 
 class MSDDrafter:
@@ -66,11 +47,14 @@ class MSDDrafter:
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "MSDCandidateGenerator":
         """Make the candidate generator of one call."""
-        return MSDCandidateGenerator(self, target, inputs)
+        by_blocks = isinstance(self.draft, BlockDraftModel)
+        generator = BlockCandidateGenerator if by_blocks else MSDCandidateGenerator
+        return generator(self.draft, self.tree_config, target, inputs)
 
     def check_target(self, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         """
-        Raise a `ValueError` unless the draft can read the target's features, and knows which tokens it drafts.
+        Raise a `ValueError` unless the draft can read the target's features, knows which tokens it drafts, and says as
+        many of them one after the other as the tree is deep.
 
         Args:
             target (`PreTrainedModel`):
@@ -88,200 +72,8 @@ class MSDDrafter:
                 f"The {self.draft.head.out_features} tokens of the draft must be chosen before it drafts, got "
                 "none. Train it with `MSDTrainer`, or call `choose_tokens`."
             )
-
-
-class MSDCandidateGenerator(TreeCandidateGenerator):
-    """
-    Grows trees with a draft on the target's features.
-
-    The draft's cache holds one row for each row of the target's cache, fewer where it pools visual ones. A round first
-    adds the rows committed since the round before, whose last prediction gives the children of the root, then the rows
-    of the tree, which it drops again.
-
-    Args:
-        drafter ([`MSDDrafter`]):
-            The draft model, and the tree.
-        target ([`Target`]):
-            The target of the call, which lends its embeddings and head.
-        inputs ([`CallInputs`]):
-            Inputs of the call.
-    """
-
-    def __init__(self, drafter: MSDDrafter, target: Target, inputs: CallInputs) -> None:
-        self._draft = draft = drafter.draft
-        self._tree_config = drafter.tree_config
-        # Looked up once: each look at these properties walks the parameters.
-        self._device, self._dtype = draft.device, draft.dtype
-        self._target, self._sampler = target, inputs.sampler
-        # Of tokens by their places `(batch_size, num_rows)`.
-        self._positions = target.axes if draft.reads_axes else lambda places: places
-        # Draft and target are captured together.
-        self._captures = inputs.captures if self._device == target.device else None
-        if self._captures is None:  # what was measured is not the cost of compiled rounds
-            self.sizing = load_sizing([draft], target.model)
-        self._cache = DynamicCache(config=draft.config.get_text_config())
-        self._room: Room | None = None
-        self._pending: Committed | None = None
-        self._owner = Owner([draft])
-        self._reader = Reader(draft, target)
-        if isinstance(carried := inputs.carried, _Carried) and carried.owner == self._owner:
-            self._cache, self._pending = carried.cache, carried.pending
-            self._reader.starts, self._reader.context = carried.starts, carried.context
-            if self._cache.get_seq_length():
-                self._open_room(carried.lengths, carried.lengths.tolist())
-
-    def draft(self, committed: Committed) -> TokenTree:
-        sizing = self.sizing_for(committed)
-        # Visual rows stand in the prompt alone, which comes with the first rows of a call.
-        is_prompt = self._room is None or self._pending is not None
-        if self._pending is not None:
-            committed, self._pending = self._pending.join(committed), None
-        num_before = None if self._room is None else self._room.lengths
-        committed = self._reader.read(committed, is_prompt, num_before)
-        if self._captures is not None:
-            return self._draft_captured(committed, is_prompt)
-        last_rows = committed.last_rows[:, None]
-        hidden = take_rows(self._extend(committed), last_rows)  # (batch, 1, hidden)
-        position_ids = committed.position_ids.gather(1, last_rows)
-        depth = 0
-
-        def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-            nonlocal hidden, depth
-            depth += 1
-            features = beside(take_rows(hidden, slots), self._reader.context)
-            hidden = self._forward(
-                inputs_embeds=self._target.embed(token_ids),
-                features=self._draft.deepen(features.to(self._device, self._dtype), depth),
-                attention_mask=self._room.mask(visible, self._dtype),
-                position_ids=self._positions((position_ids + depth).expand_as(token_ids)),
+        if (most := self.draft.most_levels) is not None and self.tree_config.depth > most:
+            raise ValueError(
+                f"`TreeConfig.depth` must be at most {most}, as many tokens as the draft says in a block, got "
+                f"{self.tree_config.depth}. Lower it."
             )
-            return self._rank(hidden, depth)
-
-        log_probs = self._rank(hidden, depth)[:, 0]
-        tree = grow_tree(self._tree_config, committed.root_token_ids, log_probs, expand, sizing)
-        self._room.settle(None, self._room.lengths, self._room.host_lengths)
-        return tree
-
-    def _draft_captured(self, committed: Committed, is_prompt: bool) -> TokenTree:
-        """Draft by compiled code, on inputs of one shape."""
-        config = self._tree_config
-        num_rows = config.depth + 1
-        if is_prompt or committed.token_ids.shape[1] > num_rows:
-            # Visual rows, or more than a round commits: a prompt, or what came to stand while the gate was closed.
-            last_rows = committed.last_rows
-            self._extend(
-                replace(
-                    committed,
-                    lengths=last_rows,
-                    host_lengths=[max(length - 1, 0) for length in committed.host_lengths],
-                )
-            )
-            committed = committed.last()
-        self._room.reserve(num_rows + config.depth * config.top_k)
-        more = num_rows - committed.token_ids.shape[1]
-        position_ids, next_positions = self._positions(committed.position_ids), None
-        if self._draft.reads_axes:
-            last_positions = committed.position_ids.gather(1, committed.last_rows[:, None])
-            next_positions = self._positions(last_positions + 1)[-1]
-        inputs_embeds, features = (
-            pad(rows, (0, 0, 0, more)).to(self._dtype) for rows in (committed.inputs_embeds, committed.features)
-        )
-        position_ids = pad(position_ids, (0, more))
-        noise = self._sampler.noise_of_round(config.depth)
-        warpers = () if noise is None else self._sampler.draft_warpers
-        # Their settings are constants of the compiled code.
-        sampling = tuple((type(warper), *vars(warper).values()) for warper in warpers)
-        token_ids, parents, scores = self._captures.run(
-            draft_trees,
-            (
-                self._draft,
-                config,
-                len(committed.lengths),
-                self._room.width,
-                noise is None,
-                sampling,
-                self._target.scales,
-            ),
-            self._draft,
-            self._target,
-            config,
-            self._room.cache,
-            self._room.starts,
-            self._room.lengths,
-            inputs_embeds,
-            features,
-            self._reader.context,
-            position_ids,
-            next_positions,
-            committed.lengths,
-            committed.root_token_ids,
-            noise,
-            warpers,
-        )
-        self._room.extend(committed.lengths, committed.host_lengths)
-        # Fillers come last.
-        num_nodes = token_ids.shape[1]
-        if config.min_probability:
-            num_nodes = int((parents >= 0).sum(-1).max()) + 1
-        return TokenTree(*(rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores)), config.depth)
-
-    def keep_sequences(self, kept: list[bool]) -> bool:
-        if self._room is not None:
-            self._room.keep_sequences(kept)
-            self._room.settle(None, self._room.lengths, self._room.host_lengths)
-            self._reader.keep_sequences(kept)
-        return True
-
-    def carry(self, committed: Committed, target: Target) -> _Carried:
-        if self._pending is not None:
-            committed = self._pending.join(committed)
-        if self._room is None:
-            lengths, self._reader.starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
-        else:
-            lengths = self._room.lengths.to(committed.lengths.device)
-            self._room.leave()
-        # A row that ran ahead of the end of the call may have drafted on more than the target kept.
-        starts, context = self._reader.starts, self._reader.context
-        lengths = torch.minimum(lengths, target.num_real_rows - starts - committed.lengths)
-        return _Carried(self._cache, lengths, starts, context, committed, self._owner)
-
-    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
-        lengths = lengths.to(self._device)
-        make_room = Room if self._captures is None else partial(self._captures.room, self._draft)
-        self._room = make_room(self._cache, lengths, host_lengths)
-        self._room.open()
-
-    def _extend(self, committed: Committed) -> torch.Tensor:
-        """Add committed rows to the draft's cache; fillers behind the last row of a sequence are overwritten later."""
-        batch_size, num_rows = committed.token_ids.shape
-        attention_mask = None
-        if self._room is not None and (batch_size > 1 or self._captures is not None):
-            attention_mask = self._room.mask(causal_mask(batch_size, num_rows, self._device), self._dtype)
-        hidden = self._forward(
-            inputs_embeds=committed.inputs_embeds,
-            features=self._draft.fuse(committed.features.to(self._device, self._dtype)),
-            visual_mask=committed.visual_mask,
-            attention_mask=attention_mask,
-            position_ids=self._positions(committed.position_ids),
-        )
-        if self._room is None:
-            self._open_room(committed.lengths, committed.host_lengths)
-        else:
-            self._room.extend(committed.lengths.to(self._device), committed.host_lengths)
-        return hidden
-
-    def _forward(self, **inputs: torch.Tensor | None) -> torch.Tensor:
-        """Run the draft in its own dtype and on its own device, and hand over what it says on the target's."""
-        inputs = {
-            name: value.to(self._device, self._dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-            if value is not None
-        }
-        hidden = self._draft(**inputs, cache=self._cache, use_cache=True).last_hidden_state
-        return hidden.to(self._target.device)
-
-    def _rank(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
-        """Rank all tokens after nodes of one depth by their predicted features `(batch_size, nodes, hidden_size)`."""
-        if self._draft.head is not None:
-            hidden = hidden.to(self._device)
-        return self._sampler.rank(self._draft.logits(hidden, self._target).to(self._target.device), depth)

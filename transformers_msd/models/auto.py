@@ -7,6 +7,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.block.configuration_block import BlockDraftConfig
+from transformers_msd.models.block.convert_block import is_dflash, load_dflash_checkpoint
+from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.convert_eagle3 import is_eagle3, load_eagle3_checkpoint
@@ -27,11 +30,17 @@ from transformers_msd.traits.support import dtype_of
 OURS = {
     MSDConfig.model_type: MSDDraftModel,
     Eagle3Config.model_type: Eagle3DraftModel,
+    BlockDraftConfig.model_type: BlockDraftModel,
     HiViSConfig.model_type: HiViSDraftModel,
     ViSpecConfig.model_type: ViSpecDraftModel,
 }
 # By what their weights look like; the others are those of MSD and EAGLE-1.
-THEIRS = ((is_eagle3, load_eagle3_checkpoint), (is_vispec, load_vispec_checkpoint), (is_hivis, load_hivis_checkpoint))
+THEIRS = (
+    (is_dflash, load_dflash_checkpoint),
+    (is_eagle3, load_eagle3_checkpoint),
+    (is_vispec, load_vispec_checkpoint),
+    (is_hivis, load_hivis_checkpoint),
+)
 
 
 class AutoDraftModel:
@@ -50,7 +59,8 @@ class AutoDraftModel:
 
         Args:
             path_or_repo_id (`str` or `Path`):
-                Folder, or repository on the Hub: a draft of ours, of MSD, EAGLE-3, HiViS or ViSpec as published.
+                Folder, or repository on the Hub: a draft of ours, of MSD, EAGLE-3, HiViS, ViSpec or DFlash as
+                published.
             target (`PreTrainedModel` or `PreTrainedConfig`, *optional*):
                 The target or its config, which drafts of ours do not need.
             dtype (`torch.dtype`, *optional*):
@@ -60,8 +70,8 @@ class AutoDraftModel:
                 trained on, numbered as `output_hidden_states` returns them.
 
         Returns:
-            [`MSDDraftModel`], [`Eagle3DraftModel`], [`HiViSDraftModel`] or [`ViSpecDraftModel`], ready to be passed as
-            `assistant_model`.
+            [`MSDDraftModel`], [`Eagle3DraftModel`], [`BlockDraftModel`], [`HiViSDraftModel`] or [`ViSpecDraftModel`],
+            ready to be passed as `assistant_model`.
         """
         folder = find_folder(path_or_repo_id)
         config, is_model = getattr(target, "config", target), isinstance(target, PreTrainedModel)
@@ -80,10 +90,11 @@ class AutoDraftModel:
             load = next((load for is_theirs, load in THEIRS if is_theirs(weights)), convert_msd_checkpoint)
             draft = load(folder, config)
         if feature_layers is not None:
-            if len(feature_layers) != len(draft.feature_layers) or not isinstance(draft, Eagle3DraftModel):
+            several = isinstance(draft, Eagle3DraftModel | BlockDraftModel)
+            if len(feature_layers) != len(draft.feature_layers) or not several:
                 raise ValueError(
-                    f"`feature_layers` must be those of an EAGLE-3 draft, as many as {len(draft.feature_layers)}, got "
-                    f"{feature_layers} for {type(draft).__name__}. Leave them out to read what the draft names."
+                    f"`feature_layers` must be those of a draft of several, as many as {len(draft.feature_layers)}, "
+                    f"got {feature_layers} for {type(draft).__name__}. Leave them out to read what the draft names."
                 )
             draft.config.feature_layers = list(feature_layers)
         if config is not None:

@@ -76,7 +76,10 @@ class FeatureDraftModel(PreTrainedModel):
     @property
     def tree_config(self) -> TreeConfig:
         """Tree to draft with; it is saved with the model."""
-        return TreeConfig(**(self.config.tree_config or {}))
+        fields = self.config.tree_config
+        if fields is None and self.most_levels is not None:
+            fields = {"depth": min(TreeConfig.depth, self.most_levels)}
+        return TreeConfig(**(fields or {}))
 
     @tree_config.setter
     def tree_config(self, tree_config: TreeConfig) -> None:
@@ -111,6 +114,11 @@ class FeatureDraftModel(PreTrainedModel):
     def renumbers(self) -> bool:
         """Whether positions count the rows that are read, and not all tokens of a sequence."""
         return False
+
+    @property
+    def most_levels(self) -> int | None:
+        """How deep a tree it can draft; as deep as any when it is `None`."""
+        return None
 
     def pool(
         self,
@@ -233,6 +241,12 @@ class FeatureDraftModel(PreTrainedModel):
                     f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
                     f"`{type(self.config).__name__}.from_target(target.config)`."
                 )
+        num_layers = theirs.num_hidden_layers
+        if any(not -num_layers - 1 <= layer <= num_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"The draft reads hidden states {list(self.feature_layers)} of its target, got one of {num_layers} "
+                "layers. Pass the target that it was trained for."
+            )
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, custom_generate: bool | str = False, **kwargs: Any

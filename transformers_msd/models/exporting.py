@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.eagle3.export_eagle3 import (
     eagle3_weights,
     layers_read,
@@ -58,9 +59,9 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    if isinstance(draft, HiViSDraftModel | ViSpecDraftModel):
+    if isinstance(draft, BlockDraftModel | HiViSDraftModel | ViSpecDraftModel):
         raise ValueError(
-            f"`draft` must be one of EAGLE-3 or MSD, got {type(draft).__name__}, for which no engine has a format. "
+            f"`draft` must be one of EAGLE-3 or MSD, got {type(draft).__name__}, which is not written for engines. "
             "Keep it in our own layout."
         )
     target_config = AutoConfig.from_pretrained(target_model)

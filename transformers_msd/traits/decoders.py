@@ -132,6 +132,23 @@ def llama_layers_of(text_config: PreTrainedConfig, num_layers: int = 1) -> dict[
     return {name: value for name, value in config.to_dict().items() if name != "dtype"}
 
 
+def llama_shape_of(text_config: PreTrainedConfig) -> dict[str, Any]:
+    """Take over heads, norms and the base of positions, where a target's are as Llama has them."""
+    fields: dict[str, Any] = {}
+    if isinstance(eps := getattr(text_config, "rms_norm_eps", None), float):
+        fields["rms_norm_eps"] = eps
+    names = ("head_dim", "num_attention_heads", "num_key_value_heads")
+    head_dim, num_heads, num_shared = sizes = [number_of(text_config, name) or 0 for name in names]
+    # Llama's config wants heads that would fill the width, whatever their size.
+    if all(sizes) and head_dim % 2 == text_config.hidden_size % num_heads == num_heads % num_shared == 0:
+        fields |= dict(zip(names, sizes, strict=True))
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope  # some say it for each kind of layer
+    if isinstance(theta := rope.get("rope_theta"), int | float):
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    return fields
+
+
 def check_decoder(
     config_class: type[PreTrainedConfig], fields: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> None:

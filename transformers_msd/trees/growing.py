@@ -8,7 +8,7 @@ import torch
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.trees.host import has_to_wait
 from transformers_msd.trees.masks import take_rows
-from transformers_msd.trees.topology import grow_topology
+from transformers_msd.trees.topology import best_tokens, grow_topology
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -19,6 +19,7 @@ def grow_tree(
     expand: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     sizing: Sizing | None = None,
     fixed: bool = False,
+    known: torch.Tensor | None = None,
 ) -> TokenTree:
     """
     Grow a token tree breadth-first and keep its `num_nodes` most likely nodes (EAGLE-2, arXiv 2406.16858), or grow
@@ -42,10 +43,12 @@ def grow_tree(
         fixed (`bool`, *optional*, defaults to `False`):
             Whether the device is asked nothing at all and all shapes follow from the settings: every level is grown,
             and what is too unlikely to be verified becomes fillers behind the other nodes.
+        known (`torch.Tensor` of shape `(batch_size, num_levels, vocab_size)`, *optional*):
+            Tokens of each level that log-probabilities are of; those from 0 on by default.
     """
     if config.topology is not None:
         roots = root_token_ids[:, None]
-        grown = grow_topology(config.topology, log_probs, expand)
+        grown = grow_topology(config.topology, log_probs, expand, known)
         return TokenTree(
             token_ids=torch.cat([roots, grown["token_ids"]], dim=1),
             parents=torch.cat([torch.full_like(roots, -1), grown["parents"]], dim=1),
@@ -53,7 +56,7 @@ def grow_tree(
             depth=grown["depth"],
         )
     top_k = min(config.top_k, log_probs.shape[-1])
-    scores, token_ids = log_probs.topk(top_k)  # (batch, top_k)
+    scores, token_ids = best_tokens(log_probs, top_k, known, 0)  # (batch, top_k)
     # Candidates are numbered in the order they were tried; 0 is the root, so the first level starts at 1.
     parents = torch.zeros_like(token_ids)
     level = torch.arange(1, top_k + 1, device=token_ids.device).expand_as(token_ids)

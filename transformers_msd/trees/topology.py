@@ -51,10 +51,33 @@ def read_topology(topology: Sequence[Sequence[int]], depth: int) -> Topology:
     return tuple(sorted((path for path in paths if len(path) <= depth), key=lambda path: (len(path), path)))
 
 
+def best_tokens(
+    log_probs: torch.Tensor, number: int, known: torch.Tensor | None, level: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Take the best tokens after nodes, and their log-probabilities, both of shape `(batch_size, ..., number)`.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(batch_size, ..., vocab_size)`):
+            Log-probabilities after the nodes.
+        number (`int`):
+            How many to take.
+        known (`torch.Tensor` of shape `(batch_size, num_levels, vocab_size)`, *optional*):
+            Tokens of each level that they are of; those from 0 on by default.
+        level (`int`):
+            Level of the nodes, 0 for the root.
+    """
+    scores, places = log_probs.topk(number)
+    if known is None:
+        return scores, places
+    return scores, known[:, level].gather(1, places.flatten(1)).view_as(places)
+
+
 def grow_topology(
     topology: Topology,
     log_probs: torch.Tensor,
     expand: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    known: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """
     Grow a tree of a shape (Medusa, arXiv 2401.10774; EAGLE, arXiv 2401.15077): at each level what it names.
@@ -66,6 +89,8 @@ def grow_topology(
             The draft's log-probabilities after the root.
         expand (`Callable`):
             Runs the draft on a frontier, as in [`grow_tree`].
+        known (`torch.Tensor`, *optional*):
+            Tokens that log-probabilities are of, as in [`grow_tree`].
 
     Returns:
         `dict[str, Any]`: `token_ids`, `parents` and `scores` of all drafted nodes, each of shape `(batch_size,
@@ -83,7 +108,7 @@ def grow_topology(
         nodes = [path for path in topology if len(path) == level]
         slots = to_device([frontier.index(path[:-1]) for path in nodes], device)
         ranks = to_device([path[-1] for path in nodes], device)
-        scores, token_ids = log_probs.topk(max(path[-1] for path in nodes) + 1)
+        scores, token_ids = best_tokens(log_probs, max(path[-1] for path in nodes) + 1, known, level - 1)
         scores = scores[:, slots, ranks] + frontier_scores[:, slots]  # (batch_size, nodes)
         token_ids = token_ids[:, slots, ranks]
         all_scores.append(scores)

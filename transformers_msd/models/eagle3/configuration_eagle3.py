@@ -7,7 +7,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from transformers_msd.models.configuration import DraftConfig, check_target_config, make_draft_config
-from transformers_msd.traits.decoders import llama_layers_of, number_of
+from transformers_msd.traits.decoders import llama_layers_of, llama_shape_of, number_of
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -106,7 +106,7 @@ class Eagle3Config(DraftConfig):
         """
         check_target_config(target_config)
         text_config = target_config.get_text_config()
-        fields = llama_layers_of(text_config) | _shape_of(text_config)
+        fields = llama_layers_of(text_config) | llama_shape_of(text_config)
         num_layers = number_of(text_config, "num_hidden_layers") or 0
         own = {
             "visual_token_ids": visual_token_ids(target_config),
@@ -116,23 +116,6 @@ class Eagle3Config(DraftConfig):
         flags = ("decoupled", "fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
         names = (*own, *flags, "draft_vocab_size", "tree_config")
         return make_draft_config(cls, target_config, LlamaConfig, fields, own, names, overrides)
-
-
-def _shape_of(text_config: PreTrainedConfig) -> dict[str, Any]:
-    """Take over heads, norms and the base of positions, where a target's are as Llama has them."""
-    fields: dict[str, Any] = {}
-    if isinstance(eps := getattr(text_config, "rms_norm_eps", None), float):
-        fields["rms_norm_eps"] = eps
-    names = ("head_dim", "num_attention_heads", "num_key_value_heads")
-    head_dim, num_heads, num_shared = sizes = [number_of(text_config, name) or 0 for name in names]
-    # Llama's config wants heads that would fill the width, whatever their size.
-    if all(sizes) and head_dim % 2 == text_config.hidden_size % num_heads == num_heads % num_shared == 0:
-        fields |= dict(zip(names, sizes, strict=True))
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention") or rope  # some say it for each kind of layer
-    if isinstance(theta := rope.get("rope_theta"), int | float):
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    return fields
 
 
 __all__ = ["Eagle3Config"]

@@ -1,0 +1,426 @@
+"""Block drafts: as published and of our own designs, against a forward of their own, and as drafts in `generate`."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_eagle3 import make_deep_target
+from test_msd_drafter import Spy, assert_same_trees
+from torch.nn.functional import silu
+from transformers import CompileConfig
+from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
+
+from transformers_msd import AutoDraftModel, BlockDraftConfig, BlockDraftModel, StaticRuntime, TreeConfig
+from transformers_msd.compat import CACHE
+from transformers_msd.models.exporting import export_draft
+
+
+NUM_LAYERS, HIDDEN, NUM_HEADS, NUM_SHARED, HEAD_DIM, INTERMEDIATE = 8, 32, 4, 2, 12, 48
+MASK_ID, BLOCK_SIZE = 88, 6
+SIZES = {
+    "architectures": ["DFlashDraftModel"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": NUM_HEADS,
+    "num_key_value_heads": NUM_SHARED,
+    "head_dim": HEAD_DIM,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 2e4,
+    "block_size": BLOCK_SIZE,
+    "num_target_layers": NUM_LAYERS,
+}
+NORMS = ("q_norm", "k_norm")
+# Of each layout: its config, how many layers it has, norms of these besides, and the hidden states that it reads.
+LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
+    "DFlash": (SIZES | {"dflash_config": {"mask_token_id": MASK_ID}}, 2, NORMS, [2, 4, 6]),
+    "DFlash, layers named": (
+        SIZES | {"dflash_config": {"mask_token_id": MASK_ID, "target_layer_ids": [0, 3, 7]}},
+        1,
+        NORMS,
+        [1, 4, 8],
+    ),
+    "JetSpec": (SIZES | {"dflash_config": {"mask_token_id": MASK_ID, "causal_head": True}}, 2, NORMS, [2, 4, 6]),
+    "DFlash of a Llama": (
+        SIZES | {"dflash_config": {"mask_token_id": MASK_ID, "causal": True}, "rope_theta": None},
+        2,
+        (),
+        [2, 4, 6],
+    ),
+}
+# Drafts of ours.
+DESIGNS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "two layers, edges": {"num_hidden_layers": 2, "edge_rank": 5},
+    "fewer tokens, a whole block": {"draft_vocab_size": 40, "causal": False},
+    "decoupled": {"visual_rows": "decoupled", "predicts_next": False},
+    "dropped": {"visual_rows": "dropped", "mask_token_id": MASK_ID},
+}
+SAMPLED_IF_CAPTURED = ("JetSpec", "two layers, edges", "dropped")
+
+
+def random_weights(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator) * 0.3
+
+
+def make_weights(name: str) -> dict[str, torch.Tensor]:
+    _, num_layers, norms, layers = LAYOUTS[name]
+    generator = torch.Generator().manual_seed(1)
+    wide, shared = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM
+    shapes = {"fc.weight": (HIDDEN, len(layers) * HIDDEN), "hidden_norm.weight": (HIDDEN,), "norm.weight": (HIDDEN,)}
+    for layer in range(num_layers):
+        shapes |= {
+            f"layers.{layer}.self_attn.q_proj.weight": (wide, HIDDEN),
+            f"layers.{layer}.self_attn.k_proj.weight": (shared, HIDDEN),
+            f"layers.{layer}.self_attn.v_proj.weight": (shared, HIDDEN),
+            f"layers.{layer}.self_attn.o_proj.weight": (HIDDEN, wide),
+            f"layers.{layer}.mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+            f"layers.{layer}.mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+            f"layers.{layer}.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            f"layers.{layer}.input_layernorm.weight": (HIDDEN,),
+            f"layers.{layer}.post_attention_layernorm.weight": (HIDDEN,),
+        }
+        shapes |= {f"layers.{layer}.self_attn.{norm}.weight": (HEAD_DIM,) for norm in norms}
+    drawn = {key: random_weights(generator, *shape) for key, shape in shapes.items()}
+    return {key: value + 1 if value.ndim == 1 else value for key, value in drawn.items()}
+
+
+def write(folder: Path, name: str, weights: dict[str, torch.Tensor] | None = None, **changed: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    published, num_layers, norms, _ = LAYOUTS[name]
+    kind = {"model_type": "qwen3" if norms else "llama", "num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(published | kind | changed))
+    save_file(make_weights(name) if weights is None else weights, folder / "model.safetensors")
+    return folder
+
+
+def make_draft(target: torch.nn.Module, name: str) -> BlockDraftModel:
+    """Make a draft of ours of random weights."""
+    overrides = {"block_size": BLOCK_SIZE, "intermediate_size": INTERMEDIATE, "feature_layers": [1, -1]}
+    draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, **overrides | DESIGNS[name])).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight.copy_(random_weights(generator, *weight.shape) + (weight.ndim == 1))
+        if draft.edge_to is not None:
+            draft.edge_to.weight.mul_(10)  # what a parent adds is as large as what a block says
+    if draft.head is not None:
+        draft.choose_tokens(torch.arange(VOCAB_SIZE) % 7, target.get_output_embeddings())
+    return draft
+
+
+def make_any(name: str, target: torch.nn.Module, folder: Path) -> BlockDraftModel:
+    if name in DESIGNS:
+        return make_draft(target, name)
+    return AutoDraftModel.from_pretrained(write(folder, name), target)
+
+
+class Independent:
+    """
+    The published forward of a block, written anew.
+
+    Args:
+        draft: Lends its weights, and settings where it is one of ours.
+        name: The draft.
+    """
+
+    def __init__(self, draft: BlockDraftModel, name: str) -> None:
+        self.config, self.name = draft.config, name
+        if name in LAYOUTS:
+            published, self.num_layers, norms, _ = LAYOUTS[name]
+            self.weights, own = make_weights(name), published["dflash_config"]
+            self.causal = own.get("causal_head") or own.get("causal") or False
+            self.shifted, self.eps, self.theta = False, 1e-5, published["rope_theta"] or 1e4
+            self.heads, self.has_norms = (NUM_HEADS, NUM_SHARED, HEAD_DIM), bool(norms)
+        else:
+            text, settings = draft.config.text_config, DESIGNS[name]
+            self.weights = {key.removeprefix("model."): value for key, value in draft.state_dict().items()}
+            self.causal, self.shifted = settings.get("causal", True), settings.get("predicts_next", True)
+            self.num_layers, self.eps, self.theta = settings.get("num_hidden_layers", 1), text.rms_norm_eps, 1e4
+            self.heads, self.has_norms = (4, 2, text.head_dim), True
+
+    def normed(self, rows: torch.Tensor, key: str) -> torch.Tensor:
+        return rows * (rows.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weights[f"{key}.weight"]
+
+    def projected(self, layer: int, rows: torch.Tensor, kind: str, places: torch.Tensor) -> torch.Tensor:
+        """Heads `(num_heads, n, head_dim)`, rotated but for values."""
+        num_heads, num_shared, head_dim = self.heads
+        number = num_heads if kind == "q" else num_shared
+        found = rows @ self.weights[f"layers.{layer}.self_attn.{kind}_proj.weight"].T
+        found = found.view(len(rows), number, head_dim).transpose(0, 1)
+        if kind != "v":
+            if self.has_norms:
+                found = self.normed(found, f"layers.{layer}.self_attn.{kind}_norm")
+            angles = places[:, None] * self.theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+            first, second = found.chunk(2, dim=-1)
+            cos, sin = angles.cos(), angles.sin()
+            found = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return found.repeat_interleave(num_heads // number, 0)
+
+    def context(
+        self, states: torch.Tensor, embeds: torch.Tensor, is_visual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is read of tokens by the target's states `(n, m)`, and their places."""
+        fused, kept = states @ self.weights["fc.weight"].T, torch.ones_like(is_visual)
+        how = DESIGNS.get(self.name, {}).get("visual_rows", "kept")
+        if how == "decoupled":
+            fused[is_visual] = embeds[is_visual] @ self.weights["visual_fc.weight"].T
+        if how == "dropped":
+            kept = ~is_visual
+        return self.normed(fused, "hidden_norm")[kept], torch.arange(len(states))[kept]
+
+    def __call__(
+        self, known: tuple[torch.Tensor, torch.Tensor], root: torch.Tensor, mask: torch.Tensor, place: int
+    ) -> torch.Tensor:
+        """What a head reads of each level: from what is known, and a block of a root at a place, and of masks."""
+        read, places = known
+        hidden = torch.stack([root, *[mask] * (BLOCK_SIZE - 1)])
+        own = torch.arange(place, place + BLOCK_SIZE)
+        sees_own = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool)
+        sees = torch.cat([sees_own.new_ones(BLOCK_SIZE, len(read)), sees_own.tril() if self.causal else sees_own], 1)
+        for layer in range(self.num_layers):
+            rows = self.normed(hidden, f"layers.{layer}.input_layernorm")
+            query = self.projected(layer, rows, "q", own)
+            keys, values = (
+                torch.cat([self.projected(layer, read, kind, places), self.projected(layer, rows, kind, own)], 1)
+                for kind in "kv"
+            )
+            weights = (query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5).masked_fill(~sees, -torch.inf)
+            attended = (weights.softmax(-1) @ values).transpose(0, 1).flatten(1)
+            hidden = hidden + attended @ self.weights[f"layers.{layer}.self_attn.o_proj.weight"].T
+            inner = self.normed(hidden, f"layers.{layer}.post_attention_layernorm")
+            gate, up, down = (
+                self.weights[f"layers.{layer}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down")
+            )
+            hidden = hidden + (silu(inner @ gate) * (inner @ up)) @ down
+        return self.normed(hidden, "norm")[0 if self.shifted else 1 :]
+
+
+@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("name", [*LAYOUTS, *DESIGNS])
+@torch.no_grad()
+def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bool, tmp_path: Path) -> None:
+    target = make_deep_target("llava")
+    draft = make_any(name, target, tmp_path / "draft")
+    if name in LAYOUTS:
+        assert draft.feature_layers == tuple(LAYOUTS[name][3])
+    width = 8
+    paths = [*product(range(width)), *product(range(width), repeat=2)]
+    draft.tree_config = TreeConfig(depth=2, topology=paths, gate=False, ngrams=False)
+    inputs = make_inputs("llava", (1,) if with_picture else (0,), lengths=(12,))
+    call = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
+    plain = target.generate(**inputs, **call)
+    drafted = target.generate(**inputs, **call, assistant_model=draft)
+    assert torch.equal(drafted.sequences, plain.sequences)
+
+    ids, table = plain.sequences[0], target.get_input_embeddings()
+    pictures = {key: inputs[key] for key in inputs if key == "pixel_values"}
+    states = [state[0] for state in target(input_ids=ids[None], output_hidden_states=True, **pictures).hidden_states]
+    taps = torch.cat([states[layer] for layer in draft.feature_layers], dim=-1)
+    independent, is_visual = Independent(draft, name), ids == IMAGE_ID
+    mask_id = draft.config.mask_token_id
+    mask = independent.weights["mask_embedding"] if mask_id is None else table(torch.tensor(mask_id))
+    head = target.get_output_embeddings() if draft.head is None else draft.head
+    tokens = torch.arange(VOCAB_SIZE) if draft.head is None else draft.draft_token_ids
+
+    def children(logits: torch.Tensor, parent: int) -> list[int]:
+        """The best tokens of a level: among the best of all, after what the parent adds."""
+        best = logits.topk(4 * width)
+        scores = best.values
+        if draft.edge_to is not None:
+            chosen = independent.weights["edge_to.weight"][tokens[best.indices]]
+            scores = scores + chosen @ independent.weights["edge_from.weight"][parent]
+        return tokens[best.indices[scores.topk(width).indices]].tolist()
+
+    place, lengths = inputs["input_ids"].shape[1], []
+    while place + 1 < len(ids):
+        known = independent.context(taps[:place], states[0][:place], is_visual[:place])
+        logits = head(independent(known, table(ids[place]), mask, place))
+        following = ids[place + 1 : place + 3].tolist()
+        accepted = int(following[0] in children(logits[0], int(ids[place])))
+        if accepted and len(following) == 2:
+            accepted += following[1] in children(logits[1], following[0])
+        lengths.append(min(1 + accepted, len(ids) - 1 - place))
+        place += lengths[-1]
+    assert drafted.speculative_stats.acceptance_lengths[:, 0].tolist() == lengths
+    assert drafted.speculative_stats.num_accepted > 0
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("DFlash", "llava"),
+        ("JetSpec", "qwen2_5_vl"),
+        ("ours", "qwen2_5_vl"),
+        ("two layers, edges", "llava"),
+        ("fewer tokens, a whole block", "gemma3"),
+        ("decoupled", "qwen2_5_vl"),
+        ("dropped", "llava"),
+    ],
+)
+def test_batches_and_turns_equal_plain_ones(name: str, architecture: str, do_sample: bool, tmp_path: Path) -> None:
+    target = make_target(architecture) if name in DESIGNS else make_deep_target(architecture)
+    draft = make_any(name, target, tmp_path / "published")
+    draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False, ngrams=False)
+    draft.save_pretrained(tmp_path / "ours")
+    again = AutoDraftModel.from_pretrained(tmp_path / "ours").eval()
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in draft.state_dict().items())
+    call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
+    call["suppress_tokens"] = [IMAGE_ID, VIDEO_ID]
+    inputs = make_inputs(architecture, (2, 0, 1))
+    compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    settings: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "eager": {"assistant_model": Spy(again)},
+    }
+    if do_sample == (name in SAMPLED_IF_CAPTURED):  # each is compiled, half of them greedily
+        settings["captured"] = {"assistant_model": StaticRuntime(again), "compile_config": compiled}
+    outputs = []
+    for assisted in settings.values():
+        torch.manual_seed(2)
+        first = target.generate(**inputs, **call, **assisted)
+        ids = torch.cat([first.sequences, torch.full((3, 2), 7)], dim=1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1])], 1)
+        second = target.generate(
+            input_ids=ids, attention_mask=mask.long(), **call, **assisted, **{CACHE: first[CACHE]}
+        )
+        outputs.append((first, second))
+    for plain, *drafted in zip(*outputs, strict=True):
+        assert all(torch.equal(plain.sequences, own.sequences) for own in drafted)
+        lengths = [own.speculative_stats.acceptance_lengths for own in drafted]
+        assert all(torch.equal(lengths[0], own) for own in lengths)
+    assert "captured" not in settings or settings["captured"]["assistant_model"].num_captures > 0
+    # A turn on a kept cache drafts as one that runs all of it.
+    spies = [Spy(again), settings["eager"]["assistant_model"]]
+    fresh = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    for kind in ("mm_token_type_ids", "token_type_ids"):
+        if kind in fresh:
+            fresh[kind] = (ids == IMAGE_ID).int()
+    torch.manual_seed(3)
+    whole = target.generate(input_ids=ids, attention_mask=mask.long(), **fresh, **call, assistant_model=spies[0])
+    assert whole.sequences.shape == second.sequences.shape
+    if not do_sample:
+        kept = spies[1].trees[-len(spies[0].trees) :]
+        for ours, theirs in zip(kept, spies[0].trees, strict=True):
+            assert_same_trees(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_shallow_tree_needs_no_whole_block_where_rows_see_those_before_them() -> None:
+    target = make_target("llava")
+    for name, number in (("ours", 2), ("fewer tokens, a whole block", BLOCK_SIZE), ("decoupled", 3)):
+        draft, widths = make_draft(target, name), []
+        draft.tree_config = TreeConfig(num_nodes=4, depth=2, top_k=2, gate=False)
+        draft.register_forward_pre_hook(
+            lambda module, args, kwargs, widths=widths: widths.append(kwargs["inputs_embeds"].shape[1]),
+            with_kwargs=True,
+        )
+        target.generate(**make_inputs("llava", (1,)), assistant_model=draft, max_new_tokens=6, do_sample=False)
+        assert set(widths) == {number}
+
+
+@pytest.mark.parametrize(
+    "tree", [{"min_probability": 0.02}, {"top_k": 1}, {"topology": [[0], [1], [1, 3], [1, 3, 0]]}]
+)
+def test_trees_of_any_shape_equal_plain(tree: dict[str, Any]) -> None:
+    target = make_target("llava")
+    draft = make_draft(target, "two layers, edges")
+    draft.tree_config = TreeConfig(**{"num_nodes": 10, "depth": 4, "top_k": 3, "gate": False} | tree)
+    inputs = make_inputs("llava", (1, 0))
+    for do_sample in (False, True):
+        outputs = []
+        for assisted in ({}, {"assistant_model": draft}):
+            torch.manual_seed(0)
+            outputs.append(
+                target.generate(**inputs, max_new_tokens=16, do_sample=do_sample, temperature=0.8, **assisted)
+            )
+        assert torch.equal(*outputs)
+
+
+def broken(name: str, **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    weights = make_weights(name) | changed
+    return {key: value for key, value in weights.items() if value is not None}
+
+
+BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
+    "another width": (None, {"hidden_size": 48}, "must be as wide as its target"),
+    "of a target of other layers": (None, {"num_target_layers": 30}, "made for one of as many layers, 32 and 8"),
+    "a target of another width": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "target_hidden_size": 64}},
+        "must be as wide as its target",
+    ),
+    "a mask that is no token": (None, {"dflash_config": {"mask_token_id": 96}}, "`mask_token_id` must be one of"),
+    "no mask": (None, {"dflash_config": {}}, "must say mask_token_id, got nothing"),
+    "no block": (None, {"block_size": 1}, "`block_size` must leave a token to draft, got 1"),
+    "layers that the target lacks": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2, 8]}},
+        "reads layers .1, 2, 8. of its target, got one of 8",
+    ),
+    "fewer layers than are fused": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2]}},
+        "do not have the sizes",
+    ),
+    "convolutions": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2}},
+        "must do without conv_kernel_size",
+    ),
+    "a window": (
+        None,
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "use_sliding_window": True},
+        "must see everything",
+    ),
+    "a tensor too many": (
+        broken("DFlash", **{"hidden_dim_adapter.proj.weight": torch.zeros(2, 2)}),
+        {},
+        "unexpected .'hidden_dim_adapter.proj.weight'",
+    ),
+    "a tensor too few": (broken("DFlash", **{"norm.weight": None}), {}, "missing .'norm.weight'"),
+    "no fusion": (broken("DFlash", **{"fc.weight": None}), {}, "got none named `fc` and `hidden_norm`"),
+    "no number": (broken("DFlash", **{"norm.weight": torch.full((HIDDEN,), torch.nan)}), {}, "finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_would_draft_badly_in_silence_is_refused(name: str, tmp_path: Path) -> None:
+    weights, changed, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        AutoDraftModel.from_pretrained(
+            write(tmp_path / "draft", "DFlash", weights, **changed), make_deep_target("llava")
+        )
+
+
+def test_wrong_settings_raise(tmp_path: Path) -> None:
+    target = make_target("llava")
+    for wrong, message in (
+        ({"block_size": 1, "predicts_next": False}, "`block_size` must leave a token to draft"),
+        ({"edge_rank": -1}, "`edge_rank` must not be negative"),
+        ({"visual_rows": "none"}, "`visual_rows` must be one of"),
+        ({"feature_layers": []}, "`feature_layers` must name a hidden state"),
+        ({"mask_token_id": 96}, "`mask_token_id` must be one of the target's 96 tokens"),
+        ({"blocks": 2}, "fields of `BlockDraftConfig` or `Qwen3Config`, got .'blocks'"),
+        ({"intermediate_size": 0}, "must make a decoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BlockDraftConfig.from_target(target.config, **wrong)
+    draft = make_draft(target, "ours")
+    assert draft.tree_config.depth == BLOCK_SIZE
+    draft.tree_config = TreeConfig(depth=BLOCK_SIZE + 1)
+    with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .* got {BLOCK_SIZE + 1}"):
+        target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)
+    draft.config.feature_layers = [2, 9]
+    with pytest.raises(ValueError, match="reads hidden states .2, 9. of its target, got one of 2 layers"):
+        draft.check_target(target)
+    target.save_pretrained(tmp_path / "target")
+    draft.config.feature_layers = [1, -1]
+    with pytest.raises(ValueError, match="got BlockDraftModel, which is not written for engines"):
+        export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
+    with pytest.raises(ValueError, match="`inputs_embeds` must have shape"):
+        draft(torch.zeros(1, 2, 5), torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, dtype=torch.long))

@@ -1,0 +1,191 @@
+"""Trees of which all levels are said in one forward: DDTree (arXiv 2604.12989), JetSpec (2606.18394)."""
+
+import torch
+from transformers import DynamicCache
+from transformers.generation import LogitsProcessor, TemperatureLogitsWarper
+
+from transformers_msd.caches.fixed import fixed_attention_mask
+from transformers_msd.call.sampling import coupled_log_probs
+from transformers_msd.costs.rounds import forward_cost
+from transformers_msd.costs.sizing import Sizing
+from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
+from transformers_msd.models.block.modeling_block import BlockDraftModel
+from transformers_msd.target.committed import Committed
+from transformers_msd.target.target import Target
+from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.tree import TokenTree, TreeConfig
+
+
+# Tokens of a level that may become children, for each that does.
+SHORTLIST = 4
+
+
+def draft_blocks(
+    draft: BlockDraftModel,
+    target: Target,
+    config: TreeConfig,
+    cache: DynamicCache,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    features: torch.Tensor,
+    context: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    next_positions: torch.Tensor | None,
+    counts: torch.Tensor,
+    root_token_ids: torch.Tensor,
+    noise: torch.Tensor | None,
+    warpers: tuple[LogitsProcessor, ...],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Add committed rows to the cache of a [`FixedRoom`] and grow trees from one block behind them.
+
+    Args:
+        draft ([`BlockDraftModel`]):
+            The draft model.
+        target, config, cache, starts, lengths, inputs_embeds, features, context, position_ids, next_positions, counts,
+        root_token_ids, noise, warpers:
+            As [`draft_trees`] has them; positions have one axis here.
+
+    Returns:
+        Tokens, parents and scores of a [`TokenTree`], each of shape `(batch_size, num_nodes)`.
+    """
+    width = cache.layers[0].keys.shape[2]
+    starts.copy_(lengths)
+    draft.remember(draft.fuse(features), position_ids, cache)
+    lengths = lengths + counts
+    last_positions = position_ids.gather(1, (counts - 1).clamp(min=0)[:, None])
+    rows = _block(draft, target, root_token_ids, config.depth).to(features.dtype)
+    visible = draft.visible(rows.shape[1], rows.device).expand(len(rows), -1, -1)
+    starts.copy_(lengths)
+    hidden = draft(
+        inputs_embeds=rows,
+        attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
+        position_ids=last_positions + torch.arange(1, rows.shape[1] + 1, device=rows.device),
+        cache=cache,
+    ).last_hidden_state
+    logits = draft.logits(draft.levels(hidden, config.depth), target)
+    tree = _grow_from(draft, config, root_token_ids, logits, noise, warpers, fixed=True)
+    return tree.token_ids, tree.parents, tree.scores
+
+
+class BlockCandidateGenerator(MSDCandidateGenerator):
+    """
+    Grows trees from what a block says of each level.
+
+    The draft's cache holds keys and values of the target's rows. A round adds those that have come to stand, and the
+    rows of a block, which it drops again.
+    """
+
+    _draft_trees = staticmethod(draft_blocks)
+
+    def _grow(self, committed: Committed, sizing: Sizing | None) -> TokenTree:
+        self._extend(committed)
+        draft, config = self._draft, self._tree_config
+        last_positions = committed.position_ids.gather(1, committed.last_rows[:, None])
+        rows = _block(draft, self._target, committed.root_token_ids, config.depth).to(self._device, self._dtype)
+        num_rows = rows.shape[1]
+        visible = draft.visible(num_rows, self._device).expand(len(rows), -1, -1)
+        places = torch.arange(1, num_rows + 1, device=last_positions.device)
+        hidden = draft(
+            inputs_embeds=rows,
+            attention_mask=self._room.mask(visible, self._dtype),
+            position_ids=(last_positions + places).to(self._device),
+            cache=self._cache,
+        ).last_hidden_state
+        levels = draft.levels(hidden, config.depth)
+        levels = levels if draft.head is not None else levels.to(self._target.device)
+        logits = draft.logits(levels, self._target).to(self._target.device)
+        noise = self._sampler.noise_of_round(config.depth)
+        return _grow_from(draft, config, committed.root_token_ids, logits, noise, self._sampler.draft_warpers, sizing)
+
+    def _extend(self, committed: Committed) -> None:
+        if self._room is not None:
+            self._room.place(committed.token_ids.shape[1])
+        features = self._draft.fuse(committed.features.to(self._device, self._dtype))
+        self._draft.remember(features, committed.position_ids.to(self._device), self._cache)
+        if self._room is None:
+            self._open_room(committed.lengths, committed.host_lengths)
+        else:
+            self._room.extend(committed.lengths.to(self._device), committed.host_lengths)
+
+    @property
+    def _num_drafted_rows(self) -> int:
+        return self._draft.config.block_size
+
+    def assumed_draft_cost(self, tree: TokenTree, device_type: str) -> float:
+        num_layers = self._draft.config.get_text_config().num_hidden_layers
+        # Its layers are read once, by all rows of the block.
+        num_rows = len(tree.token_ids) * self._draft.config.block_size
+        rows_cost = forward_cost(num_rows, device_type) / forward_cost(len(tree.token_ids), device_type)
+        return num_layers * self.assumed_level(device_type) * rows_cost
+
+
+def _block(draft: BlockDraftModel, target: Target, root_token_ids: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """Make the rows of blocks, of shape `(batch_size, num_rows, hidden_size)`."""
+    token_ids, mask = root_token_ids[:, None], draft.config.mask_token_id
+    if mask is None:
+        return draft.block(target.embed(token_ids)[:, 0], num_levels, None)
+    embeds = target.embed(torch.cat([token_ids, torch.full_like(token_ids, mask)], dim=1))
+    return draft.block(embeds[:, 0], num_levels, embeds[0, 1])
+
+
+def _grow_from(
+    draft: BlockDraftModel,
+    config: TreeConfig,
+    root_token_ids: torch.Tensor,
+    logits: torch.Tensor,
+    noise: torch.Tensor | None,
+    warpers: tuple[LogitsProcessor, ...],
+    sizing: Sizing | None = None,
+    fixed: bool = False,
+) -> TokenTree:
+    """
+    Grow trees whose levels are known beforehand.
+
+    A node's score is what the block says of its token at its level, whatever its path, and what its parent adds to
+    that, normalised over the tokens of the level that come into question.
+
+    Args:
+        draft ([`BlockDraftModel`]):
+            Says what a parent adds.
+        config ([`TreeConfig`]):
+            The trees.
+        root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
+            Tokens of the roots.
+        logits (`torch.Tensor` of shape `(batch_size, depth, vocab_size)`):
+            Logits of the tokens of each level.
+        noise (`torch.Tensor` of shape `(batch_size, depth + 1, vocab_size)`, *optional*):
+            Noise of the round; greedy without it.
+        warpers (`tuple[LogitsProcessor, ...]`):
+            Row-wise processors of the call.
+        sizing, fixed:
+            As [`grow_tree`] has them.
+    """
+    batch_size, depth, vocab_size = logits.shape
+    rows = logits.flatten(0, 1)[:, None]
+    noise = None if noise is None else noise[:, :depth].flatten(0, 1)
+    log_probs = coupled_log_probs(rows, noise, warpers).view(batch_size, depth, vocab_size)
+    most = config.top_k if config.topology is None else 1 + max(rank for path in config.topology for rank in path)
+    log_probs, known = log_probs.topk(min(SHORTLIST * most, vocab_size))  # (batch, depth, shortlist)
+    temperature = next((own.temperature for own in warpers if type(own) is TemperatureLogitsWarper), 1.0)
+
+    def after(token_ids: torch.Tensor, level: int) -> torch.Tensor:
+        scores = log_probs[:, level, None]
+        if draft.edge_to is None:
+            return scores.expand(-1, token_ids.shape[1], -1)
+        edges = draft.edge_scores(token_ids.to(draft.device), known[:, level].to(draft.device))
+        return (scores + edges.to(scores) / temperature).log_softmax(-1)
+
+    level = 0
+
+    def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        nonlocal level
+        level += 1
+        return after(token_ids, level)
+
+    first = after(root_token_ids[:, None].to(known.device), 0)[:, 0]
+    return grow_tree(config, root_token_ids, first, expand, sizing, fixed, known)
+
+
+__all__ = ["BlockCandidateGenerator", "draft_blocks"]
