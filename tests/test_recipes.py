@@ -162,7 +162,7 @@ def test_plan_of_a_draft_vlm(world, capsys):
 
 @pytest.mark.parametrize("beside", [{"draft_model": "a draft"}, {"draft_config": {"intermediate_size": 32}}])
 def test_draft_vlm_beside_a_draft_of_msd_raises(world, beside):
-    with pytest.raises(ValueError, match="`draft_vlm` takes the place of a draft of MSD"):
+    with pytest.raises(ValueError, match="`draft_vlm` takes the place of a draft on features"):
         make_parser().parse_dict(vlm_recipe(world, "both") | beside)
 
 

@@ -299,7 +299,7 @@ def test_wrong_settings_raise(tmp_path):
     for value in (0.0, 1.2):
         with pytest.raises(ValueError, match="`unroll_decay` must be above 0 and at most 1"):
             MSDTrainingConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, unroll_decay=value)
-    with pytest.raises(ValueError, match="`draft_vlm` takes the place of a draft of MSD or EAGLE-3"):
+    with pytest.raises(ValueError, match="`draft_vlm` takes the place of a draft on features"):
         make_parser().parse_dict(vlm_recipe(tmp_path, "wrong") | {"draft": "eagle3"})
     with pytest.raises(ValueError, match="`draft` must be one of"):
         make_parser().parse_dict(recipe(tmp_path, "wrong") | {"draft": "eagle4"})

@@ -70,6 +70,13 @@ def eagle3_recipe(folder: Path, output: str, **settings) -> dict:
     return recipe(folder, output, **{"num_unroll_steps": 3, **settings, **losses, **own})
 
 
+def block_recipe(folder: Path, output: str, **settings) -> dict:
+    """Make such a recipe for a block draft."""
+    losses = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0, "unroll_decay": 0.8, "feature_noise": 0.0}
+    own = {"draft": "block", "draft_config": {"intermediate_size": 32, "block_size": 4, "edge_rank": 4}}
+    return recipe(folder, output, **{**settings, **losses, **own})
+
+
 def vlm_recipe(folder: Path, output: str, **settings) -> dict:
     """Make such a recipe for a draft VLM."""
     settings = recipe(folder, output, **settings) | {"draft_vlm": str(folder / "draft_vlm"), "draft_config": None}

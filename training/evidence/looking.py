@@ -12,6 +12,7 @@ is shipped.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -21,20 +22,38 @@ from training.evidence.two_stages import tiny_dataset, tiny_prompts
 from training.glyph_world.world import ordered_dataset, prompts_by_kind
 from training.tiny_world.build.target import CHECKPOINT, load_target
 from training.tiny_world.measure.evaluate import PICTURES
-from transformers_msd import AutoDraftModel, Eagle3DraftModel, TreeConfig
+from transformers_msd import AutoDraftModel, BlockDraftModel, Eagle3DraftModel, MSDDraftModel, TreeConfig
+from transformers_msd.models.base import FeatureDraftModel
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-DESIGNS = {
-    "decoupled (MSD)": {},
-    "fused (EAGLE)": {"decoupled": False},
-    "visual rows averaged by 4": {"visual_pool_size": 4},
-    "visual rows left out (HiViS)": {"visual_pool_size": 0},
-    "three layers, placeholders (EAGLE-3)": {},
-    "three layers, decoupled": {"decoupled": True},
+# Those that read several layers of the target learn from its tokens alone.
+ON_TOKENS = {"feature_loss_weight": 0.0, "unroll_decay": 0.8}
+IN_ONE_FORWARD = ON_TOKENS | {"num_unroll_steps": 1}
+BLOCK = {"block_size": 10}
+# The draft's class, its config and its training.
+Design = tuple[type[FeatureDraftModel], dict[str, Any], dict[str, Any]]
+DESIGNS: dict[str, Design] = {
+    "decoupled (MSD)": (MSDDraftModel, {}, {}),
+    "fused (EAGLE)": (MSDDraftModel, {"decoupled": False}, {}),
+    "visual rows averaged by 4": (MSDDraftModel, {"visual_pool_size": 4}, {}),
+    "visual rows left out (HiViS)": (MSDDraftModel, {"visual_pool_size": 0}, {}),
+    "three layers, placeholders (EAGLE-3)": (Eagle3DraftModel, {}, ON_TOKENS),
+    "three layers, decoupled": (Eagle3DraftModel, {"decoupled": True}, ON_TOKENS),
+    **{
+        f"a block{name}": (BlockDraftModel, BLOCK | config, IN_ONE_FORWARD)
+        for name, config in {
+            "": {},
+            ", 2 layers": {"num_hidden_layers": 2},
+            ", 4 layers": {"num_hidden_layers": 4},
+            ", edges": {"edge_rank": 32},
+            ", 2 layers, edges": {"num_hidden_layers": 2, "edge_rank": 32},
+            ", both ways": {"causal": False},
+            ", decoupled": {"visual_rows": "decoupled"},
+            ", visual rows left out": {"visual_rows": "dropped"},
+        }.items()
+    },
 }
-# Those that read several layers of the target, and learn from its tokens alone.
-OF_EAGLE3 = {"feature_loss_weight": 0.0, "unroll_decay": 0.8}
 SHALLOW, DEEP = TreeConfig(24, 6, 4, gate=False, ngrams=False), TreeConfig(40, 10, 4, gate=False, ngrams=False)
 BUDGETS = ("600", "1800")
 SEEDS = ("0", "1", "2")
@@ -66,8 +85,8 @@ def main() -> None:
             draft = AutoDraftModel.from_pretrained(folder, dtype=torch.float32)
         else:
             rows = make_rows([0.5] * (int(steps) * BATCH_SIZE), seed=11)
-            kind = {"training": OF_EAGLE3, "draft_class": Eagle3DraftModel} if "three layers" in design else {}
-            draft = train_draft(target, processor, rows, int(seed), work, DESIGNS[design], **kind)
+            draft_class, config, training = DESIGNS[design]
+            draft = train_draft(target, processor, rows, int(seed), work, config, training, draft_class)
             draft.save_pretrained(folder)
         found = measure(target, draft, SHALLOW, asked)
         deep = measure(target, draft, DEEP, asked, PICTURES[:1])

@@ -6,6 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.models.configuration import DraftConfig
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.trainer.configuration import MSDTrainingConfig
@@ -48,7 +49,7 @@ def operations_of_step(
     """
     target, model = without_weights(target_config), without_weights(draft)
     text, own = target_config.get_text_config(), draft.get_text_config()
-    head, own_head = (2 * config.hidden_size * config.vocab_size for config in (text, own))
+    own_head = _head(own)
     once, decoder = 0, model
     if not isinstance(draft, DraftConfig):
         decoder = model.get_decoder()
@@ -57,12 +58,35 @@ def operations_of_step(
     if isinstance(model, Eagle3DraftModel):  # fuses what the target says, and not what it says itself
         once, decoder = 2 * model.fc.weight.numel(), model.model
     steps = args.num_unroll_steps
-    # The losses compute all logits twice, so as to keep none of them, and the draft's go back through the head.
-    of_target = length * (_weights(target.get_decoder(), text) + _attention(text) * length) + num_supervised * 2 * head
+    if isinstance(draft, BlockDraftConfig):
+        num_blocks = min(args.num_blocks, num_supervised)
+        num_rows_of_blocks, num_supervised = num_blocks * draft.block_size, num_blocks * draft.num_levels
+        # Keys and values of what is known, in all layers, and blocks that see it.
+        known = 2 * (model.fc.weight.numel() + _keys_and_values(model))
+        of_blocks = _weights(model.model, own) + _attention(own) * (length + num_rows_of_blocks)
+        of_heads = num_supervised * 3 * (own_head + 2 * draft.edge_rank * own.vocab_size)
+        of_draft = 3 * (length * known + num_rows_of_blocks * of_blocks) + of_heads
+        return num_rows * _of_target(target, text, length, num_supervised), num_rows * of_draft
     # Each unrolled step attends to the keys of all steps before.
     of_layers = once + _weights(decoder, own) * steps + _attention(own) * length * steps * (steps + 1) / 2
     of_draft = length * 3 * of_layers + num_supervised * 3 * own_head * steps
-    return num_rows * of_target, num_rows * of_draft
+    return num_rows * _of_target(target, text, length, num_supervised), num_rows * of_draft
+
+
+def _of_target(target: PreTrainedModel, text_config: PreTrainedConfig, length: int, num_supervised: float) -> float:
+    """Count what a row costs the target: its layers, and its head where something is learned."""
+    # The losses compute all logits twice, so as to keep none of them, and the draft's go back through the head.
+    of_heads = num_supervised * 2 * _head(text_config)
+    return length * (_weights(target.get_decoder(), text_config) + _attention(text_config) * length) + of_heads
+
+
+def _head(text_config: PreTrainedConfig) -> int:
+    return 2 * text_config.hidden_size * text_config.vocab_size
+
+
+def _keys_and_values(model: PreTrainedModel) -> int:
+    names = ("k_proj.weight", "v_proj.weight")
+    return sum(weight.numel() for name, weight in model.named_parameters() if name.endswith(names))
 
 
 def _weights(decoder: PreTrainedModel, text_config: PreTrainedConfig) -> int:

@@ -28,7 +28,7 @@ from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
 from transformers_msd.trainer.dataset import rows_of_stage, usable_rows
 from transformers_msd.trainer.health import UNSUPERVISED, check_means, check_weights
-from transformers_msd.trainer.losses import chunked_token_losses, probability_loss, token_loss, top_k_loss
+from transformers_msd.trainer.losses import chunked_token_losses, token_losses_of
 from transformers_msd.trainer.parallel import prepare_target, reshard
 from transformers_msd.trainer.report import plot_curves, write_card
 from transformers_msd.traits.scales import logits_of
@@ -97,12 +97,7 @@ class DraftTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # makes Transformers count the supervised tokens of the global batch
         self.train_dataset = self.train_dataset.add_column(RowCollator.COLUMN, list(range(len(self.train_dataset))))
         self.data_collator = RowCollator(self.data_collator)
-        losses = {
-            "token_loss": (token_loss, args.token_loss_weight),
-            "top_k_loss": (partial(top_k_loss, top_k=args.top_k_loss_tokens), args.top_k_loss_weight),
-            "probability_loss": (probability_loss, args.probability_loss_weight),
-        }
-        self._token_losses = {name: (loss, weight) for name, (loss, weight) in losses.items() if weight}
+        self._token_losses = token_losses_of(args)
         # Sums and counts of what is logged, both over the rows of this process.
         self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._embeddings, self._head = target.get_input_embeddings(), target.get_output_embeddings()
@@ -167,40 +162,52 @@ class DraftTrainer(SFTTrainer):
             predicted (`dict[str, torch.Tensor]`):
                 Features the draft predicts, of shape `(num_rows, hidden_size)`, of each unrolled step by what the
                 logged names of that step end in.
-            features (`torch.Tensor` of shape `(num_rows, hidden_size)`):
-                Features of the target.
             counted (`dict[str, torch.Tensor]`, *optional*):
                 Rows of each step that count, of shape `(num_rows,)`, all by default.
-            draft_head (`Callable`, *optional*):
-                Head of the draft, where it has one of its own.
-            draft_token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, *optional*):
-                Tokens of that head, where they are some of the target's.
+            features, draft_head, draft_token_ids:
+                As [`chunked_token_losses`] has them.
         """
-        features = features.to(self.target.dtype)  # what its head takes
-        own_head, steps = None, list(predicted.values())
-        if draft_head is None:
-            steps = [own.to(self.target.dtype) for own in steps]
-        else:
-            own_head = self.accelerator.autocast()(draft_head)
-        functions = [loss for loss, _ in self._token_losses.values()]
-        losses, agrees = chunked_token_losses(
-            steps,
-            features,
-            partial(logits_of, self.target),
-            self.args.head_chunk_size,
-            functions,
-            own_head,
-            draft_token_ids,
-        )
+        losses, agrees = self.token_losses(list(predicted.values()), features, draft_head, draft_token_ids)
         total = 0.0
         for step, suffix in enumerate(predicted):
             rows = slice(None) if counted is None else counted[suffix]
-            sums = {name: own[step, rows].sum() for name, own in zip(self._token_losses, losses, strict=True)}
+            sums = {name: own[step, rows].sum() for name, own in losses.items()}
             of_agreement = agrees[step, rows]
             self.count(sums | {"agreement": of_agreement.float().sum()}, len(of_agreement), suffix)
             of_step = sum(weight * sums[name] for name, (_, weight) in self._token_losses.items())
             total = total + self.args.step_weights[step] * of_step
         return total
+
+    def token_losses(
+        self,
+        predicted: list[torch.Tensor],
+        features: torch.Tensor,
+        draft_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        draft_token_ids: torch.Tensor | None = None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """
+        Compute the losses on tokens by their names, and whether the likeliest tokens agree, all of shape `(num_steps,
+        num_rows)`.
+
+        Args:
+            predicted, features, draft_head, draft_token_ids:
+                As [`chunked_token_losses`] has them.
+        """
+        own_head = None
+        if draft_head is None:
+            predicted = [own.to(self.target.dtype) for own in predicted]
+        else:
+            own_head = self.accelerator.autocast()(draft_head)
+        losses, agrees = chunked_token_losses(
+            predicted,
+            features.to(self.target.dtype),  # what its head takes
+            partial(logits_of, self.target),
+            self.args.head_chunk_size,
+            [loss for loss, _ in self._token_losses.values()],
+            own_head,
+            draft_token_ids,
+        )
+        return dict(zip(self._token_losses, losses, strict=True)), agrees
 
     def count(self, sums: dict[str, torch.Tensor], num_rows: int, suffix: str = "") -> None:
         """Add sums over rows to what is logged, as a mean over the rows of all processes."""

@@ -10,7 +10,14 @@ from transformers_msd.trainer.fields import check_least, check_types
 
 STAGES = ("text", "multimodal", "ramp")
 _NOT_NEGATIVE = ("learning_rate", "feature_noise", "weight_decay", "max_grad_norm", "num_train_epochs")
-_AT_LEAST_1 = ("num_unroll_steps", "head_chunk_size", "top_k_loss_tokens", "max_length", "per_device_train_batch_size")
+_AT_LEAST_1 = (
+    "num_blocks",
+    "num_unroll_steps",
+    "head_chunk_size",
+    "top_k_loss_tokens",
+    "max_length",
+    "per_device_train_batch_size",
+)
 # Of Transformers, which takes anything for them.
 _BASE_FIELDS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "seed", "weight_decay")
 _LOSS_WEIGHTS = ("feature_loss_weight", "token_loss_weight", "top_k_loss_weight", "probability_loss_weight")
@@ -48,6 +55,12 @@ class MSDTrainingConfig(SFTConfig):
         unroll_decay (`float`, *optional*, defaults to 1.0):
             How much each of these steps weighs beside the one before (EAGLE-3, arXiv 2503.01840, uses 0.8, and 7
             steps).
+        num_blocks (`int`, *optional*, defaults to 64):
+            Blocks begun in a row at a time, at tokens that are drawn, where a [`BlockDraftModel`] is trained; it has
+            `unroll_decay` for its levels.
+        prefix_weights (`bool`, *optional*, defaults to `False`):
+            Whether a level of a block weighs as much as it is likely that those before it stand, and not by
+            `unroll_decay` (SpecDiff-2, arXiv 2511.00606).
         stage (`str`, *optional*, defaults to `"ramp"`):
             `"text"` trains on the rows of text alone. `"multimodal"` trains on all rows, with and without pictures,
             shuffled together. `"ramp"` trains on rows of text in the first half of the steps; in the second half each
@@ -90,6 +103,13 @@ class MSDTrainingConfig(SFTConfig):
         default=1, metadata={"help": "Forwards of the draft per step; from the second on it reads its own features."}
     )
     unroll_decay: float = field(default=1.0, metadata={"help": "Weight of a forward beside the one before."})
+    num_blocks: int = field(
+        default=64, metadata={"help": "Blocks begun in a row at a time, where a block draft is trained."}
+    )
+    prefix_weights: bool = field(
+        default=False,
+        metadata={"help": "Weigh a block's levels by the chance that those before stand, not by `unroll_decay`."},
+    )
     stage: str = field(
         default="ramp",
         metadata={

@@ -1,10 +1,13 @@
 """Losses of a draft, one value per row."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from transformers_msd.trainer.configuration import MSDTrainingConfig
 
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,6 +38,18 @@ def probability_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch
     2509.15235): twice the probability that a sampled token of the draft is rejected. Returns `(num_rows,)`.
     """
     return (logits.float().softmax(-1) - probabilities).abs().sum(-1)
+
+
+def token_losses_of(args: MSDTrainingConfig) -> dict[str, tuple[TokenLoss, float]]:
+    """List the losses on tokens that a run learns from, by their names, with their weights."""
+    losses: dict[str, tuple[TokenLoss, float]] = {
+        "token_loss": (token_loss, args.token_loss_weight),
+        "top_k_loss": (partial(top_k_loss, top_k=args.top_k_loss_tokens), args.top_k_loss_weight),
+        "probability_loss": (probability_loss, args.probability_loss_weight),
+    }
+    # Levels of a block are weighed by what this one says.
+    kept = "probability_loss" if args.prefix_weights else ""
+    return {name: (loss, weight) for name, (loss, weight) in losses.items() if weight or name == kept}
 
 
 def chunked_token_losses(

@@ -151,7 +151,7 @@ def check_parity(
         embeds = fed.inputs_embeds[sequence, ours] - rows.inputs_embeds[sequence, real]
         features = fed.features[sequence, ours] - rows.features[sequence, real]
         differences["embeds"].append(embeds.abs().max().item())
-        read = text if draft.config.decoupled else torch.ones_like(text)
+        read = text if getattr(draft.config, "decoupled", False) else torch.ones_like(text)
         differences["features"].append(features[read].abs().max().item())
         equal_masks &= torch.equal(fed.visual_mask[sequence, ours], ~text)
         equal_positions &= torch.equal(fed.position_ids[sequence, ours], rows.position_ids[sequence, real])

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.trainer.arithmetic import measure_throughput, operations_of_step, without_weights
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import EpochSampler
@@ -45,10 +46,14 @@ def memory_of_step(
     of_target = rows * (6 * theirs.hidden_size + 3 * theirs.intermediate_size)
     their_scores = 2 * batch_size * theirs.num_attention_heads * length**2
     # What a layer keeps for its backward: inputs of norms and projections, q, k, v and output, thrice the MLP's width.
-    layer = rows * (10 * width + 3 * inner) * computed
+    layer_rows, keys = rows, length
+    if isinstance(draft, BlockDraftConfig):
+        layer_rows = batch_size * args.num_blocks * draft.block_size
+        keys = length + args.num_blocks * draft.block_size
+    layer = layer_rows * (10 * width + 3 * inner) * computed
     # Scores and their softmax, where attention has no kernel that does without; unrolled steps see the keys of all
     # steps before.
-    scores = 2 * batch_size * heads * length**2 * computed
+    scores = 2 * heads * layer_rows * keys * computed
     num_taps = len(getattr(draft, "feature_layers", ()))  # beside its features, which are compared
     losses = 1 + sum(map(bool, (args.token_loss_weight, args.top_k_loss_weight, args.probability_loss_weight)))
     return {

@@ -23,7 +23,7 @@ from transformers_msd.trainer.loading import auto_class, check_dtype, is_multimo
 DEFAULT_RECIPE = "recipe.yaml"
 MOST_BYTES = 100_000
 # Drafts that can be trained.
-KINDS = {"msd": OURS["msd_draft"], "eagle3": OURS["eagle3_draft"]}
+KINDS = {"msd": OURS["msd_draft"], "eagle3": OURS["eagle3_draft"], "block": OURS["block_draft"]}
 
 
 @dataclass
@@ -55,9 +55,9 @@ class DraftArguments:
         draft_model (`str`, *optional*):
             Draft to go on from. A new one is made by default.
         draft (`str`, *optional*, defaults to `"msd"`):
-            Kind of a new draft: `"msd"` or `"eagle3"`.
+            Kind of a new draft: `"msd"`, `"eagle3"` or `"block"`.
         draft_config (`dict`, *optional*):
-            Overrides of [`MSDConfig.from_target`] or [`Eagle3Config.from_target`] for a new draft.
+            Overrides of [`MSDConfig.from_target`], [`Eagle3Config.from_target`] or [`BlockDraftConfig.from_target`].
         draft_vlm (`str`, *optional*):
             Folder or Hub repository of a small VLM (for a target of text alone: a language model) to distil by
             [`VLMDraftTrainer`], instead of training a draft on the target's features. Its vision tower is frozen.
@@ -100,7 +100,7 @@ class DraftArguments:
             raise ValueError(f"`draft` must be one of {tuple(KINDS)}, got {self.draft!r}.")
         if self.draft_vlm and (self.draft_model or self.draft_config or self.draft != "msd"):
             raise ValueError(
-                "`draft_vlm` takes the place of a draft of MSD or EAGLE-3, got `draft_model`, `draft_config` or "
+                "`draft_vlm` takes the place of a draft on features, got `draft_model`, `draft_config` or "
                 "`draft` beside it. Remove one or the other."
             )
 

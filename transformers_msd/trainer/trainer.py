@@ -7,23 +7,27 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.trainer.base import DraftTrainer
+from transformers_msd.trainer.blocks import choose_anchors, predict_blocks
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
+from transformers_msd.trainer.data import DraftRows, feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import token_counts
 from transformers_msd.trainer.losses import feature_loss
-from transformers_msd.traits.scales import Scales, scales_of
+from transformers_msd.traits.scales import Scales, logits_of, scales_of
 
 
 class MSDTrainer(DraftTrainer):
     """
-    Trainer of drafts that read the target's features: [`MSDDraftModel`], [`Eagle3DraftModel`].
+    Trainer of drafts that read the target's features: [`MSDDraftModel`], [`Eagle3DraftModel`],
+    [`BlockDraftModel`].
 
     Features are computed in the same step and not kept.
 
@@ -66,6 +70,7 @@ class MSDTrainer(DraftTrainer):
                 f"`mrope_section={model.config.mrope_section}`. Train a new one: "
                 f"`{type(model.config).__name__}.from_target(target.config)`."
             )
+        check_block_settings(model, args)
         if args.feature_loss_weight and not model.predicts_features:
             raise ValueError(
                 f"{type(model).__name__} does not predict the target's features, got `feature_loss_weight="
@@ -101,10 +106,14 @@ class MSDTrainer(DraftTrainer):
             draft.feature_layers,
             draft.reads_placeholders,
         )
+        # What is drawn for a row is another in each epoch, and the same whenever it is evaluated.
+        epoch = int(self.state.epoch or 0) if self.model.training else 0
+        seeds = [hash((self.args.seed, epoch, row)) for row in row_ids]
         if self.model.training and self.args.feature_noise:
-            seeds = [hash((self.args.seed, int(self.state.epoch or 0), row)) for row in row_ids]
             noise = feature_noise(rows.features, rows.row_mask, seeds, self.args.feature_noise)
             rows = replace(rows, features=rows.features + noise)
+        if isinstance(draft, BlockDraftModel):
+            return self._block_loss_sum(model, draft, rows, inputs["input_ids"][:, 1:], seeds)
         if draft.pools:
             rows = rows.pool(draft.config)
         features, supervised = self.accelerator.autocast()(draft.fuse)(rows.features), rows.supervised
@@ -135,6 +144,48 @@ class MSDTrainer(DraftTrainer):
         loss = loss + self.token_loss_sum(steps, target_features, counted, *self._own_head(draft))
         return loss, rows.supervised.sum()
 
+    def _block_loss_sum(
+        self,
+        model: nn.Module,
+        draft: BlockDraftModel,
+        rows: DraftRows,
+        token_ids: torch.Tensor,
+        seeds: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        anchors, is_begun = choose_anchors(rows.supervised, self.args.num_blocks, seeds)
+        fuse = self.accelerator.autocast()(draft.fuse)
+        blocks = predict_blocks(model, draft, self.target, rows, token_ids, anchors, is_begun, fuse)
+        predicted, head = blocks.predicted, self._own_head(draft)
+        if draft.edge_from is not None:
+            predicted = torch.cat([predicted, draft.edge_from(blocks.parents).to(predicted)], dim=-1)
+            head = self._head_with_edges(draft)
+        losses, agrees = self.token_losses([predicted], blocks.target_features, *head)
+        # Half of the distance is the chance that a sampled token is rejected.
+        chances = 1 - losses["probability_loss"][0].detach() / 2 if self.args.prefix_weights else None
+        of_levels = [self.args.unroll_decay**level for level in range(draft.config.num_levels)]
+        weights = blocks.weigh([weight / sum(of_levels) for weight in of_levels], chances)
+        for level in range(draft.config.num_levels):
+            own = blocks.levels == level
+            sums = {name: loss[0, own].sum() for name, loss in losses.items()}
+            self.count(sums | {"agreement": agrees[0, own].float().sum()}, int(own.sum()), f"_{level + 1}")
+        total = sum(weight * (weights * losses[name][0]).sum() for name, (_, weight) in self._token_losses.items())
+        return total, rows.supervised.sum()
+
+    def _head_with_edges(
+        self, draft: BlockDraftModel
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+        """Return what turns rows, and vectors of the tokens before behind them, into logits, and its tokens."""
+        head, token_ids = self._own_head(draft) or (None, None)
+        size = draft.norm.weight.numel()
+
+        def with_edges(rows: torch.Tensor) -> torch.Tensor:
+            own = rows[..., :size]
+            logits = logits_of(self.target, own.to(self.target.dtype)) if head is None else head(own)
+            edges = draft.edge_to(rows[..., size:])
+            return logits + (edges if token_ids is None else edges[..., token_ids])
+
+        return with_edges, token_ids
+
     def _own_head(
         self, draft: FeatureDraftModel
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None] | tuple[()]:
@@ -144,3 +195,22 @@ class MSDTrainer(DraftTrainer):
         scales = scales_of(self.target) if draft.scales_as_target else Scales()
         token_ids = None if draft.config.draft_vocab_size is None else draft.draft_token_ids
         return lambda rows: scales.of_logits(draft.own_logits(rows)), token_ids
+
+
+def check_block_settings(model: FeatureDraftModel, args: MSDTrainingConfig) -> None:
+    """Raise a `ValueError` if settings are none for a block draft, or for one of blocks alone."""
+    if not isinstance(model, BlockDraftModel):
+        if args.prefix_weights:
+            raise ValueError(
+                f"`prefix_weights` weighs the levels of a `BlockDraftModel`, got {type(model).__name__}. Leave it out."
+            )
+    elif args.num_unroll_steps > 1 or args.activation_checkpointing:
+        raise ValueError(
+            "A `BlockDraftModel` says all levels in one forward, and reads the target in a cache, got "
+            f"`num_unroll_steps={args.num_unroll_steps}` and `activation_checkpointing="
+            f"{args.activation_checkpointing}`. Leave them out; `unroll_decay` weighs levels."
+        )
+    elif args.prefix_weights and args.unroll_decay != 1:
+        raise ValueError(
+            f"`prefix_weights` takes the place of `unroll_decay`, got both ({args.unroll_decay}). Leave one out."
+        )

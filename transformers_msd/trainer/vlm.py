@@ -15,7 +15,14 @@ from transformers_msd.traits.scales import logits_of, wants_scales
 from transformers_msd.traits.tokens import visual_token_ids
 
 
-_OF_FEATURES = ("feature_loss_weight", "feature_noise", "num_unroll_steps", "unroll_decay")
+_OF_FEATURES = (
+    "feature_loss_weight",
+    "feature_noise",
+    "num_blocks",
+    "num_unroll_steps",
+    "prefix_weights",
+    "unroll_decay",
+)
 
 
 class VLMDraftTrainer(DraftTrainer):
