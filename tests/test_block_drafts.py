@@ -1,6 +1,7 @@
 """Block drafts: as published and of our own designs, against a forward of their own, and as drafts in `generate`."""
 
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import AutoDraftModel, BlockDraftConfig, BlockDraftModel, StaticRuntime, TreeConfig
 from transformers_msd.compat import CACHE
+from transformers_msd.costs.calibration import save_costs
+from transformers_msd.drafters.block_candidates import BlockCandidateGenerator
 from transformers_msd.models.exporting import export_draft
+from transformers_msd.tuning import measure_costs
 
 
 NUM_LAYERS, HIDDEN, NUM_HEADS, NUM_SHARED, HEAD_DIM, INTERMEDIATE = 8, 32, 4, 2, 12, 48
@@ -339,6 +343,30 @@ def test_trees_of_any_shape_equal_plain(tree: dict[str, Any]) -> None:
                 target.generate(**inputs, max_new_tokens=16, do_sample=do_sample, temperature=0.8, **assisted)
             )
         assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("block_size", "depth"), [(1, 1), (4, 2), (8, 2)])
+def test_costs_are_measured_by_trees_that_a_block_can_fill(
+    block_size: int, depth: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("transformers_msd.costs.calibration.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("transformers_msd.tuning.NUM_ROUNDS", 3)
+    target = make_target("llama")
+    draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, block_size=block_size)).eval()
+    depths = []
+    monkeypatch.setattr(
+        "transformers_msd.drafters.msd.BlockCandidateGenerator.draft",
+        lambda self, committed, draft=BlockCandidateGenerator.draft: (
+            depths.append(draft(self, committed)) or depths[-1]
+        ),
+    )
+    costs = measure_costs(target, draft, prompt_length=8, tolerance=math.inf)
+    assert costs.depth == depth
+    assert max(tree.depth for tree in depths) == min(block_size, 6)
+    save_costs([costs], [draft], target)
+    inputs = make_inputs("llama", (0,), lengths=(12,))
+    plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(target.generate(**inputs, assistant_model=draft, max_new_tokens=12, do_sample=False), plain)
 
 
 def broken(name: str, **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:

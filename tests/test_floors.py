@@ -51,6 +51,14 @@ def test_bytes_of_qwen_by_hand(rows):
     fewer = row_of(rows, "Qwen2.5-VL-7B", tokens=FEWER_TOKENS)
     assert row["MSD"]["level"] - fewer["MSD"]["level"] == 2 * width * (tokens - FEWER_TOKENS)
     assert fewer["MSD"]["tau"] == 2 * fewer["MSD"]["floor"]
+    # EAGLE-3 reads two vectors in its layer, and fuses three once; its layer has no biases, and norms besides.
+    eagle3, attention = row["EAGLE-3"], 2 * width**2 + 2 * 512 * width
+    wider = attention + width * (width + 1024) + 3 * width * inner + 4 * width
+    assert (eagle3["once"], eagle3["level"]) == (2 * 3 * width**2, 2 * (wider + tokens * width))
+    # A block's layers have norms of queries and keys; the fusion and a last norm beside them, and a mask.
+    block, of_layer = row["a block, 4 layers"], attention + 3 * width * inner + 2 * width + 2 * 128
+    assert (block["once"], block["level"]) == (2 * (4 * of_layer + 3 * width**2 + 3 * width + tokens * width), 0)
+    assert block["floor"] == 1 + block["once"] / row["step"]
 
 
 def test_fewer_tokens_are_told_where_the_vocabulary_is_larger(rows):

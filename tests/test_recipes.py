@@ -24,6 +24,7 @@ from training_fixtures import (
     ENVIRONMENT,
     ROOT,
     TWO_PROCESSES,
+    block_recipe,
     eagle3_recipe,
     finish,
     launch,
@@ -72,7 +73,7 @@ def test_shipped_recipes_can_be_read(path):
     assert arguments.target_model
     is_msd = arguments.draft == "msd" and not arguments.draft_vlm
     assert args.stage == ("ramp" if is_msd else "multimodal")
-    if arguments.draft == "eagle3":
+    if arguments.draft in ("eagle3", "block"):
         assert (args.feature_loss_weight, args.token_loss_weight, args.unroll_decay) == (0, 1, 0.8)
 
 
@@ -127,7 +128,9 @@ def test_time_is_operations_over_speed(world, monkeypatch, device, share):
     assert planned.num_steps == 7
 
 
-@pytest.mark.parametrize(("make_recipe", "steps"), [(recipe, 1), (recipe, 3), (eagle3_recipe, 3), (vlm_recipe, 1)])
+@pytest.mark.parametrize(
+    ("make_recipe", "steps"), [(recipe, 1), (recipe, 3), (eagle3_recipe, 3), (block_recipe, 1), (vlm_recipe, 1)]
+)
 def test_operations_are_those_that_a_step_makes(world, monkeypatch, make_recipe, steps):
     shapes, compute_loss = [], DraftTrainer.compute_loss
 

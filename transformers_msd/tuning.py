@@ -20,6 +20,7 @@ from transformers_msd.drafters.model import ModelDrafter
 from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.drafters.ngrams import NgramDrafter
 from transformers_msd.drafters.wrapped import Ungated
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.tree import TokenTree, TreeConfig
@@ -81,10 +82,10 @@ def num_calls(batch_size: int) -> int:
     return len(_shapes(batch_size)) * (1 + MAX_PASSES)
 
 
-def _shapes(batch_size: int) -> list[tuple[int, int]]:
+def _shapes(batch_size: int, shallow: int = SHALLOW, deep: int = DEEP) -> list[tuple[int, int]]:
     """List nodes and depths of the trees that are measured; one without levels is a plain step."""
     sizes = SIZES[batch_size]
-    return [(1, 0), *((num_nodes, SHALLOW) for num_nodes in sizes), (sizes[len(sizes) // 2], DEEP)]
+    return [(1, 0), *((num_nodes, shallow) for num_nodes in sizes), (sizes[len(sizes) // 2], deep)]
 
 
 def measure_costs(
@@ -103,7 +104,7 @@ def measure_costs(
     Args:
         target ([`~transformers.PreTrainedModel`]):
             The target.
-        assistant ([`MSDDraftModel`], [`Eagle3DraftModel`] or [`VLMDrafter`]):
+        assistant ([`MSDDraftModel`], [`Eagle3DraftModel`], [`BlockDraftModel`] or [`VLMDrafter`]):
             What drafts for it.
         prompt_length (`int`, *optional*, defaults to 256):
             Tokens of each prompt.
@@ -137,7 +138,9 @@ def measure_costs(
     drafter.check_target(target, {"input_ids": ids})
     config = drafter.tree_config
 
-    sizes, shapes = SIZES[batch_size], _shapes(batch_size)
+    most = next((model.most_levels for model in drafter.models if isinstance(model, FeatureDraftModel)), None)
+    shallow, deep = (depth if most is None else min(depth, most) for depth in (SHALLOW, DEEP))
+    sizes, shapes = SIZES[batch_size], list(dict.fromkeys(_shapes(batch_size, shallow, deep)))
     # Of each pass.
     seconds: dict[tuple[int, int], list[list[float]]] = {shape: [] for shape in shapes}
     # In turn, so that what else the machine does slows all of them; the first pass warms up.
@@ -162,12 +165,13 @@ def measure_costs(
             break
     else:
         raise ValueError(_what_was_seen(seconds, batch_size, tolerance))
-    step, *rounds, deep = map(_median, seconds.values())
-    level = max((deep - rounds[len(sizes) // 2]) / (DEEP - SHALLOW), 0.0)
+    step, *rounds = map(_median, seconds.values())
+    of_deep = rounds.pop() if deep > shallow else rounds[len(sizes) // 2]
+    level = max((of_deep - rounds[len(sizes) // 2]) / max(deep - shallow, 1), 0.0)
     # Measured times are noisy; a larger tree is never cheaper.
     for i in range(1, len(rounds)):
         rounds[i] = max(rounds[i], rounds[i - 1])
-    return Costs(step, list(sizes), rounds, level, SHALLOW, batch_size, _spread(seconds))
+    return Costs(step, list(sizes), rounds, level, shallow, batch_size, _spread(seconds))
 
 
 def _median(passes: list[list[float]]) -> float:

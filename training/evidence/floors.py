@@ -3,9 +3,9 @@ What rounds cost at the least, counted by the weights they read: from configs al
 
     python -m training.evidence.floors
 
-Text models of the published sizes, and of any other target by `--target`, beside drafts of MSD. A plain step reads the
-target's layers and head, a level of the tree the draft's layers and the head it uses, in bfloat16 or, of the draft, in
-int8, its scales left out. Kernels, caches and arithmetic come on top.
+Text models of the published sizes, and of any other target by `--target`, beside drafts of each family. A plain step
+reads the target's layers and head, a level of the tree the draft's layers and the head it uses, or all levels at once
+do, in bfloat16 or, of the draft, in int8, its scales left out. Kernels, caches and arithmetic come on top.
 """
 
 import argparse
@@ -22,7 +22,14 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd import (
+    BlockDraftConfig,
+    BlockDraftModel,
+    Eagle3Config,
+    Eagle3DraftModel,
+    MSDConfig,
+    MSDDraftModel,
+)
 from transformers_msd.bench.models import named_config
 from transformers_msd.costs.floors import round_floor
 from transformers_msd.trainer.loading import auto_class
@@ -68,17 +75,35 @@ def known_configs() -> dict[str, PreTrainedConfig]:
     }
 
 
-def level_of_msd(config: PreTrainedConfig, draft_vocab_size: int | None) -> int:
-    """Count the weights that a level of an MSD draft's tree reads: one layer, the fusion, and a head."""
-    text_config = config.get_text_config()
+def weights_of_msd(config: PreTrainedConfig, draft_vocab_size: int | None) -> tuple[int, int]:
+    """Count the weights that a round reads once, and those that each level does: one layer, the fusion, and a head."""
     with torch.device("meta"):
         draft = MSDDraftModel(MSDConfig.from_target(config))
-    head = (draft_vocab_size or text_config.vocab_size) * text_config.hidden_size
-    return draft.num_parameters() + head
+    return 0, draft.num_parameters() + _head(config, draft_vocab_size)
+
+
+def weights_of_eagle3(config: PreTrainedConfig, draft_vocab_size: int | None) -> tuple[int, int]:
+    """The same of EAGLE-3, which fuses what it reads of the target once, and has a head of its own."""
+    with torch.device("meta"):
+        draft = Eagle3DraftModel(Eagle3Config.from_target(config, draft_vocab_size=draft_vocab_size))
+    fusion = draft.fc.weight.numel()
+    return fusion, draft.num_parameters() - fusion
+
+
+def weights_of_block(config: PreTrainedConfig, draft_vocab_size: int | None) -> tuple[int, int]:
+    """The same of a block draft of four layers, which says all levels in one forward."""
+    with torch.device("meta"):
+        draft = BlockDraftModel(BlockDraftConfig.from_target(config, num_hidden_layers=4))
+    return draft.num_parameters() + _head(config, draft_vocab_size), 0
+
+
+def _head(config: PreTrainedConfig, draft_vocab_size: int | None) -> int:
+    text_config = config.get_text_config()
+    return (draft_vocab_size or text_config.vocab_size) * text_config.hidden_size
 
 
 # A column for each family of drafts.
-FAMILIES = {"MSD": level_of_msd}
+FAMILIES = {"MSD": weights_of_msd, "EAGLE-3": weights_of_eagle3, "a block, 4 layers": weights_of_block}
 
 
 def floors_of(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
@@ -91,10 +116,10 @@ def floors_of(name: str, config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     for tokens in sizes:
         for dtype_name, dtype in DRAFT_DTYPES.items():
             row: dict[str, Any] = {"target": name, "draft": dtype_name, "tokens": tokens or vocab_size, "step": step}
-            for family, level_of in FAMILIES.items():
-                level = level_of(config, tokens) * dtype.itemsize
-                floor = round_floor(step, level, DEPTH)
-                row[family] = {"level": level, "floor": floor, "tau": WANTED * floor}
+            for family, weights_of in FAMILIES.items():
+                once, level = (number * dtype.itemsize for number in weights_of(config, tokens))
+                floor = round_floor(step, once + DEPTH * level)
+                row[family] = {"once": once, "level": level, "floor": floor, "tau": WANTED * floor}
             yield row
 
 
@@ -102,13 +127,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Write rows as Markdown."""
     columns = ["target", "draft", "tokens drafted", "a plain step, GB"]
     for family in FAMILIES:
-        columns += [f"{family}: a level, GB", f"a round of {DEPTH} levels, plain steps", f"τ for {WANTED:g}x"]
+        columns += [f"{family}: {DEPTH} levels, GB", "a round, plain steps", f"τ for {WANTED:g}x"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [row["target"], row["draft"], f"{row['tokens']:,}", f"{row['step'] / 1e9:.2f}"]
         for family in FAMILIES:
             own = row[family]
-            cells += [f"{own['level'] / 1e9:.2f}", f"{own['floor']:.2f}", f"{own['tau']:.2f}"]
+            of_draft = own["once"] + DEPTH * own["level"]
+            cells += [f"{of_draft / 1e9:.2f}", f"{own['floor']:.2f}", f"{own['tau']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

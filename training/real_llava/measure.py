@@ -136,7 +136,7 @@ def floor(target: PreTrainedModel, drafter: MSDDrafter | VLMDrafter) -> float:
         read += 0 if draft.config.draft_vocab_size else target.get_output_embeddings().weight.nbytes
     else:
         read = num_bytes_per_step(draft)
-    return round_floor(num_bytes_per_step(target), read, drafter.tree_config.depth)
+    return round_floor(num_bytes_per_step(target), drafter.tree_config.depth * read)
 
 
 def table(results: dict[str, Any], mode: str, kinds: list[str], cell: str) -> str:

@@ -17,8 +17,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "convert",
         help="turn a published checkpoint into a draft folder",
-        description="Turn a published checkpoint of MSD, EAGLE-3, HiViS or ViSpec, or a draft folder, into a draft "
-        "folder. With --draft_vocab_size one that uses the target's head gets a head of its own for the tokens that "
+        description="Turn a published checkpoint of MSD, EAGLE-3, HiViS, ViSpec or DFlash, or a draft folder, into a "
+        "draft folder. With --draft_vocab_size one that uses the target's head gets a head of its own for the tokens that "
         "the target says most, where that pays. With --to it is written as an engine reads it: `speculators` (vLLM) "
         "takes EAGLE-3; `sglang` takes EAGLE-3, and MSD for targets without pictures. What would be lost is told, and "
         "then nothing is written.",
@@ -58,8 +58,7 @@ def _cut(draft: FeatureDraftModel, target_config: PreTrainedConfig, arguments: a
     """Choose tokens and say what they gain."""
     if not isinstance(draft, MSDDraftModel):
         raise ValueError(
-            f"`draft_vocab_size` cuts drafts of MSD, HiViS and ViSpec, got {type(draft).__name__}, whose head is its "
-            "own. Leave it out."
+            f"`draft_vocab_size` cuts drafts of MSD, HiViS and ViSpec, got {type(draft).__name__}. Leave it out."
         )
     from transformers_msd.trainer.loading import is_multimodal
     from transformers_msd.trainer.progress import keep_bars_out_of_logs

@@ -3,19 +3,17 @@
 from dataclasses import dataclass
 
 
-def round_floor(step: float, level: float, depth: int) -> float:
+def round_floor(step: float, drafting: float) -> float:
     """
-    Tell what a round costs at the least, in plain steps: the target is read once, the draft at each level.
+    Tell what a round costs at the least, in plain steps: the target is read once.
 
     Args:
         step (`float`):
             Bytes that a plain step of the target reads.
-        level (`float`):
-            Bytes that a level of the tree reads: the draft's layers and the head it uses.
-        depth (`int`):
-            Levels of the tree.
+        drafting (`float`):
+            Bytes that all levels of the tree read: the draft's layers and the head it uses, for each forward.
     """
-    return 1 + depth * level / step
+    return 1 + drafting / step
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,12 @@ class VocabularyCut:
     @property
     def full_cost(self) -> float:
         """Least cost of a round with the full head, in plain steps."""
-        return round_floor(self.step, self.layers + self.full_head, self.depth)
+        return round_floor(self.step, self.depth * (self.layers + self.full_head))
 
     @property
     def cut_cost(self) -> float:
         """Least cost of a round with the smaller head, in plain steps."""
-        return round_floor(self.step, self.layers + self.own_head, self.depth)
+        return round_floor(self.step, self.depth * (self.layers + self.own_head))
 
     @property
     def cut_acceptance_length(self) -> float:

@@ -31,7 +31,7 @@ class StaticRuntime(Wrapped):
     runs eagerly.
 
     Args:
-        assistant ([`TreeAssistant`], [`MSDDraftModel`] or [`Eagle3DraftModel`]):
+        assistant ([`TreeAssistant`] or [`FeatureDraftModel`]):
             What drafts.
     """
 
