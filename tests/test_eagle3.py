@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import AutoModelForImageTextToText, CompileConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, CompileConfig, LlamaConfig, PreTrainedModel
 from zoo import IMAGE_ID, VOCAB_SIZE, make_inputs, make_target
 
 from training.evidence.tiny import make_model, make_prompts
@@ -111,6 +111,38 @@ LAYOUTS["speculators, three layers"] = (
     ("layers.1.input_layernorm", "layers.2.input_layernorm"),
     1e4,
 )
+# Drafts of another width than the target, and one of the same, with embeddings of their own.
+WIDTHS = {"SpecForge, narrower": 24, "speculators, wider": 40, "speculators, trained embeddings": HIDDEN}
+LAYOUTS |= {
+    "SpecForge, narrower": (
+        SIZES
+        | {"architectures": ["LlamaForCausalLMEagle3"], "rope_theta": 2e4}
+        | {"hidden_size": WIDTHS["SpecForge, narrower"], "target_hidden_size": HIDDEN},
+        "midlayer",
+        (),
+        2e4,
+    ),
+    "speculators, wider": (
+        {
+            "transformer_layer_config": SIZES | {"hidden_size": WIDTHS["speculators, wider"], "rope_theta": 1e4},
+            "target_hidden_size": HIDDEN,
+            "norm_before_residual": True,
+        },
+        "layers.0",
+        ("fc_norm.0", "fc_norm.1", "fc_norm.2"),
+        1e4,
+    ),
+    "speculators, trained embeddings": (
+        {
+            "transformer_layer_config": SIZES | {"rope_theta": 1e4},
+            "norm_before_residual": False,
+            "embed_requires_grad": True,
+        },
+        "layers.0",
+        ("input_norm",),
+        1e4,
+    ),
+}
 TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7), "speculators, Qwen3-VL": (1, 5, 7)}
 
 
@@ -165,31 +197,32 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.3
 
-    wide, shared = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM
+    wide, shared, size = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM, WIDTHS.get(name, HIDDEN)
     weights = {}
     for each in layers_of(name):
-        width = 2 * HIDDEN if each == layer else HIDDEN
+        width = 2 * size if each == layer else size
         weights |= {
             f"{each}.self_attn.q_proj.weight": random(wide, width),
             f"{each}.self_attn.k_proj.weight": random(shared, width),
             f"{each}.self_attn.v_proj.weight": random(shared, width),
-            f"{each}.self_attn.o_proj.weight": random(HIDDEN, wide),
-            f"{each}.mlp.gate_proj.weight": random(48, HIDDEN),
-            f"{each}.mlp.up_proj.weight": random(48, HIDDEN),
-            f"{each}.mlp.down_proj.weight": random(HIDDEN, 48),
-            f"{each}.post_attention_layernorm.weight": 1 + random(HIDDEN),
+            f"{each}.self_attn.o_proj.weight": random(size, wide),
+            f"{each}.mlp.gate_proj.weight": random(48, size),
+            f"{each}.mlp.up_proj.weight": random(48, size),
+            f"{each}.mlp.down_proj.weight": random(size, 48),
+            f"{each}.post_attention_layernorm.weight": 1 + random(size),
         }
     weights |= {
-        "fc.weight": random(HIDDEN, 3 * HIDDEN),
-        "lm_head.weight": random(len(DRAFTED), HIDDEN),
+        "fc.weight": random(size, 3 * HIDDEN),
+        "lm_head.weight": random(len(DRAFTED), size),
         "d2t": torch.tensor(DRAFTED) - torch.arange(len(DRAFTED)),
         "t2d": torch.isin(torch.arange(VOCAB_SIZE), torch.tensor(DRAFTED)),
-        "embed_tokens.weight": random(VOCAB_SIZE, HIDDEN),
+        "embed_tokens.weight": random(VOCAB_SIZE, size),
     }
     for norm in ("hidden_norm", "input_layernorm"):
-        weights[f"{layer}.{norm}.weight"] = 1 + random(HIDDEN)
+        weights[f"{layer}.{norm}.weight"] = 1 + random(size)
     for norm in ("norm", *norms):
-        width = {"input_norm": 3 * HIDDEN, "q_norm": HEAD_DIM, "k_norm": HEAD_DIM}.get(norm.split(".")[-1], HIDDEN)
+        widths = {"input_norm": 3 * HIDDEN, "q_norm": HEAD_DIM, "k_norm": HEAD_DIM}
+        width = HIDDEN if norm.startswith("fc_norm") else widths.get(norm.split(".")[-1], size)
         weights[f"{norm}.weight"] = 1 + random(width)
     return weights
 
@@ -211,8 +244,8 @@ def independent(
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The published forward over all rows at once, written anew: `embeds` `(n, hidden)` and `taps` `(n, 3 * hidden)`, and
-    then rows `own` that read features `(1, hidden)` of the draft, all at `positions` `(3, n)`, or 0, 1, 2 and so on.
+    The published forward over all rows at once, written anew: `embeds` `(n, size)` and `taps` `(n, 3 * hidden)`, and
+    then rows `own` that read features `(1, size)` of the draft, all at `positions` `(3, n)`, or 0, 1, 2 and so on.
     Returns what the next row reads, and the logits.
     """
     published, layer, norms, theta = LAYOUTS[name]
@@ -265,7 +298,8 @@ def test_hidden_states_are_those_of_the_published_forward(name: str, tmp_path: P
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
     assert type(draft) is Eagle3DraftModel
     assert draft.feature_layers == taps_of(name)
-    embeds, taps, embed = torch.randn(9, HIDDEN), torch.randn(9, 3 * HIDDEN), torch.randn(1, HIDDEN)
+    size = WIDTHS.get(name, HIDDEN)
+    embeds, taps, embed = torch.randn(9, size), torch.randn(9, 3 * HIDDEN), torch.randn(1, size)
     expected, logits = independent(name, weights, embeds, taps)
     outputs = draft(inputs_embeds=embeds[None], features=draft.fuse(taps[None]), use_cache=True)
     torch.testing.assert_close(outputs.last_hidden_state[0], expected, atol=1e-4, rtol=1e-4)
@@ -295,7 +329,8 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
         pictures["mm_token_type_ids"] = (ids == IMAGE_ID).long()[None]
     states = target(input_ids=ids[None], output_hidden_states=True, **pictures).hidden_states
     taps = torch.cat([states[layer][0] for layer in taps_of(name)], dim=-1)
-    embeds = target.get_input_embeddings()(ids)  # of placeholders where pictures are
+    table = weights["embed_tokens.weight"] if name in WIDTHS else target.get_input_embeddings().weight
+    embeds = table[ids]  # of placeholders where pictures are
     positions = positions_of(ids.tolist())[:, :-1] if name in AXES else None
     _, logits = independent(name, weights, embeds[1:], taps[:-1], positions=positions)
     proposed = torch.tensor(DRAFTED)[logits.topk(8).indices]  # after token r + 1
@@ -309,7 +344,9 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("name", ["SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL"])
+@pytest.mark.parametrize(
+    "name", ["SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL", "SpecForge, narrower"]
+)
 def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path: Path) -> None:
     target = make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", name), target)
@@ -358,7 +395,16 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "a map that is a look-up": (broken(WHOLE, d2t=torch.tensor(DRAFTED)), {}, "must hold offsets"),
     "maps that differ": (broken(WHOLE, t2d=~WHOLE["t2d"]), {}, "must hold offsets"),
     "no head": (broken(WHOLE, **{"lm_head.weight": None}), {}, "got no `lm_head.weight`"),
-    "embeddings of its own": (WHOLE, {"embed_requires_grad": True}, "read the target's embeddings"),
+    "lost embeddings of its own": (
+        broken(WHOLE, **{"embed_tokens.weight": None}),
+        {"embed_requires_grad": True},
+        "must hold its embeddings",
+    ),
+    "another width without embeddings": (
+        broken(make_weights("SpecForge, narrower"), **{"embed_tokens.weight": None}),
+        LAYOUTS["SpecForge, narrower"][0],
+        "must hold its embeddings",
+    ),
     "a lost norm": (broken(WHOLE, **{"norm.weight": None}), {}, "missing \\['norm.weight'\\]"),
     "one tensor more": (broken(WHOLE, more=torch.ones(2)), {}, "unexpected \\['more'\\]"),
     "another width": (broken(WHOLE, **{"fc.weight": torch.ones(HIDDEN, HIDDEN)}), {}, "fc.weight"),
@@ -392,6 +438,27 @@ def test_speculators_must_say_what_is_added(target: PreTrainedModel, tmp_path: P
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must say `norm_before_residual`"):
         AutoDraftModel.from_pretrained(folder, target)
+
+
+def test_embeddings_of_its_own_need_ids(target: PreTrainedModel, tmp_path: Path) -> None:
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "SpecForge, narrower"), target)
+    ids = make_inputs("llava", (0,))["input_ids"]
+    call = {"inputs_embeds": target.get_input_embeddings()(ids), "max_new_tokens": 6, "do_sample": False}
+    with pytest.raises(ValueError, match="got no `input_ids`"):
+        target.generate(**call, assistant_model=draft)
+    plain = target.generate(**call)
+    assert torch.equal(target.generate(input_ids=ids, **call, assistant_model=draft)[:, ids.shape[1] :], plain)
+
+
+def test_a_draft_of_another_width_must_own_embeddings() -> None:
+    text_config = LlamaConfig(**SIZES)
+    with pytest.raises(ValueError, match="must have `own_embeddings`"):
+        Eagle3Config(text_config=text_config, target_hidden_size=2 * HIDDEN)
+    with pytest.raises(ValueError, match="reads no visual features"):
+        Eagle3Config(text_config=text_config, own_embeddings=True, reads_placeholders=False)
+    config = Eagle3Config(text_config=text_config, own_embeddings=True, target_hidden_size=2 * HIDDEN)
+    with pytest.raises(ValueError, match="a target of `hidden_size` 64, got LlavaConfig with 32"):
+        Eagle3DraftModel(config).check_target(make_deep_target("llava").config)
 
 
 def test_drafts_of_ours_need_no_target(target: PreTrainedModel, tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ DRAFTS: dict[str, Draft] = {
     ),
     "layers of Qwen3": ("llava", {"draft_vocab_size": len(DRAFTED)}, {"class": Qwen3Config, "head_dim": 8}, ONE),
     "biases": ("llava", {}, {"attention_bias": True}, ONE),
+    "a narrower draft": (
+        "llava",
+        {"target_hidden_size": 32, "own_embeddings": True},
+        {"hidden_size": 24},
+        ("sglang",),
+    ),
+    "embeddings of its own": ("llava", {"own_embeddings": True}, {}, ONE),
     "several layers": ("llava", {"norm_before_residual": True}, {"num_hidden_layers": 3}, ONE),
 }
 SAVED: list[tempfile.TemporaryDirectory] = []  # removed at the end of the process
@@ -119,7 +126,7 @@ def hidden_states(draft: FeatureDraftModel, axes: bool = False) -> list[torch.Te
     generator = torch.Generator().manual_seed(4)
     size = draft.config.get_text_config().hidden_size
     embeds, own = (torch.randn(1, rows, size, generator=generator) for rows in (7, 1))
-    features = torch.randn(1, 7, len(draft.feature_layers) * size, generator=generator)
+    features = torch.randn(1, 7, len(draft.feature_layers) * draft.target_hidden_size, generator=generator)
     places = torch.randint(0, 9, (3, 1, 8), generator=generator) if axes else torch.arange(8)[None]
     with torch.no_grad():
         first = draft(embeds, draft.fuse(features), position_ids=places[..., :7], use_cache=True)
@@ -271,6 +278,12 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
     "one norm": ("llava", "sglang", of_llava(norm_before_fc=True), "`norm_before_fc`"),
     "biases": ("llava", "sglang", of_llava(layer={"attention_bias": True}), "biases of the attention"),
     "biases of the MLP": ("llava", "sglang", of_llava(layer={"mlp_bias": True}), "biases of the MLP"),
+    "embeddings of its own": ("llava", "sglang", of_llava(own_embeddings=True), "its own embeddings"),
+    "another width": (
+        *("llava", "speculators"),
+        of_llava(target_hidden_size=32, own_embeddings=True, layer={"hidden_size": 24}),
+        "another width than the target's",
+    ),
     "layers": ("llava", "sglang", of_llava(layer={"num_hidden_layers": 2}), "layers behind the first"),
     "an activation": ("llava", "sglang", of_llava(layer={"hidden_act": "gelu"}), "the activation gelu"),
     "layers of Qwen3": ("llava", "sglang", of_llava(layer={"class": Qwen3Config, "head_dim": 8}), "layers of qwen3"),
@@ -359,7 +372,11 @@ def test_command_writes_what_loads(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(hidden_states(draft), hidden_states(again), strict=True))
 
 
-OPENED = [name for name, (_, settings, _, _) in DRAFTS.items() if "mrope_section" not in settings]
+OPENED = [
+    name
+    for name, (_, settings, _, layouts) in DRAFTS.items()
+    if "speculators" in layouts and "mrope_section" not in settings
+]
 
 
 @pytest.mark.parametrize("name", OPENED)
@@ -380,7 +397,8 @@ def test_speculators_own_reader_sees_the_same_draft(name: str, tmp_path: Path) -
     taps = torch.randn(1, 9, theirs.fc.in_features, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         theirs(hidden_states=taps, input_ids=ids, document_ids=torch.zeros(1, 9, dtype=torch.long), ttt_steps=2)
-        embeds = target.get_input_embeddings()(ids)
+        own = draft.get_input_embeddings()
+        embeds = (target.get_input_embeddings() if own is None else own)(ids)
         first = draft(embeds[:, :8], draft.fuse(taps[:, :8]), use_cache=True)
         second = draft(embeds[:, 8:], first.last_hidden_state[:, 7:], use_cache=True, **{CACHE: first[CACHE]})
         for outputs, rows, (their_states, their_logits) in zip(

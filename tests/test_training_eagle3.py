@@ -283,14 +283,14 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
     [
         ({}, {"feature_loss_weight": 1.0}, "does not predict the target's features, got `feature_loss_weight=1.0`"),
         ({"mrope_section": [1, 1, 2]}, {}, "A draft of one axis of positions can be trained"),
+        ({"own_embeddings": True}, {}, "A draft that reads the target's embeddings can be trained"),
     ],
 )
 def test_what_cannot_be_trained_raises(target, dataset, processor, tmp_path, overrides, losses, message):
     config = make_eagle3(target).config
     half = config.text_config.head_dim // 2
     for name, value in overrides.items():
-        assert name == "mrope_section"
-        config.mrope_section = [half - 2 * value[0], *value[:2]]
+        setattr(config, name, [half - 2 * value[0], *value[:2]] if name == "mrope_section" else value)
     with pytest.raises(ValueError, match=message):
         make_trainer(target, dataset, processor, tmp_path, draft=Eagle3DraftModel(config), **LOSSES | losses)
 

@@ -15,6 +15,7 @@ from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_device
 from transformers_msd.drafters.msd_captured import draft_trees
+from transformers_msd.drafters.prompts import prompt_ids
 from transformers_msd.drafters.reading import Reader, beside
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.committed import Committed
@@ -76,7 +77,7 @@ class MSDDrafter:
             target (`PreTrainedModel`):
                 Model to draft for.
             arguments (`dict[str, Any]`):
-                The keyword arguments of `generate`; any will do.
+                The keyword arguments of `generate`.
         """
         fact = unready_fact(self.draft)
         if fact is not None:
@@ -87,6 +88,11 @@ class MSDDrafter:
             raise ValueError(
                 f"The {self.draft.head.out_features} tokens of the draft must be chosen before it drafts, got "
                 "none. Train it with `MSDTrainer`, or call `choose_tokens`."
+            )
+        if self.draft.get_input_embeddings() is not None and prompt_ids(arguments) is None:
+            raise ValueError(
+                "A draft with embeddings of its own can't read `inputs_embeds` of the target, got no `input_ids`. "
+                "Pass them, too."
             )
 
 
@@ -150,7 +156,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             depth += 1
             features = beside(take_rows(hidden, slots), self._reader.context)
             hidden = self._forward(
-                inputs_embeds=self._target.embed(token_ids),
+                inputs_embeds=self._draft.embed(token_ids, self._target),
                 features=self._draft.deepen(features.to(self._device, self._dtype), depth),
                 attention_mask=self._room.mask(visible, self._dtype),
                 position_ids=self._positions((position_ids + depth).expand_as(token_ids)),

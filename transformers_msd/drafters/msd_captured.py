@@ -38,7 +38,7 @@ def draft_trees(
         draft ([`FeatureDraftModel`]):
             The draft model.
         target ([`Target`]):
-            Lends its embeddings and head.
+            Lends its embeddings and head, where the draft has none.
         config ([`TreeConfig`]):
             The trees.
         cache (`DynamicCache`):
@@ -105,7 +105,7 @@ def draft_trees(
         places = (next_positions + depth).expand_as(token_ids)
         depth += 1
         features = draft.deepen(beside(take_rows(hidden, slots), context), depth)
-        hidden = forward(target.embed(token_ids), features, places, lengths + counts, visible)
+        hidden = forward(draft.embed(token_ids, target), features, places, lengths + counts, visible)
         return rank(hidden, depth)
 
     tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)

@@ -49,6 +49,7 @@ class Reader:
         """
         if num_before is None:
             self.starts = committed.position_ids[:, 0]
+        committed = self._embed(committed, is_prompt)
         if is_prompt:
             committed = self._pool(committed)
         else:
@@ -65,12 +66,21 @@ class Reader:
         self.starts = keep_rows(self.starts, kept)
         self.context = None if self.context is None else keep_rows(self.context, kept)
 
+    def _embed(self, committed: Committed, is_prompt: bool) -> Committed:
+        """Give rows the embeddings that the draft reads, where these are not those of the target's rows."""
+        draft, owns = self._draft, self._draft.get_input_embeddings() is not None
+        if not owns and not (is_prompt and draft.reads_placeholders):
+            return committed
+        unnamed = (draft.config.visual_token_ids or [0])[0]
+        embeds = draft.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed), self._target)
+        if owns:
+            embeds = embeds.to(committed.inputs_embeds.device)
+        else:
+            embeds = embeds.where(committed.visual_mask[..., None], committed.inputs_embeds)
+        return replace(committed, inputs_embeds=embeds)
+
     def _pool(self, committed: Committed) -> Committed:
         draft = self._draft
-        if draft.reads_placeholders:
-            visual, unnamed = committed.visual_mask[..., None], (draft.config.visual_token_ids or [0])[0]
-            placeholders = self._target.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed))
-            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
         if not draft.pools:
             return committed
         rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)

@@ -88,6 +88,11 @@ class FeatureDraftModel(PreTrainedModel):
         return (-1,)
 
     @property
+    def target_hidden_size(self) -> int:
+        """Width of the target's hidden states."""
+        return self.config.get_text_config().hidden_size
+
+    @property
     def reads_placeholders(self) -> bool:
         """Whether a visual token enters as the embedding of its placeholder, and not as a visual feature."""
         return False
@@ -145,6 +150,11 @@ class FeatureDraftModel(PreTrainedModel):
             features.
         """
         return {}, real, context
+
+    def embed(self, token_ids: torch.Tensor, target: Any) -> torch.Tensor:
+        """Embeddings of tokens as the layer reads them: the [`Target`]'s, unless the draft has its own."""
+        own = self.get_input_embeddings()
+        return target.embed(token_ids) if own is None else own(token_ids.to(own.weight.device))
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -225,11 +235,12 @@ class FeatureDraftModel(PreTrainedModel):
             target (`PreTrainedModel` or `PreTrainedConfig`):
                 Model to draft for, or its config.
         """
-        ours, theirs = self.config.get_text_config(), getattr(target, "config", target).get_text_config()
-        for name in ("hidden_size", "vocab_size"):
-            if getattr(ours, name) != getattr(theirs, name):
+        theirs = getattr(target, "config", target).get_text_config()
+        ours = {"hidden_size": self.target_hidden_size, "vocab_size": self.config.get_text_config().vocab_size}
+        for name, size in ours.items():
+            if size != getattr(theirs, name):
                 raise ValueError(
-                    f"The draft was made for a target of `{name}` {getattr(ours, name)}, got {type(target).__name__} "
+                    f"The draft was made for a target of `{name}` {size}, got {type(target).__name__} "
                     f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
                     f"`{type(self.config).__name__}.from_target(target.config)`."
                 )

@@ -107,7 +107,7 @@ def _parts(
         return msd_config(draft, target_config), msd_weights(draft)
     assert isinstance(draft, Eagle3DraftModel)
     losses = {
-        "the scale of the target's embeddings": scales_embeddings(shapes),
+        "the scale of the target's embeddings": scales_embeddings(shapes) and not draft.config.own_embeddings,
         "the features of pictures in place of their tokens": not draft.config.reads_placeholders,
     }
     check_kept(layout, losses)
@@ -115,7 +115,8 @@ def _parts(
     if layout == "sglang":
         return sglang_config(draft, target_config), weights
     published = speculators_config(draft, target_model, target_config)
-    weights["embed_tokens.weight"] = read_embeddings(target_model, shapes).to(draft.dtype)
+    if not draft.config.own_embeddings:
+        weights["embed_tokens.weight"] = read_embeddings(target_model, shapes).to(draft.dtype)
     return published, weights
 
 

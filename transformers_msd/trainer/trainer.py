@@ -66,6 +66,11 @@ class MSDTrainer(DraftTrainer):
                 f"`mrope_section={model.config.mrope_section}`. Train a new one: "
                 f"`{type(model.config).__name__}.from_target(target.config)`."
             )
+        if model.get_input_embeddings() is not None:
+            raise ValueError(
+                f"A draft that reads the target's embeddings can be trained, got a {type(model).__name__} with "
+                f"`own_embeddings=True`. Train a new one: `{type(model.config).__name__}.from_target(target.config)`."
+            )
         if args.feature_loss_weight and not model.predicts_features:
             raise ValueError(
                 f"{type(model).__name__} does not predict the target's features, got `feature_loss_weight="

@@ -22,7 +22,7 @@ from transformers_msd.models.published import (
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
-# Embeddings are the target's, rotary frequencies follow from the config, and what the maps say is kept as ids.
+# Embeddings are mostly the target's, rotary frequencies follow from the config, and what the maps say is kept as ids.
 _DROPPED = re.compile(r"embed_tokens\.weight|(.*\.)?rotary_emb\.inv_freq|d2t|t2d")
 _TEXT_FIELDS = (
     "hidden_size",
@@ -48,7 +48,8 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     format of speculators (`layers.0.*`).
 
     Of several layers only the first reads embeddings and features side by side, as in speculators and vLLM. Copies of
-    the target's embeddings are dropped; every other tensor must have its place.
+    the target's embeddings are dropped; those of a draft of another width, or that were trained, are kept, and every
+    other tensor must have its place.
 
     Args:
         path_or_repo_id (`str` or `Path`):
@@ -57,8 +58,7 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Config of the target.
 
     Raises:
-        ValueError: If it is no such checkpoint, belongs to another target, or needs what is not supported: another
-            width than the target's, or embeddings of its own.
+        ValueError: If it is no such checkpoint, or belongs to another target.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
@@ -74,6 +74,8 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     own = {_renamed(key): value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
     draft = Eagle3DraftModel(config)
     own["draft_token_ids"] = token_ids
+    if config.own_embeddings:
+        own["embed_tokens.weight"] = weights["embed_tokens.weight"]
     check_weights(folder, own, draft.state_dict())
     draft = cast_weights(draft, own["fc.weight"].dtype)
     draft.load_state_dict(own)
@@ -96,16 +98,16 @@ def _draft_config(
     is_of_speculators = "transformer_layer_config" in published
     num_layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")}) or 1
     theirs = published.get("target_hidden_size") or text["hidden_size"]
-    if theirs != text["hidden_size"] or text["hidden_size"] != target_text.hidden_size:
+    if theirs != target_text.hidden_size:
         raise ValueError(
             f"The draft in {folder} is {text['hidden_size']} wide and reads a target of {theirs}, got one of "
-            f"{target_text.hidden_size}. Pass the target that it was trained for; a draft of another width than its "
-            "target's is not supported."
+            f"{target_text.hidden_size}. Pass the target that it was trained for."
         )
-    if published.get("embed_requires_grad"):
+    owns = theirs != text["hidden_size"] or bool(published.get("embed_requires_grad"))
+    if owns and "embed_tokens.weight" not in weights:
         raise ValueError(
-            f"A draft must read the target's embeddings, got one that was trained with its own in {folder} "
-            "(`embed_requires_grad`), which is not supported."
+            f"The draft in {folder} must hold its embeddings, `embed_tokens.weight`, got none: it is of another width "
+            "than its target, or was trained with its own (`embed_requires_grad`). Copy the folder again."
         )
     if is_of_speculators and "norm_before_residual" not in published:
         raise ValueError(
@@ -129,6 +131,8 @@ def _draft_config(
     return Eagle3Config(
         text_config=text_config,
         feature_layers=_feature_layers(published, target_text.num_hidden_layers),
+        target_hidden_size=theirs,
+        own_embeddings=owns,
         draft_vocab_size=None if len(token_ids) == vocab_size else len(token_ids),
         norm_before_residual=bool(published.get("norm_before_residual", False)),
         fc_norm=any(key.startswith("fc_norm.") for key in weights),
