@@ -260,11 +260,15 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
         arguments, args = make_parser().parse_dict(make_recipe(tmp_path, "first", max_steps=1, stage="text"))
         first = train(arguments, args).model
         assert type(first) is kind
-        settings = make_recipe(tmp_path, "second") | {"draft_model": str(tmp_path / "first"), "draft_config": None}
-        arguments, _ = make_parser().parse_dict(settings)
-        again = make_draft(arguments, None)
-        assert type(again) is kind
-        assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
+        # A second stage may repeat what the first said of the draft, and say nothing else.
+        settings = make_recipe(tmp_path, "second") | {"draft_model": str(tmp_path / "first")}
+        for known in ({}, {"draft_config": None}):
+            again = make_draft(make_parser().parse_dict(settings | known)[0], None)
+            assert type(again) is kind
+            assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
+        for other in ({"intermediate_size": 48}, {"num_hidden_layers": 2}, {"fc_norm": True}):
+            with pytest.raises(ValueError, match="`draft_config` must be what the draft in .* has, .*, got"):
+                make_draft(make_parser().parse_dict(settings | {"draft_config": other})[0], None)
     (tmp_path / "of_speculators").mkdir()
     (tmp_path / "of_speculators/config.json").write_text('{"speculators_model_type": "eagle3"}')
     MSDConfig.from_target(zoo.make_target("llava").config).save_pretrained(tmp_path / "msd")
