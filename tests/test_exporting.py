@@ -126,7 +126,7 @@ def hidden_states(draft: FeatureDraftModel, axes: bool = False) -> list[torch.Te
     generator = torch.Generator().manual_seed(4)
     size = draft.config.get_text_config().hidden_size
     embeds, own = (torch.randn(1, rows, size, generator=generator) for rows in (7, 1))
-    features = torch.randn(1, 7, len(draft.feature_layers) * draft.target_hidden_size, generator=generator)
+    features = torch.randn(1, 7, len(draft.feature_layers) * draft.config.target_hidden_size, generator=generator)
     places = torch.randint(0, 9, (3, 1, 8), generator=generator) if axes else torch.arange(8)[None]
     with torch.no_grad():
         first = draft(embeds, draft.fuse(features), position_ids=places[..., :7], use_cache=True)

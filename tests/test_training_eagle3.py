@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 
 pytest.importorskip("trl")
@@ -256,6 +256,7 @@ def test_processes_accumulation_and_interruptions_leave_the_curve(tmp_path):
 
 def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
     write_world(tmp_path)
+    target_config = AutoConfig.from_pretrained(tmp_path / "target")
     for make_recipe, kind in ((recipe, MSDDraftModel), (eagle3_recipe, Eagle3DraftModel)):
         arguments, args = make_parser().parse_dict(make_recipe(tmp_path, "first", max_steps=1, stage="text"))
         first = train(arguments, args).model
@@ -263,12 +264,12 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
         # A second stage may repeat what the first said of the draft, and say nothing else.
         settings = make_recipe(tmp_path, "second") | {"draft_model": str(tmp_path / "first")}
         for known in ({}, {"draft_config": None}):
-            again = make_draft(make_parser().parse_dict(settings | known)[0], None)
+            again = make_draft(make_parser().parse_dict(settings | known)[0], target_config)
             assert type(again) is kind
             assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
         for other in ({"intermediate_size": 48}, {"num_hidden_layers": 2}, {"fc_norm": True}):
             with pytest.raises(ValueError, match="`draft_config` must be what the draft in .* has, .*, got"):
-                make_draft(make_parser().parse_dict(settings | {"draft_config": other})[0], None)
+                make_draft(make_parser().parse_dict(settings | {"draft_config": other})[0], target_config)
     (tmp_path / "of_speculators").mkdir()
     (tmp_path / "of_speculators/config.json").write_text('{"speculators_model_type": "eagle3"}')
     MSDConfig.from_target(zoo.make_target("llava").config).save_pretrained(tmp_path / "msd")
@@ -279,7 +280,7 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
     ):
         settings = eagle3_recipe(tmp_path, "other") | {"draft_model": str(tmp_path / folder), "draft_config": None}
         with pytest.raises(ValueError, match=message):
-            make_draft(make_parser().parse_dict(settings)[0], None)
+            make_draft(make_parser().parse_dict(settings)[0], target_config)
 
 
 @pytest.mark.parametrize(

@@ -88,11 +88,6 @@ class FeatureDraftModel(PreTrainedModel):
         return (-1,)
 
     @property
-    def target_hidden_size(self) -> int:
-        """Width of the target's hidden states."""
-        return self.config.get_text_config().hidden_size
-
-    @property
     def reads_placeholders(self) -> bool:
         """Whether a visual token enters as the embedding of its placeholder, and not as a visual feature."""
         return False
@@ -235,15 +230,7 @@ class FeatureDraftModel(PreTrainedModel):
             target (`PreTrainedModel` or `PreTrainedConfig`):
                 Model to draft for, or its config.
         """
-        theirs = getattr(target, "config", target).get_text_config()
-        ours = {"hidden_size": self.target_hidden_size, "vocab_size": self.config.get_text_config().vocab_size}
-        for name, size in ours.items():
-            if size != getattr(theirs, name):
-                raise ValueError(
-                    f"The draft was made for a target of `{name}` {size}, got {type(target).__name__} "
-                    f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
-                    f"`{type(self.config).__name__}.from_target(target.config)`."
-                )
+        self.config.check_target(target)
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, custom_generate: bool | str = False, **kwargs: Any

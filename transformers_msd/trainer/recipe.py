@@ -220,12 +220,18 @@ def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> 
         own = {name: known.get(name) for name, value in given.items() if known.get(name) != value}
         if own:
             raise ValueError(
-                f"`draft_config` must be what the draft in {arguments.draft_model} has, {own}, got "
-                f"{given}. Leave it out to go on from that draft, or leave "
-                "`draft_model` out for a new one."
+                f"`draft_config` must be what the draft in {arguments.draft_model} has, {own}, got {given}. Leave it "
+                "out to go on from that draft, or leave `draft_model` out for a new one."
             )
+        config.check_target(target_config)
         return config
     return KINDS[arguments.draft].config_class.from_target(target_config, **(arguments.draft_config or {}))
+
+
+def check_draft(arguments: DraftArguments) -> None:
+    """Raise a `ValueError` for a draft that can't be one of its target, by their configs: no weights are loaded."""
+    arguments.check_places()
+    draft_config(arguments, AutoConfig.from_pretrained(arguments.target_model))
 
 
 def make_draft(arguments: DraftArguments, target_config: PreTrainedConfig) -> FeatureDraftModel:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
 from transformers_msd.models.configuration import DraftConfig, check_target_config, make_draft_config
@@ -107,6 +107,15 @@ class Eagle3Config(DraftConfig):
             raise ValueError(
                 f"`mrope_section` must divide the {num_frequencies} frequencies of a head in three, got {section}. "
                 "Copy it from the draft's own config."
+            )
+
+    def check_target(self, target: PreTrainedModel | PreTrainedConfig) -> None:
+        super().check_target(target)
+        num_layers = number_of(getattr(target, "config", target).get_text_config(), "num_hidden_layers") or 0
+        if any(not -num_layers - 1 <= layer <= num_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"The draft reads hidden states {self.feature_layers} of its target, got one of {num_layers} layers. "
+                "Pass the target that it was trained for, or other `feature_layers`."
             )
 
     @classmethod

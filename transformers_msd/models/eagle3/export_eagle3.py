@@ -57,7 +57,7 @@ def speculators_config(draft: Eagle3DraftModel, target_model: str, target_config
         "speculators",
         {
             f"layers of {text_config.model_type}": text_config.model_type not in ("llama", "qwen3"),
-            "another width than the target's": draft.target_hidden_size != text_config.hidden_size,
+            "another width than the target's": draft.config.target_hidden_size != text_config.hidden_size,
             "biases of the MLP": getattr(text_config, "mlp_bias", False),
             "hidden states behind the target's last norm": max(layers) == _num_layers(target_config),
         },
@@ -81,7 +81,7 @@ def speculators_config(draft: Eagle3DraftModel, target_model: str, target_config
         },
         "transformer_layer_config": layer_fields(text_config) | _rope_fields(draft),
         "draft_vocab_size": draft.head.out_features,
-        "target_hidden_size": draft.target_hidden_size,
+        "target_hidden_size": draft.config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": layers,
         "embed_requires_grad": draft.config.own_embeddings,
         "norm_before_residual": draft.config.norm_before_residual,
@@ -128,7 +128,7 @@ def sglang_config(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> d
         **layer_fields(text_config),
         **_rope_fields(draft),
         "draft_vocab_size": draft.head.out_features,
-        "target_hidden_size": draft.target_hidden_size,
+        "target_hidden_size": draft.config.target_hidden_size,
         "num_aux_hidden_states": len(layers),
         # Outputs of layers are counted, one less.
         "eagle_config": {

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -134,25 +134,12 @@ class Eagle3DraftModel(FeatureDraftModel):
         return tuple(self.config.feature_layers)
 
     @property
-    def target_hidden_size(self) -> int:
-        return self.config.target_hidden_size
-
-    @property
     def reads_placeholders(self) -> bool:
         return self.config.reads_placeholders
 
     @property
     def reads_axes(self) -> bool:
         return self.config.mrope_section is not None
-
-    def check_target(self, target: PreTrainedModel | PreTrainedConfig) -> None:
-        super().check_target(target)
-        num_layers = getattr(target, "config", target).get_text_config().num_hidden_layers
-        if any(not -num_layers - 1 <= layer <= num_layers for layer in self.feature_layers):
-            raise ValueError(
-                f"The draft reads hidden states {list(self.feature_layers)} of its target, got one of {num_layers} "
-                "layers. Pass the target that it was trained for."
-            )
 
     def get_input_embeddings(self) -> nn.Embedding | None:
         """Its own embeddings, or None: they are the target's."""
