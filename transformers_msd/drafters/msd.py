@@ -129,10 +129,10 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._room: Room | None = None
         self._pending: Committed | None = None
         self._owner = Owner([draft])
-        self._reader = Reader(draft, target)
+        self.reader = Reader(draft, target)
         if isinstance(carried := inputs.carried, _Carried) and carried.owner == self._owner:
             self._cache, self._pending = carried.cache, carried.pending
-            self._reader.starts, self._reader.context = carried.starts, carried.context
+            self.reader.starts, self.reader.context = carried.starts, carried.context
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
 
@@ -143,7 +143,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
         num_before = None if self._room is None else self._room.lengths
-        committed = self._reader.read(committed, is_prompt, num_before)
+        committed = self.reader.read(committed, is_prompt, num_before)
         if self._captures is not None:
             return self._draft_captured(committed, is_prompt)
         last_rows = committed.last_rows[:, None]
@@ -154,7 +154,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
             nonlocal hidden, depth
             depth += 1
-            features = beside(take_rows(hidden, slots), self._reader.context)
+            features = beside(take_rows(hidden, slots), self.reader.context)
             hidden = self._forward(
                 inputs_embeds=self._draft.embed(token_ids, self._target),
                 features=self._draft.deepen(features.to(self._device, self._dtype), depth),
@@ -216,7 +216,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._room.lengths,
             inputs_embeds,
             features,
-            self._reader.context,
+            self.reader.context,
             position_ids,
             next_positions,
             committed.lengths,
@@ -235,19 +235,19 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._room is not None:
             self._room.keep_sequences(kept)
             self._room.settle(None, self._room.lengths, self._room.host_lengths)
-            self._reader.keep_sequences(kept)
+            self.reader.keep_sequences(kept)
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
         if self._pending is not None:
             committed = self._pending.join(committed)
         if self._room is None:
-            lengths, self._reader.starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
+            lengths, self.reader.starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
         else:
             lengths = self._room.lengths.to(committed.lengths.device)
             self._room.leave()
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
-        starts, context = self._reader.starts, self._reader.context
+        starts, context = self.reader.starts, self.reader.context
         lengths = torch.minimum(lengths, target.num_real_rows - starts - committed.lengths)
         return _Carried(self._cache, lengths, starts, context, committed, self._owner)
 

@@ -11,12 +11,11 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from transformers_msd.models.base import FeatureDraftModel
-from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
-from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import token_counts
+from transformers_msd.trainer.health import check_trainable
 from transformers_msd.trainer.losses import feature_loss
 from transformers_msd.traits.scales import Scales, scales_of
 
@@ -54,23 +53,8 @@ class MSDTrainer(DraftTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
-        if isinstance(model, HiViSDraftModel | ViSpecDraftModel):
-            raise ValueError(
-                f"`model` must be one that is trained here, got {type(model).__name__}, which is only loaded. Make "
-                "an `MSDDraftModel(MSDConfig.from_target(target.config))`."
-            )
+        check_trainable(model)
         model.check_target(target)
-        if model.reads_axes:
-            raise ValueError(
-                f"A draft of one axis of positions can be trained, got a {type(model).__name__} with "
-                f"`mrope_section={model.config.mrope_section}`. Train a new one: "
-                f"`{type(model.config).__name__}.from_target(target.config)`."
-            )
-        if model.get_input_embeddings() is not None:
-            raise ValueError(
-                f"A draft that reads the target's embeddings can be trained, got a {type(model).__name__} with "
-                f"`own_embeddings=True`. Train a new one: `{type(model.config).__name__}.from_target(target.config)`."
-            )
         if args.feature_loss_weight and not model.predicts_features:
             raise ValueError(
                 f"{type(model).__name__} does not predict the target's features, got `feature_loss_weight="
