@@ -258,6 +258,19 @@ def test_a_draft_without_pictures_leaves_as_eagle(fc_bias: bool, num_hidden_laye
     assert all(torch.equal(*trees) for trees in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_how_pictures_are_read_is_nothing_to_lose_without_them(decoupled: bool, layout: str, tmp_path: Path) -> None:
+    target = make_target("llama")
+    own = {"visual_token_ids": [], "feature_layers": [1], "reads_placeholders": False, "decoupled": decoupled}
+    draft = make_eagle3(own, {})
+    again = AutoDraftModel.from_pretrained(exported(draft, layout, target, tmp_path), target)
+    again.tree_config = draft.tree_config
+    ours, theirs = (proposals(one, target, make_inputs("llama", (0,))) for one in (draft, again))
+    assert len(ours) == len(theirs) > 2
+    assert all(torch.equal(*trees) for trees in zip(ours, theirs, strict=True))
+
+
 def of_llava(**settings: Any) -> Callable[[], FeatureDraftModel]:
     layer = settings.pop("layer", {})
     return lambda: make_eagle3(settings, layer)
@@ -297,6 +310,11 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
     "the last norm": ("llava", "sglang", of_llava(feature_layers=[2, 4, -1]), "behind the target's last norm"),
     "the last norm, too": ("llava", "speculators", of_llava(feature_layers=[2, 4, 8]), "behind the target's last nor"),
     "pictures as they are": ("llava", "speculators", of_llava(reads_placeholders=False), "the features of pictures"),
+    "pictures instead of features": (
+        *("llava", "speculators"),
+        of_llava(reads_placeholders=False, decoupled=True),
+        "the features of pictures",
+    ),
     "other pictures": ("llava", "sglang", of_llava(visual_token_ids=[7]), "`visual_token_ids`"),
     "biases of a reader's": ("llava", "speculators", of_llava(layer={"mlp_bias": True}), "biases of the MLP"),
     "stretched axes": (
