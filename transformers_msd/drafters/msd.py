@@ -32,6 +32,7 @@ class _Carried:
     lengths: torch.Tensor
     starts: torch.Tensor
     context: torch.Tensor | None
+    begins_visual: torch.Tensor
     pending: Committed
     owner: Owner
 
@@ -133,6 +134,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if isinstance(carried := inputs.carried, _Carried) and carried.owner == self._owner:
             self._cache, self._pending = carried.cache, carried.pending
             self.reader.starts, self.reader.context = carried.starts, carried.context
+            self.reader.begins_visual = carried.begins_visual
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
 
@@ -235,7 +237,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._room is not None:
             self._room.keep_sequences(kept)
             self._room.settle(None, self._room.lengths, self._room.host_lengths)
-            self.reader.keep_sequences(kept)
+        self.reader.keep_sequences(kept)
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
@@ -249,7 +251,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
         starts, context = self.reader.starts, self.reader.context
         lengths = torch.minimum(lengths, target.num_real_rows - starts - committed.lengths)
-        return _Carried(self._cache, lengths, starts, context, committed, self._owner)
+        return _Carried(self._cache, lengths, starts, context, self.reader.begins_visual, committed, self._owner)
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         lengths = lengths.to(self._device)

@@ -120,6 +120,7 @@ class FeatureDraftModel(PreTrainedModel):
         visual_mask: torch.Tensor,
         real: torch.Tensor,
         context: torch.Tensor | None,
+        begins_visual: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
         """
         Choose the rows of a prompt that are read, as in training.
@@ -137,6 +138,9 @@ class FeatureDraftModel(PreTrainedModel):
                 Which rows are real, without a gap in a sequence; what lies behind them is filler.
             context (`torch.Tensor` of shape `(batch_size, context_size)`, *optional*):
                 What earlier prompts of the sequences have left to be read with each feature; none at the start.
+            begins_visual (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Whether token 0, whose feature the first row reads, is visual, where the rows are the first of their
+                sequences.
 
         Returns:
             `tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]`: Those of the first three that change,
