@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_eagle3 import make_deep_target
+from test_eagle3 import write as write_eagle3
 from test_msd_drafter import Spy, assert_same_trees
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import CompileConfig
@@ -24,6 +26,7 @@ from transformers_msd import (
     ViSpecDraftModel,
 )
 from transformers_msd.compat import CACHE
+from transformers_msd.models import published
 
 
 HIDDEN, NUM_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 8, 48
@@ -472,6 +475,20 @@ def test_precision_and_target_are_those_asked_for(tmp_path: Path) -> None:
         inputs = prompt(name, 2)
         plain, drafted = (target.generate(**inputs, max_new_tokens=6, assistant_model=own) for own in (None, half))
         assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize("name", ["HiViS, LLaVA", "ViSpec, LLaVA", "SafeAILab", "EAGLE-1"])
+def test_files_are_read_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "SafeAILab":
+        folder, target = write_eagle3(tmp_path / "draft", name), make_deep_target("llava")
+    else:
+        own = {key: value for key, value in VISPEC.items() if not key.startswith(("im", "residual"))}
+        weights = own if name == "EAGLE-1" else None
+        folder, target = write(tmp_path / "draft", "ViSpec, LLaVA" if weights else name, weights), make_target("llava")
+    read: list[Path] = []
+    monkeypatch.setattr(published, "load_file", lambda file: (read.append(file), load_file(file))[1])
+    AutoDraftModel.from_pretrained(folder, target.config)
+    assert read == [folder / "model.safetensors"]
 
 
 def test_they_are_not_trained(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def is_eagle3(weights: dict[str, torch.Tensor]) -> bool:
     return any(key.endswith(".hidden_norm.weight") for key in weights)
 
 
-def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> Eagle3DraftModel:
+def load_eagle3_checkpoint(
+    path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
+) -> Eagle3DraftModel:
     """
     Load an EAGLE-3 checkpoint as a draft for a target: of SafeAILab, AngelSlim or SpecForge (`midlayer.*`), or in the
     format of speculators (`layers.0.*`).
@@ -56,6 +58,8 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Folder, or repository on the Hub, with `config.json` and its weights.
         target_config (`PreTrainedConfig`):
             Config of the target.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            What its files hold, where they have been read.
 
     Raises:
         ValueError: If it is no such checkpoint, or belongs to another target.
@@ -63,7 +67,8 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
     published = read_config(folder)
-    weights = {key.removeprefix("model."): value for key, value in read_weights(folder).items()}
+    weights = read_weights(folder) if weights is None else weights
+    weights = {key.removeprefix("model."): value for key, value in weights.items()}
     if not is_eagle3(weights):
         raise ValueError(
             f"The weights in {folder} must be those of an EAGLE-3 draft, got none named `hidden_norm`. Load other "
