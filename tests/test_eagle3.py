@@ -25,6 +25,8 @@ from transformers_msd import (
 )
 from transformers_msd.cli import main
 from transformers_msd.compat import CACHE
+from transformers_msd.target import target as axes_of_target
+from transformers_msd.target.axes import axis_positions
 
 
 NUM_LAYERS, HIDDEN, NUM_HEADS, NUM_SHARED, HEAD_DIM = 8, 32, 4, 2, 12
@@ -374,6 +376,40 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path
         assert torch.equal(eager, captured)
         assert drafted[0].speculative_stats.num_accepted > 0
     assert compiled["assistant_model"].num_captures > 0
+
+
+@pytest.mark.parametrize("way", ["eager", "captured"])
+def test_positions_on_axes_are_looked_up_once_a_round_and_go_on_alike(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, depth = "SpecForge, Qwen2.5-VL", 4
+    target = make_deep_target(architecture_of(name))
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    draft.tree_config = TreeConfig(num_nodes=12, depth=depth, top_k=2, gate=False, ngrams=False)
+    inputs = make_inputs(architecture_of(name), (1,))
+    length = 1 + int((inputs["input_ids"][0] == IMAGE_ID).nonzero()[-1])  # the prompt ends with its picture
+    inputs = {
+        key: value[:, :length] if value.shape[0] == 1 < value.ndim and key != "image_grid_thw" else value
+        for key, value in inputs.items()
+    }
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        axes_of_target, "axis_positions", lambda *given: (found.append(axis_positions(*given)), found[-1])[1]
+    )
+    read: list[torch.Tensor] = []
+    draft.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["position_ids"].clone()), with_kwargs=True
+    )
+    call = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    runtime = {"assistant_model": draft if way == "eager" else StaticRuntime(draft)}
+    runtime |= {} if way == "eager" else {"disable_compile": True}
+    drafted = target.generate(**inputs, **call, **runtime)
+    assert torch.equal(drafted.sequences, target.generate(**inputs, **call).sequences)
+    assert len(found) <= 2 * len(drafted.speculative_stats.acceptance_lengths) + 1
+    # Behind the last token of the picture, which stands at row and column 1 of it, and on from there.
+    levels = [positions[..., 0] for positions in read if positions.shape[-1] == 2][: depth - 1]
+    last = positions_of(inputs["input_ids"][0].tolist())[:, -1:]
+    assert [level.tolist() for level in levels] == [(last + 1 + level).tolist() for level in range(depth - 1)]
 
 
 def test_what_the_user_sees_is_what_was_asked_for(target: PreTrainedModel, tmp_path: Path) -> None:

@@ -150,18 +150,18 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             return self._draft_captured(committed, is_prompt)
         last_rows = committed.last_rows[:, None]
         hidden = take_rows(self._extend(committed), last_rows)  # (batch, 1, hidden)
-        position_ids = committed.position_ids.gather(1, last_rows)
-        depth = 0
+        next_positions, depth = self._next_positions(committed), 0
 
         def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
             nonlocal hidden, depth
+            position_ids = (next_positions + depth).expand(*next_positions.shape[:-1], token_ids.shape[1])
             depth += 1
             features = beside(take_rows(hidden, slots), self.reader.context)
             hidden = self._forward(
                 inputs_embeds=self._draft.embed(token_ids, self._target),
                 features=self._draft.deepen(features.to(self._device, self._dtype), depth),
                 attention_mask=self._room.mask(visible, self._dtype),
-                position_ids=self._positions((position_ids + depth).expand_as(token_ids)),
+                position_ids=position_ids,
             )
             return self._rank(hidden, depth)
 
@@ -187,10 +187,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             committed = committed.last()
         self._room.reserve(num_rows + config.depth * config.top_k)
         more = num_rows - committed.token_ids.shape[1]
-        position_ids, next_positions = self._positions(committed.position_ids), None
-        if self._draft.reads_axes:
-            last_positions = committed.position_ids.gather(1, committed.last_rows[:, None])
-            next_positions = self._positions(last_positions + 1)[-1]
+        position_ids, next_positions = self._positions(committed.position_ids), self._next_positions(committed)
         inputs_embeds, features = (
             pad(rows, (0, 0, 0, more)).to(self._dtype) for rows in (committed.inputs_embeds, committed.features)
         )
@@ -232,6 +229,10 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if config.min_probability:
             num_nodes = int((parents >= 0).sum(-1).max()) + 1
         return TokenTree(*(rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores)), config.depth)
+
+    def _next_positions(self, committed: Committed) -> torch.Tensor:
+        """Positions behind the last rows; a level deeper they go on by one, on all axes alike."""
+        return self._positions(committed.position_ids.gather(1, committed.last_rows[:, None]) + 1)
 
     def keep_sequences(self, kept: list[bool]) -> bool:
         if self._room is not None:
