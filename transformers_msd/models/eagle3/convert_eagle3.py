@@ -10,14 +10,13 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.places import check_finite
 from transformers_msd.models.published import (
     EXPORTER,
-    cast_weights,
-    check_weights,
+    fill_draft,
     find_folder,
     read_config,
     read_weights,
+    renamed,
 )
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
@@ -76,20 +75,11 @@ def load_eagle3_checkpoint(
         )
     token_ids = _draft_token_ids(folder, weights, target_config.get_text_config().vocab_size)
     config = _draft_config(folder, published, weights, target_config, token_ids)
-    own = {_renamed(key): value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
-    draft = Eagle3DraftModel(config)
+    own = {key: value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
     own["draft_token_ids"] = token_ids
     if config.own_embeddings:
         own["embed_tokens.weight"] = weights["embed_tokens.weight"]
-    check_weights(folder, own, draft.state_dict())
-    draft = cast_weights(draft, own["fc.weight"].dtype)
-    draft.load_state_dict(own)
-    check_finite(draft, str(path_or_repo_id))
-    return draft.eval()
-
-
-def _renamed(key: str) -> str:
-    return next((own + key.removeprefix(theirs) for theirs, own in _NAMES.items() if key.startswith(theirs)), key)
+    return fill_draft(Eagle3DraftModel(config), renamed(own, _NAMES), folder)
 
 
 def _draft_config(
