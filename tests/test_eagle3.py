@@ -145,6 +145,21 @@ LAYOUTS |= {
         1e4,
     ),
 }
+# Projections of the attention that have biases, Qwen2's and Llama's.
+BIASED = {"SafeAILab, Qwen2": "qkv", "SpecForge, Qwen2, axes": "qkv", "speculators, biases": "qkvo"}
+LAYOUTS |= {
+    "SafeAILab, Qwen2": (
+        {name: value for name, value in SIZES.items() if name != "head_dim"} | {"rope_theta": 5e5},
+        "midlayer",
+        (),
+        5e5,
+    ),
+    "SpecForge, Qwen2, axes": (SIZES | MROPE | {"architectures": ["LlamaForCausalLMEagle3"]}, "midlayer", (), 1e4),
+    "speculators, biases": (LAYOUTS["speculators, wider"][0] | {"norm_before_residual": False}, "layers.0", (), 1e4),
+}
+WIDTHS |= {"SafeAILab, Qwen2": NUM_HEADS * HEAD_DIM, "speculators, biases": WIDTHS["speculators, wider"]}
+AXES["SpecForge, Qwen2, axes"] = AXES["SpecForge, Qwen2.5-VL"]
+LAYOUTS["SafeAILab, Qwen2"][0].update(hidden_size=WIDTHS["SafeAILab, Qwen2"], target_hidden_size=HIDDEN)
 TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7), "speculators, Qwen3-VL": (1, 5, 7)}
 
 
@@ -213,6 +228,8 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
             f"{each}.mlp.down_proj.weight": random(size, 48),
             f"{each}.post_attention_layernorm.weight": 1 + random(size),
         }
+    for kind in BIASED.get(name, ""):
+        weights[f"{layer}.self_attn.{kind}_proj.bias"] = random(len(weights[f"{layer}.self_attn.{kind}_proj.weight"]))
     weights |= {
         "fc.weight": random(size, 3 * HIDDEN),
         "lm_head.weight": random(len(DRAFTED), size),
@@ -264,14 +281,18 @@ def independent(
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     def layer_of(each: str, residual: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
+        def projected_by(kind: str, rows: torch.Tensor) -> torch.Tensor:
+            bias = weights.get(f"{each}.self_attn.{kind}_proj.bias", torch.zeros(()))
+            return rows @ weights[f"{each}.self_attn.{kind}_proj.weight"].T + bias
+
         def heads(kind: str, num: int) -> torch.Tensor:
-            projected = joined @ weights[f"{each}.self_attn.{kind}_proj.weight"].T
+            projected = projected_by(kind, joined)
             found, norm = projected.view(len(joined), num, HEAD_DIM).transpose(0, 1), f"{each}.self_attn.{kind}_norm"
             return (normed(found, norm) if norm in norms else found).repeat_interleave(NUM_HEADS // num, 0)
 
         query, key = rotated(heads("q", NUM_HEADS)), rotated(heads("k", NUM_SHARED))
         attended = scaled_dot_product_attention(query, key, heads("v", NUM_SHARED), is_causal=True)
-        hidden = residual + attended.transpose(0, 1).flatten(1) @ weights[f"{each}.self_attn.o_proj.weight"].T
+        hidden = residual + projected_by("o", attended.transpose(0, 1).flatten(1))
         inner = normed(hidden, f"{each}.post_attention_layernorm")
         gate, up, down = (weights[f"{each}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down"))
         return hidden + (silu(inner @ gate) * (inner @ up)) @ down

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
@@ -112,8 +112,9 @@ def _draft_config(
     rope = _rope_parameters(published, text)
     section, interleaved = rope.pop("mrope_section", None), rope.pop("mrope_interleaved", False)
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
-    # Qwen3's layer has norms of queries and keys besides.
-    config_class = Qwen3Config if any(key.endswith("q_norm.weight") for key in weights) else LlamaConfig
+    config_class = _layer_class(weights)
+    if config_class is Qwen2Config:  # it has no such field of itself
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     text_config = config_class(
         **fields | special_token_ids(target_config),
         vocab_size=target_text.vocab_size,
@@ -137,6 +138,14 @@ def _draft_config(
         mrope_section=section,
         mrope_interleaved=interleaved,
     )
+
+
+def _layer_class(weights: dict[str, torch.Tensor]) -> type[PreTrainedConfig]:
+    """Choose the layer: Qwen3 norms queries and keys, Qwen2 has biases there and of values, Llama has all or none."""
+    ends = {key.partition(".self_attn.")[2] for key in weights}
+    if "q_norm.weight" in ends:
+        return Qwen3Config
+    return Qwen2Config if "q_proj.bias" in ends and "o_proj.bias" not in ends else LlamaConfig
 
 
 def _feature_layers(published: dict[str, Any], num_layers: int) -> list[int]:

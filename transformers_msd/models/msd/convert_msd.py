@@ -53,9 +53,7 @@ def convert_msd_checkpoint(
     if published.get("model_type") == MSDConfig.model_type:
         return _load_ours(folder, target_config)
     weights = read_own_weights(folder, weights)
-    draft = MSDDraftModel(_draft_config(published, weights, target_config))
-    weights = {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
-    return fill_draft(draft, weights, folder)
+    return fill_draft(MSDDraftModel(_draft_config(published, weights, target_config)), _named(weights), folder)
 
 
 def read_own_weights(folder: Path, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -121,13 +119,27 @@ def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_conf
     if "rope_theta" in published:
         rope_parameters = target_config.get_text_config().rope_parameters
         fields["rope_parameters"] = {**rope_parameters, "rope_theta": published["rope_theta"]}
-    return MSDConfig.from_target(
-        target_config,
-        **{"num_hidden_layers": 1, **fields},
+    own = {
         # The published code reads this name and takes a missing one as true; some that have one say they have none.
-        fc_bias=published.get("bias", True) or "fc.bias" in weights,
-        input_layernorm="layers.0.input_layernorm.weight" in weights,
-    )
+        "fc_bias": published.get("bias", True) or "fc.bias" in weights,
+        "input_layernorm": "layers.0.input_layernorm.weight" in weights,
+    }
+    config = MSDConfig.from_target(target_config, **{"num_hidden_layers": 1, **fields}, **own)
+    if _names(config) == _named(weights).keys():
+        return config
+    # EAGLE's code makes a layer of its own kind, whatever the target's is.
+    layer = eagle_layer(published, weights, target_config)
+    other = MSDConfig(text_config=layer, visual_token_ids=config.visual_token_ids, **own)
+    return other if _names(other) == _named(weights).keys() else config
+
+
+def _names(config: MSDConfig) -> set[str]:
+    with torch.device("meta"):
+        return set(MSDDraftModel(config).state_dict())
+
+
+def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
 
 
 __all__ = ["convert_msd_checkpoint", "eagle_layer", "read_own_weights"]
