@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_msd_drafter import Spy, assert_same_trees
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import AutoModelForImageTextToText, CompileConfig, LlamaConfig, PreTrainedModel
 from zoo import IMAGE_ID, VOCAB_SIZE, make_inputs, make_target
@@ -399,6 +400,40 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path
     assert compiled["assistant_model"].num_captures > 0
 
 
+@pytest.mark.parametrize("new_tokens", [(1,), (1, 1), (6,)])  # of turns before: one is drafted for by nobody
+@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("name", ["SpecForge, Qwen2.5-VL", "SafeAILab"])
+def test_a_turn_on_a_kept_cache_drafts_as_the_whole_conversation(
+    name: str, with_picture: bool, new_tokens: tuple[int, ...], tmp_path: Path
+) -> None:
+    architecture = architecture_of(name)
+    target = make_deep_target(architecture)
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False, ngrams=False)
+    call = {"do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
+    # Transformers takes a picture in one of the turns: the last, or the first.
+    prompts = [make_inputs(architecture, (number,), lengths=(9,)) for number in (not with_picture, with_picture)]
+    ids, cache, pictures = prompts[0]["input_ids"], {}, {}
+    turns = [(prompts[0], number) for number in new_tokens] + [(prompts[1], 6)]
+    for turn, (prompt, num_new) in enumerate(turns):
+        is_last, given = turn == len(new_tokens), prompt["input_ids"] if turn else ids[:, :0]
+        given = given if is_last or turn == 0 else torch.full((1, 2), 7)
+        ids = torch.cat([ids, given], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if architecture == "qwen2_5_vl":
+            inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int()
+        own = {key: prompt[key] for key in ("pixel_values", "image_grid_thw") if key in prompt}
+        own = own if is_last or turn == 0 else {}
+        pictures |= own
+        kept = Spy(draft)
+        output = target.generate(**inputs, **own, **call, max_new_tokens=num_new, assistant_model=kept, **cache)
+        ids, cache = output.sequences, {CACHE: output[CACHE]}
+    afresh = Spy(draft)
+    plain = target.generate(**inputs, **pictures, **call, max_new_tokens=6, assistant_model=afresh)
+    assert torch.equal(output.sequences, plain.sequences)
+    assert_same_trees(kept.trees[0], afresh.trees[0])
+
+
 @pytest.mark.parametrize("way", ["eager", "captured"])
 def test_positions_on_axes_are_looked_up_once_a_round_and_go_on_alike(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -501,7 +536,7 @@ def test_embeddings_of_its_own_need_ids(target: PreTrainedModel, tmp_path: Path)
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "SpecForge, narrower"), target)
     ids = make_inputs("llava", (0,))["input_ids"]
     call = {"inputs_embeds": target.get_input_embeddings()(ids), "max_new_tokens": 6, "do_sample": False}
-    with pytest.raises(ValueError, match="got no `input_ids`"):
+    with pytest.raises(ValueError, match="needs `input_ids`, got `inputs_embeds` alone"):
         target.generate(**call, assistant_model=draft)
     plain = target.generate(**call)
     assert torch.equal(target.generate(input_ids=ids, **call, assistant_model=draft)[:, ids.shape[1] :], plain)

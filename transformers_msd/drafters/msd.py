@@ -18,6 +18,7 @@ from transformers_msd.drafters.msd_captured import draft_trees
 from transformers_msd.drafters.prompts import prompt_ids
 from transformers_msd.drafters.reading import Reader, beside
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.target.axes import with_carried
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import unready_fact
@@ -34,6 +35,7 @@ class _Carried:
     context: torch.Tensor | None
     begins_visual: torch.Tensor
     pending: Committed
+    axes: torch.Tensor
     owner: Owner
 
 
@@ -92,8 +94,7 @@ class MSDDrafter:
             )
         if self.draft.get_input_embeddings() is not None and prompt_ids(arguments) is None:
             raise ValueError(
-                "A draft with embeddings of its own can't read `inputs_embeds` of the target, got no `input_ids`. "
-                "Pass them, too."
+                "A draft that has embeddings of its own needs `input_ids`, got `inputs_embeds` alone. Pass both."
             )
 
 
@@ -135,6 +136,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._cache, self._pending = carried.cache, carried.pending
             self.reader.starts, self.reader.context = carried.starts, carried.context
             self.reader.begins_visual = carried.begins_visual
+            if draft.reads_axes:
+                self._positions = with_carried(target.axes, carried.axes, carried.pending)
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
 
@@ -252,7 +255,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
         starts, context = self.reader.starts, self.reader.context
         lengths = torch.minimum(lengths, target.num_real_rows - starts - committed.lengths)
-        return _Carried(self._cache, lengths, starts, context, self.reader.begins_visual, committed, self._owner)
+        axes, begins_visual = self._positions(committed.position_ids), self.reader.begins_visual
+        return _Carried(self._cache, lengths, starts, context, begins_visual, committed, axes, self._owner)
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         lengths = lengths.to(self._device)
