@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, Qwen2VLConfig, Qwen3Config
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
@@ -105,6 +105,27 @@ def test_dtype_is_that_of_the_checkpoint(tmp_path):
     write_checkpoint(tmp_path, {key: value.half() for key, value in published_weights().items()})
     draft = convert_msd_checkpoint(tmp_path, llava_config())
     assert {parameter.dtype for parameter in draft.parameters()} == {torch.float16}
+
+
+# EAGLE-1 makes layers of its own kind: biases of queries, keys and values, or none, and no norms of queries and keys.
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_layers_are_of_the_kind_that_the_tensors_have(tmp_path, config_class, qkv_bias):
+    target_config = config_class(**TEXT_CONFIG, head_dim=8)
+    weights = published_weights(qkv_bias=qkv_bias)
+    write_checkpoint(tmp_path, weights, rope_theta=5e4)
+    draft = convert_msd_checkpoint(tmp_path, target_config)
+    assert_same_weights(draft, weights)
+    assert draft.config.get_text_config().rope_parameters["rope_theta"] == 5e4
+    draft.save_pretrained(tmp_path / "ours")
+    assert_same_weights(MSDDraftModel.from_pretrained(tmp_path / "ours"), weights)
+
+
+def test_biases_of_no_known_layer_are_named(tmp_path):
+    weights = published_weights(qkv_bias=True)
+    write_checkpoint(tmp_path, weights | {"layers.0.self_attn.o_proj.bias": torch.ones(32)})
+    with pytest.raises(ValueError, match=r"unexpected \[.*'model.layers.0.self_attn.o_proj.bias'"):
+        convert_msd_checkpoint(tmp_path, llava_config())
 
 
 def test_several_layers_convert(tmp_path):

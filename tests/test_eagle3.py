@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_msd_drafter import Spy, assert_same_trees
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import AutoModelForImageTextToText, CompileConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, CompileConfig, LlamaConfig, PreTrainedModel
 from zoo import IMAGE_ID, VOCAB_SIZE, make_inputs, make_target
 
 from training.evidence.tiny import make_model, make_prompts
@@ -25,6 +26,8 @@ from transformers_msd import (
 )
 from transformers_msd.cli import main
 from transformers_msd.compat import CACHE
+from transformers_msd.target import target as axes_of_target
+from transformers_msd.target.axes import axis_positions
 
 
 NUM_LAYERS, HIDDEN, NUM_HEADS, NUM_SHARED, HEAD_DIM = 8, 32, 4, 2, 12
@@ -111,6 +114,53 @@ LAYOUTS["speculators, three layers"] = (
     ("layers.1.input_layernorm", "layers.2.input_layernorm"),
     1e4,
 )
+# Drafts of another width than the target, and one of the same, with embeddings of their own.
+WIDTHS = {"SpecForge, narrower": 24, "speculators, wider": 40, "speculators, trained embeddings": HIDDEN}
+LAYOUTS |= {
+    "SpecForge, narrower": (
+        SIZES
+        | {"architectures": ["LlamaForCausalLMEagle3"], "rope_theta": 2e4}
+        | {"hidden_size": WIDTHS["SpecForge, narrower"], "target_hidden_size": HIDDEN},
+        "midlayer",
+        (),
+        2e4,
+    ),
+    "speculators, wider": (
+        {
+            "transformer_layer_config": SIZES | {"hidden_size": WIDTHS["speculators, wider"], "rope_theta": 1e4},
+            "target_hidden_size": HIDDEN,
+            "norm_before_residual": True,
+        },
+        "layers.0",
+        ("fc_norm.0", "fc_norm.1", "fc_norm.2"),
+        1e4,
+    ),
+    "speculators, trained embeddings": (
+        {
+            "transformer_layer_config": SIZES | {"rope_theta": 1e4},
+            "norm_before_residual": False,
+            "embed_requires_grad": True,
+        },
+        "layers.0",
+        ("input_norm",),
+        1e4,
+    ),
+}
+# Projections of the attention that have biases, Qwen2's and Llama's.
+BIASED = {"SafeAILab, Qwen2": "qkv", "SpecForge, Qwen2, axes": "qkv", "speculators, biases": "qkvo"}
+LAYOUTS |= {
+    "SafeAILab, Qwen2": (
+        {name: value for name, value in SIZES.items() if name != "head_dim"} | {"rope_theta": 5e5},
+        "midlayer",
+        (),
+        5e5,
+    ),
+    "SpecForge, Qwen2, axes": (SIZES | MROPE | {"architectures": ["LlamaForCausalLMEagle3"]}, "midlayer", (), 1e4),
+    "speculators, biases": (LAYOUTS["speculators, wider"][0] | {"norm_before_residual": False}, "layers.0", (), 1e4),
+}
+WIDTHS |= {"SafeAILab, Qwen2": NUM_HEADS * HEAD_DIM, "speculators, biases": WIDTHS["speculators, wider"]}
+AXES["SpecForge, Qwen2, axes"] = AXES["SpecForge, Qwen2.5-VL"]
+LAYOUTS["SafeAILab, Qwen2"][0].update(hidden_size=WIDTHS["SafeAILab, Qwen2"], target_hidden_size=HIDDEN)
 TAPS = {"SpecForge": (1, 4, 7), "speculators": (1, 5, 7), "speculators, Qwen3-VL": (1, 5, 7)}
 
 
@@ -165,31 +215,34 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.3
 
-    wide, shared = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM
+    wide, shared, size = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM, WIDTHS.get(name, HIDDEN)
     weights = {}
     for each in layers_of(name):
-        width = 2 * HIDDEN if each == layer else HIDDEN
+        width = 2 * size if each == layer else size
         weights |= {
             f"{each}.self_attn.q_proj.weight": random(wide, width),
             f"{each}.self_attn.k_proj.weight": random(shared, width),
             f"{each}.self_attn.v_proj.weight": random(shared, width),
-            f"{each}.self_attn.o_proj.weight": random(HIDDEN, wide),
-            f"{each}.mlp.gate_proj.weight": random(48, HIDDEN),
-            f"{each}.mlp.up_proj.weight": random(48, HIDDEN),
-            f"{each}.mlp.down_proj.weight": random(HIDDEN, 48),
-            f"{each}.post_attention_layernorm.weight": 1 + random(HIDDEN),
+            f"{each}.self_attn.o_proj.weight": random(size, wide),
+            f"{each}.mlp.gate_proj.weight": random(48, size),
+            f"{each}.mlp.up_proj.weight": random(48, size),
+            f"{each}.mlp.down_proj.weight": random(size, 48),
+            f"{each}.post_attention_layernorm.weight": 1 + random(size),
         }
+    for kind in BIASED.get(name, ""):
+        weights[f"{layer}.self_attn.{kind}_proj.bias"] = random(len(weights[f"{layer}.self_attn.{kind}_proj.weight"]))
     weights |= {
-        "fc.weight": random(HIDDEN, 3 * HIDDEN),
-        "lm_head.weight": random(len(DRAFTED), HIDDEN),
+        "fc.weight": random(size, 3 * HIDDEN),
+        "lm_head.weight": random(len(DRAFTED), size),
         "d2t": torch.tensor(DRAFTED) - torch.arange(len(DRAFTED)),
         "t2d": torch.isin(torch.arange(VOCAB_SIZE), torch.tensor(DRAFTED)),
-        "embed_tokens.weight": random(VOCAB_SIZE, HIDDEN),
+        "embed_tokens.weight": random(VOCAB_SIZE, size),
     }
     for norm in ("hidden_norm", "input_layernorm"):
-        weights[f"{layer}.{norm}.weight"] = 1 + random(HIDDEN)
+        weights[f"{layer}.{norm}.weight"] = 1 + random(size)
     for norm in ("norm", *norms):
-        width = {"input_norm": 3 * HIDDEN, "q_norm": HEAD_DIM, "k_norm": HEAD_DIM}.get(norm.split(".")[-1], HIDDEN)
+        widths = {"input_norm": 3 * HIDDEN, "q_norm": HEAD_DIM, "k_norm": HEAD_DIM}
+        width = HIDDEN if norm.startswith("fc_norm") else widths.get(norm.split(".")[-1], size)
         weights[f"{norm}.weight"] = 1 + random(width)
     return weights
 
@@ -211,8 +264,8 @@ def independent(
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The published forward over all rows at once, written anew: `embeds` `(n, hidden)` and `taps` `(n, 3 * hidden)`, and
-    then rows `own` that read features `(1, hidden)` of the draft, all at `positions` `(3, n)`, or 0, 1, 2 and so on.
+    The published forward over all rows at once, written anew: `embeds` `(n, size)` and `taps` `(n, 3 * hidden)`, and
+    then rows `own` that read features `(1, size)` of the draft, all at `positions` `(3, n)`, or 0, 1, 2 and so on.
     Returns what the next row reads, and the logits.
     """
     published, layer, norms, theta = LAYOUTS[name]
@@ -229,14 +282,18 @@ def independent(
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     def layer_of(each: str, residual: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
+        def projected_by(kind: str, rows: torch.Tensor) -> torch.Tensor:
+            bias = weights.get(f"{each}.self_attn.{kind}_proj.bias", torch.zeros(()))
+            return rows @ weights[f"{each}.self_attn.{kind}_proj.weight"].T + bias
+
         def heads(kind: str, num: int) -> torch.Tensor:
-            projected = joined @ weights[f"{each}.self_attn.{kind}_proj.weight"].T
+            projected = projected_by(kind, joined)
             found, norm = projected.view(len(joined), num, HEAD_DIM).transpose(0, 1), f"{each}.self_attn.{kind}_norm"
             return (normed(found, norm) if norm in norms else found).repeat_interleave(NUM_HEADS // num, 0)
 
         query, key = rotated(heads("q", NUM_HEADS)), rotated(heads("k", NUM_SHARED))
         attended = scaled_dot_product_attention(query, key, heads("v", NUM_SHARED), is_causal=True)
-        hidden = residual + attended.transpose(0, 1).flatten(1) @ weights[f"{each}.self_attn.o_proj.weight"].T
+        hidden = residual + projected_by("o", attended.transpose(0, 1).flatten(1))
         inner = normed(hidden, f"{each}.post_attention_layernorm")
         gate, up, down = (weights[f"{each}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down"))
         return hidden + (silu(inner @ gate) * (inner @ up)) @ down
@@ -265,7 +322,8 @@ def test_hidden_states_are_those_of_the_published_forward(name: str, tmp_path: P
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
     assert type(draft) is Eagle3DraftModel
     assert draft.feature_layers == taps_of(name)
-    embeds, taps, embed = torch.randn(9, HIDDEN), torch.randn(9, 3 * HIDDEN), torch.randn(1, HIDDEN)
+    size = WIDTHS.get(name, HIDDEN)
+    embeds, taps, embed = torch.randn(9, size), torch.randn(9, 3 * HIDDEN), torch.randn(1, size)
     expected, logits = independent(name, weights, embeds, taps)
     outputs = draft(inputs_embeds=embeds[None], features=draft.fuse(taps[None]), use_cache=True)
     torch.testing.assert_close(outputs.last_hidden_state[0], expected, atol=1e-4, rtol=1e-4)
@@ -295,7 +353,8 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
         pictures["mm_token_type_ids"] = (ids == IMAGE_ID).long()[None]
     states = target(input_ids=ids[None], output_hidden_states=True, **pictures).hidden_states
     taps = torch.cat([states[layer][0] for layer in taps_of(name)], dim=-1)
-    embeds = target.get_input_embeddings()(ids)  # of placeholders where pictures are
+    table = weights["embed_tokens.weight"] if name in WIDTHS else target.get_input_embeddings().weight
+    embeds = table[ids]  # of placeholders where pictures are
     positions = positions_of(ids.tolist())[:, :-1] if name in AXES else None
     _, logits = independent(name, weights, embeds[1:], taps[:-1], positions=positions)
     proposed = torch.tensor(DRAFTED)[logits.topk(8).indices]  # after token r + 1
@@ -309,7 +368,9 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("name", ["SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL"])
+@pytest.mark.parametrize(
+    "name", ["SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL", "SpecForge, narrower"]
+)
 def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path: Path) -> None:
     target = make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", name), target)
@@ -339,6 +400,74 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path
     assert compiled["assistant_model"].num_captures > 0
 
 
+@pytest.mark.parametrize("new_tokens", [(1,), (1, 1), (6,)])  # of turns before: one is drafted for by nobody
+@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("name", ["SpecForge, Qwen2.5-VL", "SafeAILab"])
+def test_a_turn_on_a_kept_cache_drafts_as_the_whole_conversation(
+    name: str, with_picture: bool, new_tokens: tuple[int, ...], tmp_path: Path
+) -> None:
+    architecture = architecture_of(name)
+    target = make_deep_target(architecture)
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False, ngrams=False)
+    call = {"do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
+    # Transformers takes a picture in one of the turns: the last, or the first.
+    prompts = [make_inputs(architecture, (number,), lengths=(9,)) for number in (not with_picture, with_picture)]
+    ids, cache, pictures = prompts[0]["input_ids"], {}, {}
+    turns = [(prompts[0], number) for number in new_tokens] + [(prompts[1], 6)]
+    for turn, (prompt, num_new) in enumerate(turns):
+        is_last, given = turn == len(new_tokens), prompt["input_ids"] if turn else ids[:, :0]
+        given = given if is_last or turn == 0 else torch.full((1, 2), 7)
+        ids = torch.cat([ids, given], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if architecture == "qwen2_5_vl":
+            inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int()
+        own = {key: prompt[key] for key in ("pixel_values", "image_grid_thw") if key in prompt}
+        own = own if is_last or turn == 0 else {}
+        pictures |= own
+        kept = Spy(draft)
+        output = target.generate(**inputs, **own, **call, max_new_tokens=num_new, assistant_model=kept, **cache)
+        ids, cache = output.sequences, {CACHE: output[CACHE]}
+    afresh = Spy(draft)
+    plain = target.generate(**inputs, **pictures, **call, max_new_tokens=6, assistant_model=afresh)
+    assert torch.equal(output.sequences, plain.sequences)
+    assert_same_trees(kept.trees[0], afresh.trees[0])
+
+
+@pytest.mark.parametrize("way", ["eager", "captured"])
+def test_positions_on_axes_are_looked_up_once_a_round_and_go_on_alike(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, depth = "SpecForge, Qwen2.5-VL", 4
+    target = make_deep_target(architecture_of(name))
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    draft.tree_config = TreeConfig(num_nodes=12, depth=depth, top_k=2, gate=False, ngrams=False)
+    inputs = make_inputs(architecture_of(name), (1,))
+    length = 1 + int((inputs["input_ids"][0] == IMAGE_ID).nonzero()[-1])  # the prompt ends with its picture
+    inputs = {
+        key: value[:, :length] if value.shape[0] == 1 < value.ndim and key != "image_grid_thw" else value
+        for key, value in inputs.items()
+    }
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        axes_of_target, "axis_positions", lambda *given: (found.append(axis_positions(*given)), found[-1])[1]
+    )
+    read: list[torch.Tensor] = []
+    draft.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["position_ids"].clone()), with_kwargs=True
+    )
+    call = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    runtime = {"assistant_model": draft if way == "eager" else StaticRuntime(draft)}
+    runtime |= {} if way == "eager" else {"disable_compile": True}
+    drafted = target.generate(**inputs, **call, **runtime)
+    assert torch.equal(drafted.sequences, target.generate(**inputs, **call).sequences)
+    assert len(found) <= 2 * len(drafted.speculative_stats.acceptance_lengths) + 1
+    # Behind the last token of the picture, which stands at row and column 1 of it, and on from there.
+    levels = [positions[..., 0] for positions in read if positions.shape[-1] == 2][: depth - 1]
+    last = positions_of(inputs["input_ids"][0].tolist())[:, -1:]
+    assert [level.tolist() for level in levels] == [(last + 1 + level).tolist() for level in range(depth - 1)]
+
+
 def test_what_the_user_sees_is_what_was_asked_for(target: PreTrainedModel, tmp_path: Path) -> None:
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "SafeAILab"), target)
     inputs = make_inputs("llava", (1,))
@@ -358,7 +487,16 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "a map that is a look-up": (broken(WHOLE, d2t=torch.tensor(DRAFTED)), {}, "must hold offsets"),
     "maps that differ": (broken(WHOLE, t2d=~WHOLE["t2d"]), {}, "must hold offsets"),
     "no head": (broken(WHOLE, **{"lm_head.weight": None}), {}, "got no `lm_head.weight`"),
-    "embeddings of its own": (WHOLE, {"embed_requires_grad": True}, "read the target's embeddings"),
+    "lost embeddings of its own": (
+        broken(WHOLE, **{"embed_tokens.weight": None}),
+        {"embed_requires_grad": True},
+        "must hold its embeddings",
+    ),
+    "another width without embeddings": (
+        broken(make_weights("SpecForge, narrower"), **{"embed_tokens.weight": None}),
+        LAYOUTS["SpecForge, narrower"][0],
+        "must hold its embeddings",
+    ),
     "a lost norm": (broken(WHOLE, **{"norm.weight": None}), {}, "missing \\['norm.weight'\\]"),
     "one tensor more": (broken(WHOLE, more=torch.ones(2)), {}, "unexpected \\['more'\\]"),
     "another width": (broken(WHOLE, **{"fc.weight": torch.ones(HIDDEN, HIDDEN)}), {}, "fc.weight"),
@@ -392,6 +530,27 @@ def test_speculators_must_say_what_is_added(target: PreTrainedModel, tmp_path: P
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must say `norm_before_residual`"):
         AutoDraftModel.from_pretrained(folder, target)
+
+
+def test_embeddings_of_its_own_need_ids(target: PreTrainedModel, tmp_path: Path) -> None:
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "SpecForge, narrower"), target)
+    ids = make_inputs("llava", (0,))["input_ids"]
+    call = {"inputs_embeds": target.get_input_embeddings()(ids), "max_new_tokens": 6, "do_sample": False}
+    with pytest.raises(ValueError, match="needs `input_ids`, got `inputs_embeds` alone"):
+        target.generate(**call, assistant_model=draft)
+    plain = target.generate(**call)
+    assert torch.equal(target.generate(input_ids=ids, **call, assistant_model=draft)[:, ids.shape[1] :], plain)
+
+
+def test_a_draft_of_another_width_must_own_embeddings() -> None:
+    text_config = LlamaConfig(**SIZES)
+    with pytest.raises(ValueError, match="must have `own_embeddings`"):
+        Eagle3Config(text_config=text_config, target_hidden_size=2 * HIDDEN)
+    with pytest.raises(ValueError, match="reads no visual features"):
+        Eagle3Config(text_config=text_config, own_embeddings=True, reads_placeholders=False)
+    config = Eagle3Config(text_config=text_config, own_embeddings=True, target_hidden_size=2 * HIDDEN)
+    with pytest.raises(ValueError, match="a target of `hidden_size` 64, got LlavaConfig with 32"):
+        Eagle3DraftModel(config).check_target(make_deep_target("llava").config)
 
 
 def test_drafts_of_ours_need_no_target(target: PreTrainedModel, tmp_path: Path) -> None:

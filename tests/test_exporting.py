@@ -71,6 +71,13 @@ DRAFTS: dict[str, Draft] = {
     ),
     "layers of Qwen3": ("llava", {"draft_vocab_size": len(DRAFTED)}, {"class": Qwen3Config, "head_dim": 8}, ONE),
     "biases": ("llava", {}, {"attention_bias": True}, ONE),
+    "a narrower draft": (
+        "llava",
+        {"target_hidden_size": 32, "own_embeddings": True},
+        {"hidden_size": 24},
+        ("sglang",),
+    ),
+    "embeddings of its own": ("llava", {"own_embeddings": True}, {}, ONE),
     "several layers": ("llava", {"norm_before_residual": True}, {"num_hidden_layers": 3}, ONE),
 }
 SAVED: list[tempfile.TemporaryDirectory] = []  # removed at the end of the process
@@ -119,7 +126,7 @@ def hidden_states(draft: FeatureDraftModel, axes: bool = False) -> list[torch.Te
     generator = torch.Generator().manual_seed(4)
     size = draft.config.get_text_config().hidden_size
     embeds, own = (torch.randn(1, rows, size, generator=generator) for rows in (7, 1))
-    features = torch.randn(1, 7, len(draft.feature_layers) * size, generator=generator)
+    features = torch.randn(1, 7, len(draft.feature_layers) * draft.config.target_hidden_size, generator=generator)
     places = torch.randint(0, 9, (3, 1, 8), generator=generator) if axes else torch.arange(8)[None]
     with torch.no_grad():
         first = draft(embeds, draft.fuse(features), position_ids=places[..., :7], use_cache=True)
@@ -251,6 +258,19 @@ def test_a_draft_without_pictures_leaves_as_eagle(fc_bias: bool, num_hidden_laye
     assert all(torch.equal(*trees) for trees in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_how_pictures_are_read_is_nothing_to_lose_without_them(decoupled: bool, layout: str, tmp_path: Path) -> None:
+    target = make_target("llama")
+    own = {"visual_token_ids": [], "feature_layers": [1], "reads_placeholders": False, "decoupled": decoupled}
+    draft = make_eagle3(own, {})
+    again = AutoDraftModel.from_pretrained(exported(draft, layout, target, tmp_path), target)
+    again.tree_config = draft.tree_config
+    ours, theirs = (proposals(one, target, make_inputs("llama", (0,))) for one in (draft, again))
+    assert len(ours) == len(theirs) > 2
+    assert all(torch.equal(*trees) for trees in zip(ours, theirs, strict=True))
+
+
 def of_llava(**settings: Any) -> Callable[[], FeatureDraftModel]:
     layer = settings.pop("layer", {})
     return lambda: make_eagle3(settings, layer)
@@ -271,6 +291,12 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
     "one norm": ("llava", "sglang", of_llava(norm_before_fc=True), "`norm_before_fc`"),
     "biases": ("llava", "sglang", of_llava(layer={"attention_bias": True}), "biases of the attention"),
     "biases of the MLP": ("llava", "sglang", of_llava(layer={"mlp_bias": True}), "biases of the MLP"),
+    "embeddings of its own": ("llava", "sglang", of_llava(own_embeddings=True), "its own embeddings"),
+    "another width": (
+        *("llava", "speculators"),
+        of_llava(target_hidden_size=32, own_embeddings=True, layer={"hidden_size": 24}),
+        "another width than the target's",
+    ),
     "layers": ("llava", "sglang", of_llava(layer={"num_hidden_layers": 2}), "layers behind the first"),
     "an activation": ("llava", "sglang", of_llava(layer={"hidden_act": "gelu"}), "the activation gelu"),
     "layers of Qwen3": ("llava", "sglang", of_llava(layer={"class": Qwen3Config, "head_dim": 8}), "layers of qwen3"),
@@ -284,6 +310,11 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
     "the last norm": ("llava", "sglang", of_llava(feature_layers=[2, 4, -1]), "behind the target's last norm"),
     "the last norm, too": ("llava", "speculators", of_llava(feature_layers=[2, 4, 8]), "behind the target's last nor"),
     "pictures as they are": ("llava", "speculators", of_llava(reads_placeholders=False), "the features of pictures"),
+    "pictures instead of features": (
+        *("llava", "speculators"),
+        of_llava(reads_placeholders=False, decoupled=True),
+        "the features of pictures",
+    ),
     "other pictures": ("llava", "sglang", of_llava(visual_token_ids=[7]), "`visual_token_ids`"),
     "biases of a reader's": ("llava", "speculators", of_llava(layer={"mlp_bias": True}), "biases of the MLP"),
     "stretched axes": (
@@ -359,7 +390,11 @@ def test_command_writes_what_loads(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(hidden_states(draft), hidden_states(again), strict=True))
 
 
-OPENED = [name for name, (_, settings, _, _) in DRAFTS.items() if "mrope_section" not in settings]
+OPENED = [
+    name
+    for name, (_, settings, _, layouts) in DRAFTS.items()
+    if "speculators" in layouts and "mrope_section" not in settings
+]
 
 
 @pytest.mark.parametrize("name", OPENED)
@@ -380,7 +415,8 @@ def test_speculators_own_reader_sees_the_same_draft(name: str, tmp_path: Path) -
     taps = torch.randn(1, 9, theirs.fc.in_features, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         theirs(hidden_states=taps, input_ids=ids, document_ids=torch.zeros(1, 9, dtype=torch.long), ttt_steps=2)
-        embeds = target.get_input_embeddings()(ids)
+        own = draft.get_input_embeddings()
+        embeds = (target.get_input_embeddings() if own is None else own)(ids)
         first = draft(embeds[:, :8], draft.fuse(taps[:, :8]), use_cache=True)
         second = draft(embeds[:, 8:], first.last_hidden_state[:, 7:], use_cache=True, **{CACHE: first[CACHE]})
         for outputs, rows, (their_states, their_logits) in zip(

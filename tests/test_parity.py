@@ -13,7 +13,7 @@ from training.evidence.tiny import make_model, make_prompts
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd import HiViSConfig, HiViSDraftModel, MSDConfig, MSDDraftModel
 from transformers_msd.trainer import check_parity
 from transformers_msd.trainer.data import target_rows
 
@@ -65,6 +65,35 @@ def test_patches_that_no_tower_encodes_are_seen_in_training():
     draft = MSDDraftModel(MSDConfig.from_target(target.config)).eval()
     parity = check_parity(target, draft, make_prompts(target, "pictures"), max_new_tokens=4)
     assert parity.holds(1e-3), parity
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize(("visual_pool_size", "num_visual_rows"), [(0, 0), (1, 12), (3, 5), (4, 3)])
+def test_rows_are_compared_as_the_draft_reads_them(visual_pool_size, num_visual_rows, decoupled):
+    # Two pictures that touch are one run, of 8 rows.
+    target, inputs = zoo.make_target("llava"), zoo.make_inputs("llava", (0, 2, 1))
+    settings = {"visual_pool_size": visual_pool_size, "decoupled": decoupled}
+    torch.manual_seed(1)
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, **settings)).eval()
+    parity = check_parity(target, draft, inputs, max_new_tokens=12)
+    assert parity.holds(1e-3), parity
+    assert parity.num_visual_rows == num_visual_rows
+
+
+def test_rows_that_are_pooled_otherwise_are_seen():
+    target = zoo.make_target("llava")
+    draft, other = (
+        MSDDraftModel(MSDConfig.from_target(target.config, visual_pool_size=size)).eval() for size in (2, 4)
+    )
+    draft.pool = other.pool
+    assert not check_parity(target, draft, zoo.make_inputs("llava", (1,)), max_new_tokens=8).holds()
+
+
+def test_what_is_not_trained_here_is_not_compared():
+    target = zoo.make_target("llava")
+    draft = HiViSDraftModel(HiViSConfig.from_target(target.config)).eval()
+    with pytest.raises(ValueError, match="must be one that is trained here, got HiViSDraftModel"):
+        check_parity(target, draft, zoo.make_inputs("llava", (1,)))
 
 
 def test_a_wrong_row_is_seen(pair):

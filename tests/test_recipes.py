@@ -1,5 +1,6 @@
 """Recipes: all that are shipped can be read, one is found on the Hub, and mistakes in them are told."""
 
+import copy
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from training_fixtures import (
 )
 from transformers import AutoConfig, LlamaConfig, LlavaForConditionalGeneration
 
-from transformers_msd import MSDConfig, MSDDraftModel
+from transformers_msd import Eagle3Config, MSDConfig, MSDDraftModel
 from transformers_msd.cli import main
 from transformers_msd.trainer import MSDTrainingConfig
 from transformers_msd.trainer.arithmetic import measure_throughput, operations_of_step
@@ -405,6 +406,50 @@ def test_a_template_that_marks_no_answer_is_told_before_training(world, tmp_path
     with pytest.raises(SystemExit, match="must mark the assistant's turns"):
         main(["train", "--config", str(path), "--dry_run"])
     main(["train", "--config", str(path), "--dry_run", "--assistant_only_loss", "false"])
+
+
+def other_layers(target_config):
+    """A draft that reads layers which its target does not have."""
+    target_config = copy.deepcopy(target_config)
+    target_config.get_text_config().num_hidden_layers = 32
+    return Eagle3Config.from_target(target_config)
+
+
+def another_width(target_config):
+    """An MSD draft of another target."""
+    return MSDConfig.from_target(LlamaConfig(hidden_size=16, num_attention_heads=2))
+
+
+OTHERS = [
+    ({"draft": "eagle3", "draft_config": {"feature_layers": [0, 1, 60]}}, r"hidden states \[0, 1, 60\] of its target"),
+    (other_layers, r"hidden states \[2, 16, 29\] of its target, got one of 1 layers"),
+    (another_width, "made for a target of `hidden_size` 16"),
+]
+
+
+# `check-parity` takes no settings of a new draft.
+CASES = [(*other, way) for other in OTHERS for way in ("train", "plan", "check-parity")]
+CASES = [(draft, *case) for draft, *case in CASES if callable(draft) or "check-parity" not in case]
+
+
+@pytest.mark.parametrize(("draft", "message", "way"), CASES)
+def test_a_draft_that_is_not_the_targets_is_told_before_weights_are_read(world, tmp_path, draft, message, way):
+    shutil.copytree(world / "target", tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = {"target_model": str(tmp_path / "target"), "draft_config": None}
+    if isinstance(draft, dict):
+        settings |= draft
+    else:
+        draft(AutoConfig.from_pretrained(world / "target")).save_pretrained(tmp_path / "draft")
+        settings["draft_model"] = str(tmp_path / "draft")
+    arguments, args = make_parser().parse_dict(recipe(world, "other", **settings))
+    words = ["--target_model", arguments.target_model, "--draft_model", str(arguments.draft_model)]
+    ways = {
+        "train": lambda: train(arguments, args),
+        "plan": lambda: plan(arguments, args, 1),
+        "check-parity": lambda: main(["check-parity", *words, "--datasets", str(world / "rows")]),
+    }
+    with pytest.raises((SystemExit, ValueError), match=message):
+        ways[way]()
 
 
 def test_held_out_rows_are_of_both_kinds_and_not_trained_on(world):

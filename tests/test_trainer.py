@@ -180,7 +180,7 @@ def test_unrolled_training_equals_drafting_a_chain_with_a_cache(
     unrolled = list(seen)
 
     inputs.pop("row_id")
-    rows = target_rows(target, inputs, trainer.model.config.visual_token_ids).pool(trainer.model.config)
+    rows = target_rows(target, inputs, trainer.model.config.visual_token_ids).pool(trainer.model)
     sample, root = 1, int(rows.supervised[1].nonzero()[0])
     part = (slice(sample, sample + 1), slice(0, root + 1))
     positions = rows.position_ids[sample : sample + 1]

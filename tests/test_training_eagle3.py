@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 
 pytest.importorskip("trl")
@@ -256,15 +256,20 @@ def test_processes_accumulation_and_interruptions_leave_the_curve(tmp_path):
 
 def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
     write_world(tmp_path)
+    target_config = AutoConfig.from_pretrained(tmp_path / "target")
     for make_recipe, kind in ((recipe, MSDDraftModel), (eagle3_recipe, Eagle3DraftModel)):
         arguments, args = make_parser().parse_dict(make_recipe(tmp_path, "first", max_steps=1, stage="text"))
         first = train(arguments, args).model
         assert type(first) is kind
-        settings = make_recipe(tmp_path, "second") | {"draft_model": str(tmp_path / "first"), "draft_config": None}
-        arguments, _ = make_parser().parse_dict(settings)
-        again = make_draft(arguments, None)
-        assert type(again) is kind
-        assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
+        # A second stage may repeat what the first said of the draft, and say nothing else.
+        settings = make_recipe(tmp_path, "second") | {"draft_model": str(tmp_path / "first")}
+        for known in ({}, {"draft_config": None}):
+            again = make_draft(make_parser().parse_dict(settings | known)[0], target_config)
+            assert type(again) is kind
+            assert all(torch.equal(value, first.state_dict()[name]) for name, value in again.state_dict().items())
+        for other in ({"intermediate_size": 48}, {"num_hidden_layers": 2}, {"fc_norm": True}):
+            with pytest.raises(ValueError, match="`draft_config` must be what the draft in .* has, .*, got"):
+                make_draft(make_parser().parse_dict(settings | {"draft_config": other})[0], target_config)
     (tmp_path / "of_speculators").mkdir()
     (tmp_path / "of_speculators/config.json").write_text('{"speculators_model_type": "eagle3"}')
     MSDConfig.from_target(zoo.make_target("llava").config).save_pretrained(tmp_path / "msd")
@@ -275,7 +280,7 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
     ):
         settings = eagle3_recipe(tmp_path, "other") | {"draft_model": str(tmp_path / folder), "draft_config": None}
         with pytest.raises(ValueError, match=message):
-            make_draft(make_parser().parse_dict(settings)[0], None)
+            make_draft(make_parser().parse_dict(settings)[0], target_config)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +288,14 @@ def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):
     [
         ({}, {"feature_loss_weight": 1.0}, "does not predict the target's features, got `feature_loss_weight=1.0`"),
         ({"mrope_section": [1, 1, 2]}, {}, "A draft of one axis of positions can be trained"),
+        ({"own_embeddings": True}, {}, "A draft that reads the target's embeddings can be trained"),
     ],
 )
 def test_what_cannot_be_trained_raises(target, dataset, processor, tmp_path, overrides, losses, message):
     config = make_eagle3(target).config
     half = config.text_config.head_dim // 2
     for name, value in overrides.items():
-        assert name == "mrope_section"
-        config.mrope_section = [half - 2 * value[0], *value[:2]]
+        setattr(config, name, [half - 2 * value[0], *value[:2]] if name == "mrope_section" else value)
     with pytest.raises(ValueError, match=message):
         make_trainer(target, dataset, processor, tmp_path, draft=Eagle3DraftModel(config), **LOSSES | losses)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_eagle3 import make_deep_target
+from test_eagle3 import write as write_eagle3
 from test_msd_drafter import Spy, assert_same_trees
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import CompileConfig
@@ -18,11 +20,13 @@ from transformers_msd import (
     HiViSConfig,
     HiViSDraftModel,
     StaticRuntime,
+    TokenTree,
     TreeConfig,
     ViSpecConfig,
     ViSpecDraftModel,
 )
 from transformers_msd.compat import CACHE
+from transformers_msd.models import published
 
 
 HIDDEN, NUM_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 8, 48
@@ -276,11 +280,46 @@ def test_proposals_are_those_of_the_published_forward(name: str, num_images: int
     assert drafted.speculative_stats.num_accepted > 0
 
 
+def begun_by_a_picture(name: str) -> dict[str, torch.Tensor]:
+    """Make a prompt whose first token belongs to a picture."""
+    inputs = make_inputs(DRAFTS[name][0], (1,), lengths=(12,))
+    return {key: value if key.startswith(("pixel", "image")) else value[:, 2:] for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+@torch.no_grad()
+def test_a_picture_at_the_very_start_leaves_the_rows_of_the_published_forward(name: str, tmp_path: Path) -> None:
+    target, inputs, draft = make_target(DRAFTS[name][0]), begun_by_a_picture(name), load(tmp_path, name)
+    fed: list[dict[str, Any]] = []
+    draft.register_forward_pre_hook(lambda module, args, kwargs: fed.append(kwargs), with_kwargs=True)
+    call = {"do_sample": False, "suppress_tokens": NO_PICTURES}
+    ids = target.generate(**inputs, **call, max_new_tokens=2, assistant_model=draft)
+    assert torch.equal(ids, target.generate(**inputs, **call, max_new_tokens=2))
+    independent = said(name, inputs, ids[:, : inputs["input_ids"].shape[1] + 1])
+    assert fed[0]["position_ids"][0].tolist() == independent.positions
+    assert fed[0]["inputs_embeds"].shape[1] == len(independent.rows)
+    # Padded, beside other prompts, it has the same rows.
+    ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), inputs["input_ids"].expand(2, -1)], dim=1)
+    ids[1, :3] = 5
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    batch |= {key: torch.cat([value, value]) for key, value in inputs.items() if key.startswith(("pixel", "image"))}
+    if "mm_token_type_ids" in inputs:
+        batch["mm_token_type_ids"] = (ids == IMAGE_ID).int()
+    spy = Spy(draft)
+    target.generate(**batch, **call, max_new_tokens=6, assistant_model=spy)
+    alone = Spy(draft)
+    target.generate(**inputs, **call, max_new_tokens=6, assistant_model=alone)
+    first = TokenTree(*(getattr(spy.trees[0], name)[:1] for name in ("token_ids", "parents", "scores")), 3)
+    assert_same_trees(first, alone.trees[0])
+
+
+@pytest.mark.parametrize("start", ["text", "picture"])
 @pytest.mark.parametrize("way", ["eager", "captured"])
 @pytest.mark.parametrize("name", DRAFTS)
 @torch.no_grad()
-def test_deeper_levels_are_those_of_the_published_forward(name: str, way: str, tmp_path: Path) -> None:
-    target, inputs = make_target(DRAFTS[name][0]), prompt(name, 2)
+def test_deeper_levels_are_those_of_the_published_forward(name: str, way: str, start: str, tmp_path: Path) -> None:
+    target = make_target(DRAFTS[name][0])
+    inputs = prompt(name, 2) if start == "text" else begun_by_a_picture(name)
     spy = Spy(load(tmp_path, name, num_nodes=4, depth=3, top_k=1))
     call = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": NO_PICTURES}
     assistant = spy if way == "eager" else StaticRuntime(spy)
@@ -436,6 +475,20 @@ def test_precision_and_target_are_those_asked_for(tmp_path: Path) -> None:
         inputs = prompt(name, 2)
         plain, drafted = (target.generate(**inputs, max_new_tokens=6, assistant_model=own) for own in (None, half))
         assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize("name", ["HiViS, LLaVA", "ViSpec, LLaVA", "SafeAILab", "EAGLE-1"])
+def test_files_are_read_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "SafeAILab":
+        folder, target = write_eagle3(tmp_path / "draft", name), make_deep_target("llava")
+    else:
+        own = {key: value for key, value in VISPEC.items() if not key.startswith(("im", "residual"))}
+        weights = own if name == "EAGLE-1" else None
+        folder, target = write(tmp_path / "draft", "ViSpec, LLaVA" if weights else name, weights), make_target("llava")
+    read: list[Path] = []
+    monkeypatch.setattr(published, "load_file", lambda file: (read.append(file), load_file(file))[1])
+    AutoDraftModel.from_pretrained(folder, target.config)
+    assert read == [folder / "model.safetensors"]
 
 
 def test_they_are_not_trained(tmp_path: Path) -> None:

@@ -29,13 +29,14 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd.trainer.loading import device_of, encode_prompts
     from transformers_msd.trainer.parity import check_parity, has_equal_prompt
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
-    from transformers_msd.trainer.recipe import DraftArguments, load_target, make_draft
+    from transformers_msd.trainer.recipe import DraftArguments, check_draft, load_target, make_draft
     from transformers_msd.trainer.rows import draw, load_rows
 
     names = ("target_model", "draft_model", "datasets", "dataset_split", "image_folder", "dtype")
     recipe = DraftArguments(**{name: getattr(arguments, name) for name in names})
     keep_bars_out_of_logs()
     device = device_of(arguments.device)
+    check_draft(recipe)
     target, processor = load_target(recipe)
     draft = make_draft(recipe, target.config).to(device, target.dtype).eval()
     target = target.to(device).eval()

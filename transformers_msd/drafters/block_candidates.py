@@ -31,7 +31,7 @@ def draft_blocks(
     features: torch.Tensor,
     context: torch.Tensor | None,
     position_ids: torch.Tensor,
-    next_positions: torch.Tensor | None,
+    next_positions: torch.Tensor,
     counts: torch.Tensor,
     root_token_ids: torch.Tensor,
     noise: torch.Tensor | None,
@@ -54,14 +54,13 @@ def draft_blocks(
     starts.copy_(lengths)
     draft.remember(draft.fuse(features), position_ids, cache)
     lengths = lengths + counts
-    last_positions = position_ids.gather(1, (counts - 1).clamp(min=0)[:, None])
     rows = _block(draft, target, root_token_ids, config.depth).to(features.dtype)
     visible = draft.visible(rows.shape[1], rows.device).expand(len(rows), -1, -1)
     starts.copy_(lengths)
     hidden = draft(
         inputs_embeds=rows,
         attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
-        position_ids=last_positions + torch.arange(1, rows.shape[1] + 1, device=rows.device),
+        position_ids=next_positions + torch.arange(rows.shape[1], device=rows.device),
         cache=cache,
     ).last_hidden_state
     logits = draft.logits(draft.levels(hidden, config.depth), target)
@@ -82,15 +81,15 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
     def _grow(self, committed: Committed, sizing: Sizing | None) -> TokenTree:
         self._extend(committed)
         draft, config = self._draft, self._tree_config
-        last_positions = committed.position_ids.gather(1, committed.last_rows[:, None])
         rows = _block(draft, self._target, committed.root_token_ids, config.depth).to(self._device, self._dtype)
         num_rows = rows.shape[1]
         visible = draft.visible(num_rows, self._device).expand(len(rows), -1, -1)
-        places = torch.arange(1, num_rows + 1, device=last_positions.device)
+        next_positions = self._next_positions(committed)
+        places = next_positions + torch.arange(num_rows, device=next_positions.device)
         hidden = draft(
             inputs_embeds=rows,
             attention_mask=self._room.mask(visible, self._dtype),
-            position_ids=(last_positions + places).to(self._device),
+            position_ids=places.to(self._device),
             cache=self._cache,
         ).last_hidden_state
         levels = draft.levels(hidden, config.depth)

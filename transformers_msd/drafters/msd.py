@@ -9,6 +9,7 @@ from transformers_msd.drafters.base import CallInputs
 from transformers_msd.drafters.block_candidates import BlockCandidateGenerator
 from transformers_msd.drafters.check import check_device
 from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
+from transformers_msd.drafters.prompts import prompt_ids
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.target.target import Target
@@ -60,7 +61,7 @@ class MSDDrafter:
             target (`PreTrainedModel`):
                 Model to draft for.
             arguments (`dict[str, Any]`):
-                The keyword arguments of `generate`; any will do.
+                The keyword arguments of `generate`.
         """
         fact = unready_fact(self.draft)
         if fact is not None:
@@ -71,6 +72,10 @@ class MSDDrafter:
             raise ValueError(
                 f"The {self.draft.head.out_features} tokens of the draft must be chosen before it drafts, got "
                 "none. Train it with `MSDTrainer`, or call `choose_tokens`."
+            )
+        if self.draft.get_input_embeddings() is not None and prompt_ids(arguments) is None:
+            raise ValueError(
+                "A draft that has embeddings of its own needs `input_ids`, got `inputs_embeds` alone. Pass both."
             )
         if (most := self.draft.most_levels) is not None and self.tree_config.depth > most:
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.msd_captured import draft_trees
 from transformers_msd.drafters.reading import Reader, beside
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.target.axes import with_carried
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.growing import grow_tree
@@ -30,7 +31,9 @@ class _Carried:
     lengths: torch.Tensor
     starts: torch.Tensor
     context: torch.Tensor | None
+    begins_visual: torch.Tensor
     pending: Committed
+    axes: torch.Tensor
     owner: Owner
 
 
@@ -71,10 +74,13 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._room: Room | None = None
         self._pending: Committed | None = None
         self._owner = Owner([draft])
-        self._reader = Reader(draft, target)
+        self.reader = Reader(draft, target)
         if isinstance(carried := inputs.carried, _Carried) and carried.owner == self._owner:
             self._cache, self._pending = carried.cache, carried.pending
-            self._reader.starts, self._reader.context = carried.starts, carried.context
+            self.reader.starts, self.reader.context = carried.starts, carried.context
+            self.reader.begins_visual = carried.begins_visual
+            if draft.reads_axes:
+                self._positions = with_carried(target.axes, carried.axes, carried.pending)
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
 
@@ -85,7 +91,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         if self._pending is not None:
             committed, self._pending = self._pending.join(committed), None
         num_before = None if self._room is None else self._room.lengths
-        committed = self._reader.read(committed, is_prompt, num_before)
+        committed = self.reader.read(committed, is_prompt, num_before)
         if self._captures is not None:
             return self._draft_captured(committed, is_prompt)
         tree = self._grow(committed, sizing)
@@ -94,20 +100,19 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     def _grow(self, committed: Committed, sizing: Sizing | None) -> TokenTree:
         """Add committed rows to the draft's cache, and grow trees behind them."""
-        last_rows = committed.last_rows[:, None]
-        hidden = take_rows(self._extend(committed), last_rows)  # (batch, 1, hidden)
-        position_ids = committed.position_ids.gather(1, last_rows)
-        depth = 0
+        hidden = take_rows(self._extend(committed), committed.last_rows[:, None])  # (batch, 1, hidden)
+        next_positions, depth = self._next_positions(committed), 0
 
         def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
             nonlocal hidden, depth
+            position_ids = (next_positions + depth).expand(*next_positions.shape[:-1], token_ids.shape[1])
             depth += 1
-            features = beside(take_rows(hidden, slots), self._reader.context)
+            features = beside(take_rows(hidden, slots), self.reader.context)
             hidden = self._forward(
-                inputs_embeds=self._target.embed(token_ids),
+                inputs_embeds=self._draft.embed(token_ids, self._target),
                 features=self._draft.deepen(features.to(self._device, self._dtype), depth),
                 attention_mask=self._room.mask(visible, self._dtype),
-                position_ids=self._positions((position_ids + depth).expand_as(token_ids)),
+                position_ids=position_ids,
             )
             return self._rank(hidden, depth)
 
@@ -136,10 +141,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             committed = committed.last()
         self._room.reserve(num_rows + self._num_drafted_rows)
         more = num_rows - committed.token_ids.shape[1]
-        position_ids, next_positions = self._positions(committed.position_ids), None
-        if self._draft.reads_axes:
-            last_positions = committed.position_ids.gather(1, committed.last_rows[:, None])
-            next_positions = self._positions(last_positions + 1)[-1]
+        position_ids, next_positions = self._positions(committed.position_ids), self._next_positions(committed)
         inputs_embeds, features = (
             pad(rows, (0, 0, 0, more)).to(self._dtype) for rows in (committed.inputs_embeds, committed.features)
         )
@@ -167,7 +169,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             self._room.lengths,
             inputs_embeds,
             features,
-            self._reader.context,
+            self.reader.context,
             position_ids,
             next_positions,
             committed.lengths,
@@ -182,25 +184,30 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
             num_nodes = int((parents >= 0).sum(-1).max()) + 1
         return TokenTree(*(rows[:, :num_nodes].clone() for rows in (token_ids, parents, scores)), config.depth)
 
+    def _next_positions(self, committed: Committed) -> torch.Tensor:
+        """Positions behind the last rows; a level deeper they go on by one, on all axes alike."""
+        return self._positions(committed.position_ids.gather(1, committed.last_rows[:, None]) + 1)
+
     def keep_sequences(self, kept: list[bool]) -> bool:
         if self._room is not None:
             self._room.keep_sequences(kept)
             self._room.settle(None, self._room.lengths, self._room.host_lengths)
-            self._reader.keep_sequences(kept)
+        self.reader.keep_sequences(kept)
         return True
 
     def carry(self, committed: Committed, target: Target) -> _Carried:
         if self._pending is not None:
             committed = self._pending.join(committed)
         if self._room is None:
-            lengths, self._reader.starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
+            lengths, self.reader.starts = torch.zeros_like(committed.lengths), committed.position_ids[:, 0]
         else:
             lengths = self._room.lengths.to(committed.lengths.device)
             self._room.leave()
         # A row that ran ahead of the end of the call may have drafted on more than the target kept.
-        starts, context = self._reader.starts, self._reader.context
+        starts, context = self.reader.starts, self.reader.context
         lengths = torch.minimum(lengths, target.num_real_rows - starts - committed.lengths)
-        return _Carried(self._cache, lengths, starts, context, committed, self._owner)
+        axes, begins_visual = self._positions(committed.position_ids), self.reader.begins_visual
+        return _Carried(self._cache, lengths, starts, context, begins_visual, committed, axes, self._owner)
 
     def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         lengths = lengths.to(self._device)

@@ -25,7 +25,7 @@ def draft_trees(
     features: torch.Tensor,
     context: torch.Tensor | None,
     position_ids: torch.Tensor,
-    next_positions: torch.Tensor | None,
+    next_positions: torch.Tensor,
     counts: torch.Tensor,
     root_token_ids: torch.Tensor,
     noise: torch.Tensor | None,
@@ -38,7 +38,7 @@ def draft_trees(
         draft ([`FeatureDraftModel`]):
             The draft model.
         target ([`Target`]):
-            Lends its embeddings and head.
+            Lends its embeddings and head, where the draft has none.
         config ([`TreeConfig`]):
             The trees.
         cache (`DynamicCache`):
@@ -55,8 +55,8 @@ def draft_trees(
             What is read with each feature.
         position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
             The same, or those on three axes, of shape `(3, batch_size, num_rows)`.
-        next_positions (`torch.Tensor` of shape `(batch_size, 1)`, *optional*):
-            Positions behind the last of them, where these have axes; all that is drafted goes on from there alike.
+        next_positions (`torch.Tensor` of shape `(batch_size, 1)` or `(3, batch_size, 1)`):
+            Positions behind the last of them, from where all that is drafted goes on alike.
         counts (`torch.Tensor` of shape `(batch_size,)`):
             How many there are.
         root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
@@ -96,16 +96,14 @@ def draft_trees(
     causal = causal_mask(batch_size, num_rows, position_ids.device)
     last_rows = (counts - 1).clamp(min=0)[:, None]
     hidden = take_rows(forward(inputs_embeds, draft.fuse(features), position_ids, lengths, causal), last_rows)
-    if next_positions is None:
-        next_positions = position_ids.gather(1, last_rows) + 1
     depth = 0
 
     def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         nonlocal hidden, depth
-        places = (next_positions + depth).expand_as(token_ids)
+        places = (next_positions + depth).expand(*next_positions.shape[:-1], token_ids.shape[1])
         depth += 1
         features = draft.deepen(beside(take_rows(hidden, slots), context), depth)
-        hidden = forward(target.embed(token_ids), features, places, lengths + counts, visible)
+        hidden = forward(draft.embed(token_ids, target), features, places, lengths + counts, visible)
         return rank(hidden, depth)
 
     tree = grow_tree(config, root_token_ids, rank(hidden, 0)[:, 0], expand, fixed=True)

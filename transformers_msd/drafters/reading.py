@@ -34,6 +34,8 @@ class Reader:
         # Of each sequence: rows of the target that the draft has none for, and what is read with each feature.
         self.starts: torch.Tensor | None = None
         self.context: torch.Tensor | None = None
+        # Whether the first row of each pairs a token with the feature of a visual one.
+        self.begins_visual: torch.Tensor = target.begins_visual
 
     def read(self, committed: Committed, is_prompt: bool, num_before: torch.Tensor | None) -> Committed:
         """
@@ -49,8 +51,9 @@ class Reader:
         """
         if num_before is None:
             self.starts = committed.position_ids[:, 0]
+        committed = self._embed(committed, is_prompt)
         if is_prompt:
-            committed = self._pool(committed)
+            committed = self._pool(committed, None if num_before is not None else self.begins_visual)
         else:
             committed = replace(committed, features=beside(committed.features, self.context))
         if self._draft.renumbers:
@@ -62,15 +65,25 @@ class Reader:
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Forget sequences that have ended."""
-        self.starts = keep_rows(self.starts, kept)
+        self.starts = None if self.starts is None else keep_rows(self.starts, kept)
+        self.begins_visual = keep_rows(self.begins_visual, kept)
         self.context = None if self.context is None else keep_rows(self.context, kept)
 
-    def _pool(self, committed: Committed) -> Committed:
+    def _embed(self, committed: Committed, is_prompt: bool) -> Committed:
+        """Give rows the embeddings that the draft reads, where these are not those of the target's rows."""
+        draft, owns = self._draft, self._draft.get_input_embeddings() is not None
+        if not owns and not (is_prompt and draft.reads_placeholders):
+            return committed
+        unnamed = (draft.config.visual_token_ids or [0])[0]
+        embeds = draft.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed), self._target)
+        if owns:
+            embeds = embeds.to(committed.inputs_embeds.device)
+        else:
+            embeds = embeds.where(committed.visual_mask[..., None], committed.inputs_embeds)
+        return replace(committed, inputs_embeds=embeds)
+
+    def _pool(self, committed: Committed, begins_visual: torch.Tensor | None) -> Committed:
         draft = self._draft
-        if draft.reads_placeholders:
-            visual, unnamed = committed.visual_mask[..., None], (draft.config.visual_token_ids or [0])[0]
-            placeholders = self._target.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed))
-            committed = replace(committed, inputs_embeds=placeholders.where(visual, committed.inputs_embeds))
         if not draft.pools:
             return committed
         rows = torch.arange(committed.token_ids.shape[1], device=committed.lengths.device)
@@ -81,6 +94,7 @@ class Reader:
             committed.visual_mask,
             rows < committed.lengths[:, None],
             self.context,
+            begins_visual,
         )
         pooled = replace(committed, **changed).pack(kept)
         self.starts = self.starts + committed.lengths - pooled.lengths

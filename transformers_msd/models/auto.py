@@ -88,7 +88,7 @@ class AutoDraftModel:
         else:
             weights = read_weights(folder)
             load = next((load for is_theirs, load in THEIRS if is_theirs(weights)), convert_msd_checkpoint)
-            draft = load(folder, config)
+            draft = load(folder, config, weights)
         if feature_layers is not None:
             several = isinstance(draft, Eagle3DraftModel | BlockDraftModel)
             if len(feature_layers) != len(draft.feature_layers) or not several:

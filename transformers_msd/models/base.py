@@ -128,6 +128,7 @@ class FeatureDraftModel(PreTrainedModel):
         visual_mask: torch.Tensor,
         real: torch.Tensor,
         context: torch.Tensor | None,
+        begins_visual: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
         """
         Choose the rows of a prompt that are read, as in training.
@@ -145,6 +146,9 @@ class FeatureDraftModel(PreTrainedModel):
                 Which rows are real, without a gap in a sequence; what lies behind them is filler.
             context (`torch.Tensor` of shape `(batch_size, context_size)`, *optional*):
                 What earlier prompts of the sequences have left to be read with each feature; none at the start.
+            begins_visual (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Whether token 0, whose feature the first row reads, is visual, where the rows are the first of their
+                sequences.
 
         Returns:
             `tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]`: Those of the first three that change,
@@ -153,6 +157,11 @@ class FeatureDraftModel(PreTrainedModel):
             features.
         """
         return {}, real, context
+
+    def embed(self, token_ids: torch.Tensor, target: Any) -> torch.Tensor:
+        """Embeddings of tokens as the layer reads them: the [`Target`]'s, unless the draft has its own."""
+        own = self.get_input_embeddings()
+        return target.embed(token_ids) if own is None else own(token_ids.to(own.weight.device))
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -233,20 +242,7 @@ class FeatureDraftModel(PreTrainedModel):
             target (`PreTrainedModel` or `PreTrainedConfig`):
                 Model to draft for, or its config.
         """
-        ours, theirs = self.config.get_text_config(), getattr(target, "config", target).get_text_config()
-        for name in ("hidden_size", "vocab_size"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"The draft was made for a target of `{name}` {getattr(ours, name)}, got {type(target).__name__} "
-                    f"with {getattr(theirs, name)}. Load the draft of this target, or train one: "
-                    f"`{type(self.config).__name__}.from_target(target.config)`."
-                )
-        num_layers = theirs.num_hidden_layers
-        if any(not -num_layers - 1 <= layer <= num_layers for layer in self.feature_layers):
-            raise ValueError(
-                f"The draft reads hidden states {list(self.feature_layers)} of its target, got one of {num_layers} "
-                "layers. Pass the target that it was trained for."
-            )
+        self.config.check_target(target)
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, custom_generate: bool | str = False, **kwargs: Any

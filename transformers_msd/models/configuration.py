@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from transformers_msd.traits.decoders import check_decoder
+from transformers_msd.traits.decoders import check_decoder, number_of
 from transformers_msd.traits.tokens import special_token_ids
 from transformers_msd.trees.tree import TreeConfig
 
@@ -23,6 +23,35 @@ class DraftConfig(PreTrainedConfig):
             raise ValueError(
                 f"`draft_vocab_size` must be between 1 and the target's {vocab_size} tokens, got "
                 f"{self.draft_vocab_size}. Leave it out to draft all of them."
+            )
+
+    @property
+    def target_hidden_size(self) -> int:
+        """Width of the target's hidden states."""
+        return self.get_text_config().hidden_size
+
+    def check_target(self, target: PreTrainedModel | PreTrainedConfig) -> None:
+        """
+        Raise a `ValueError` unless such a draft can read a target's features and use its embeddings and head.
+
+        Args:
+            target (`PreTrainedModel` or `PreTrainedConfig`):
+                Model to draft for, or its config.
+        """
+        theirs = getattr(target, "config", target).get_text_config()
+        ours = {"hidden_size": self.target_hidden_size, "vocab_size": self.get_text_config().vocab_size}
+        for name, size in ours.items():
+            if size != getattr(theirs, name):
+                raise ValueError(
+                    f"The draft was made for a target of `{name}` {size}, got {type(target).__name__} with "
+                    f"{getattr(theirs, name)}. Load the draft of this target, or train one: "
+                    f"`{type(self).__name__}.from_target(target.config)`."
+                )
+        num_layers, layers = number_of(theirs, "num_hidden_layers") or 0, getattr(self, "feature_layers", [])
+        if any(not -num_layers - 1 <= layer <= num_layers for layer in layers):
+            raise ValueError(
+                f"The draft reads hidden states {layers} of its target, got one of {num_layers} layers. Pass the "
+                "target that it was trained for, or other `feature_layers`."
             )
 
     @classmethod
@@ -97,9 +126,11 @@ def make_draft_config(
     try:
         if of_layers:
             check_decoder(layer_class, fields, of_layers)
-        return config_class(text_config=layer_class(**{**fields, **of_layers}), **own)
+        config = config_class(text_config=layer_class(**{**fields, **of_layers}), **own)
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    config.check_target(target_config)
+    return config
 
 
 def check_target_config(target_config: Any) -> None:

@@ -26,6 +26,7 @@ from transformers_msd.models.published import EXPORTER, check_kept
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.models.weights import read_embeddings, shapes_of
 from transformers_msd.traits.scales import scales_embeddings, wants_scales
+from transformers_msd.traits.tokens import visual_token_ids
 
 
 LAYOUTS = ("speculators", "sglang")
@@ -34,10 +35,10 @@ _NOT_COMPARED = {
     *("architectures", "dtype", "transformers_version", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache"),
     *("text_config", "tree_config", "feature_layers", "draft_vocab_size", "model_type", "rope_parameters"),
-    "mrope_interleaved",
+    *("mrope_interleaved", "fc_bias"),
 }
-# Nor do these where no token is visual, or zeros are written; MSD drafts with pictures are not written.
-_OF_PICTURES = {"fc_bias", "decoupled", "visual_pool_size"}
+# Nor do these where no token is visual.
+_OF_PICTURES = {"decoupled", "reads_placeholders", "visual_pool_size"}
 
 
 def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, output: str | Path) -> None:
@@ -108,21 +109,27 @@ def _parts(
         return msd_config(draft, target_config), msd_weights(draft)
     assert isinstance(draft, Eagle3DraftModel)
     losses = {
-        "the scale of the target's embeddings": scales_embeddings(shapes),
-        "the features of pictures in place of their tokens": not draft.config.reads_placeholders,
+        "the scale of the target's embeddings": scales_embeddings(shapes) and not draft.config.own_embeddings,
+        "the features of pictures in place of their tokens": not draft.config.reads_placeholders
+        and _sees_pictures(draft, target_config),
     }
     check_kept(layout, losses)
     weights = eagle3_weights(draft, layout)
     if layout == "sglang":
         return sglang_config(draft, target_config), weights
     published = speculators_config(draft, target_model, target_config)
-    weights["embed_tokens.weight"] = read_embeddings(target_model, shapes).to(draft.dtype)
+    if not draft.config.own_embeddings:
+        weights["embed_tokens.weight"] = read_embeddings(target_model, shapes).to(draft.dtype)
     return published, weights
+
+
+def _sees_pictures(draft: FeatureDraftModel, target_config: PreTrainedConfig) -> bool:
+    return bool(draft.config.visual_token_ids or visual_token_ids(target_config))
 
 
 def _described(draft: FeatureDraftModel, target_config: PreTrainedConfig) -> dict[str, Any]:
     """Settings of a draft by which it drafts, in words that do not depend on where it comes from."""
-    left_out = _NOT_COMPARED | (_OF_PICTURES if isinstance(draft, MSDDraftModel) else set())
+    left_out = _NOT_COMPARED | (set() if _sees_pictures(draft, target_config) else _OF_PICTURES)
     text_config = draft.config.get_text_config()
     fields = text_config.to_dict() | draft.config.to_dict()
     rope = {name: value for name, value in text_config.rope_parameters.items() if not name.startswith("mrope_")}

@@ -1,6 +1,10 @@
 """Positions of targets that count on several axes, time, height and width, of tokens by their places in a sequence."""
 
+from collections.abc import Callable
+
 import torch
+
+from transformers_msd.target.committed import Committed
 
 
 def axis_positions(position_ids: torch.Tensor, is_real: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -25,3 +29,32 @@ def axis_positions(position_ids: torch.Tensor, is_real: torch.Tensor, places: to
     columns = (~is_real).int().sort(dim=1, stable=True).indices.to(device)
     columns = columns.gather(1, torch.minimum(places, num_real - 1).clamp(min=0))  # fillers may lie before the first
     return axes.gather(2, columns.expand(3, -1, -1)) + (places - num_real + 1).clamp(min=0)
+
+
+def with_carried(
+    find: Callable[[torch.Tensor], torch.Tensor], axes: torch.Tensor, carried: Committed
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    Give rows that an earlier call has left the positions that they had there: a call that goes on behind a picture no
+    longer knows where its tokens stood.
+
+    Args:
+        find (`Callable`):
+            Looks up positions `(3, batch_size, num_rows)` of places `(batch_size, num_rows)`.
+        axes (`torch.Tensor` of shape `(3, batch_size, num_carried)`):
+            Positions of the rows that were left.
+        carried (`Committed`):
+            These rows.
+
+    Returns:
+        `Callable`: Looks up positions, those rows' among them.
+    """
+    starts, ends = carried.position_ids[:, :1], carried.lengths[:, None]  # of the rows nothing else is kept
+
+    def found(places: torch.Tensor) -> torch.Tensor:
+        rows = places - starts
+        is_carried = (rows >= 0) & (rows < ends)
+        rows = rows.clamp(min=0, max=axes.shape[2] - 1)
+        return torch.where(is_carried, axes.gather(2, rows.expand(3, -1, -1)), find(places))
+
+    return found

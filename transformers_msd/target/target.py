@@ -62,8 +62,7 @@ class Target:
         self._model_kwargs = model_kwargs | {"output_hidden_states": wanted}
         self._captures = captures
         self.room: Room | None = None
-        # Most new tokens of the call, where it has an end.
-        self.max_steps: int | None = None
+        self.max_steps: int | None = None  # new tokens of the call, where it has an end
         self.num_repeated = 0  # accepted tokens that ran again
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -93,6 +92,7 @@ class Target:
         last = outputs.hidden_states[-1][:, -1].to(self.device), outputs.logits[:, -1]
         self.num_prompt_rows = inputs_embeds.shape[1]  # columns that the cache lacked
         self._prompt = self._prompt_rows(input_ids.to(self.device), inputs_embeds, side_by_side(features), *last)
+        self.begins_visual = self._prompt.visual_mask[:, 0]  # of each sequence
         # The token at the root is not looked at: what follows the prompt was computed with it.
         return TokenTree.root(torch.zeros(len(inputs_embeds), dtype=torch.long, device=self.device)), outputs
 

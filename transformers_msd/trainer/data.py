@@ -11,8 +11,7 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_msd.compat import encode_pictures
-from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.msd.modeling_msd import pool_visual_rows
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.recording import side_by_side, with_layers
 from transformers_msd.target.target import TOKEN_TYPES
@@ -105,20 +104,14 @@ class DraftRows:
     supervised: torch.Tensor
     position_ids: torch.Tensor
 
-    def pool(self, config: MSDConfig) -> "DraftRows":
-        """Pool visual rows as decoding does, and pack those that are kept to the left."""
-        if config.visual_pool_size == 1:
+    def pool(self, draft: FeatureDraftModel) -> "DraftRows":
+        """Pool visual rows as a draft does in decoding, and pack those that are kept to the left."""
+        if not draft.pools:
             return self
-        inputs_embeds, features, kept = pool_visual_rows(
-            config, self.inputs_embeds, self.features, self.visual_mask, self.row_mask
+        changed, kept, _ = draft.pool(
+            self.inputs_embeds, self.features, self.position_ids, self.visual_mask, self.row_mask, None
         )
-        pooled = replace(
-            self,
-            inputs_embeds=inputs_embeds,
-            features=features,
-            row_mask=kept,
-            supervised=self.supervised & kept,
-        )
+        pooled = replace(self, **changed, row_mask=kept, supervised=self.supervised & kept)
         order = (~kept).int().sort(dim=1, stable=True).indices[:, : int(kept.sum(-1).max())]
         sequences = torch.arange(len(order), device=order.device)[:, None]
         return DraftRows(**{field.name: getattr(pooled, field.name)[sequences, order] for field in fields(self)})

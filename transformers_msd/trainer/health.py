@@ -1,4 +1,4 @@
-"""Training that learns nothing, or nothing that is a number, ends and says so."""
+"""Drafts that can't be trained are told, and training that learns nothing, or nothing that is a number, ends."""
 
 import math
 
@@ -6,10 +6,35 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
+from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
+
 
 # The share of rows without a token to learn from, among what is logged.
 UNSUPERVISED = "rows_without_supervision"
 _WAY_OUT = "Lower `learning_rate`, train in float32 or bfloat16, and look at the rows; checkpoints before are whole."
+
+
+def check_trainable(draft: FeatureDraftModel) -> None:
+    """Raise a `ValueError` for a draft whose training, and so what it read there, is not known here."""
+    name, config_class = type(draft).__name__, type(draft.config).__name__
+    if isinstance(draft, HiViSDraftModel | ViSpecDraftModel):
+        raise ValueError(
+            f"`model` must be one that is trained here, got {name}, which is only loaded. Make an "
+            "`MSDDraftModel(MSDConfig.from_target(target.config))`."
+        )
+    new = f"Train a new one: `{config_class}.from_target(target.config)`."
+    if draft.reads_axes:
+        raise ValueError(
+            f"A draft of one axis of positions can be trained, got a {name} with "
+            f"`mrope_section={draft.config.mrope_section}`. {new}"
+        )
+    if draft.get_input_embeddings() is not None:
+        raise ValueError(
+            f"A draft that reads the target's embeddings can be trained, got a {name} with `own_embeddings=True`. "
+            f"{new}"
+        )
 
 
 def check_means(means: dict[str, float], step: int, max_length: int | None, is_training: bool) -> None:

@@ -9,23 +9,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
+from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import TOKEN_TYPES, Target
 from transformers_msd.trainer.data import RowCollator, target_rows
+from transformers_msd.trainer.health import check_trainable
 from transformers_msd.traits.tokens import visual_token_ids
-from transformers_msd.trees.tree import TokenTree
 
 
 @dataclass(frozen=True)
 class Parity:
     """
-    How far the rows that the decoder fed differ from those of training.
+    How far the rows that a draft reads in decoding differ from those that it reads in training.
 
     Args:
         num_rows (`int`):
-            Rows compared: of the prompts, and of what was generated.
+            Rows compared: of the prompts, visual ones pooled as the draft has it, and of what was generated.
         num_visual_rows (`int`):
             Visual ones among them.
         num_generated_rows (`int`):
@@ -55,21 +56,22 @@ class Parity:
 
 
 class _Recorder(Ungated):
-    """Keeps what a draft is fed in one call."""
+    """Keeps what a draft reads in one call."""
 
     def __init__(self, assistant: FeatureDraftModel) -> None:
         super().__init__(assistant)
-        self.fed: list[Committed] = []
+        self.read: list[Committed] = []
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
         candidates = super().candidate_generator(target, inputs)
-        draft = candidates.draft
+        assert isinstance(candidates, MSDCandidateGenerator)
+        read = candidates.reader.read
 
-        def recorded(committed: Committed) -> TokenTree:
-            self.fed.append(committed)
-            return draft(committed)
+        def recorded(committed: Committed, is_prompt: bool, num_before: torch.Tensor | None) -> Committed:
+            self.read.append(read(committed, is_prompt, num_before))
+            return self.read[-1]
 
-        candidates.draft = recorded
+        candidates.reader.read = recorded  # lives for one call
         return candidates
 
 
@@ -104,7 +106,7 @@ def check_parity(
     max_new_tokens: int = 32,
 ) -> Parity:
     """
-    Answer prompts with the decoder, run what came out through the training path, and compare what the draft is fed.
+    Answer prompts with the decoder, run what came out through the training path, and compare what the draft reads.
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
@@ -115,7 +117,11 @@ def check_parity(
             Prompts as for `generate`, left-padded.
         max_new_tokens (`int`, *optional*, defaults to 32):
             Length of the answers, longer than a few rounds.
+
+    Raises:
+        ValueError: If such a draft is not trained here.
     """
+    check_trainable(draft)
     recorder = _Recorder(draft)
     output = target.generate(
         **inputs,
@@ -128,7 +134,7 @@ def check_parity(
         suppress_tokens=visual_token_ids(target.config) or None,
     )
     sequences = output.sequences
-    fed = recorder.fed[0].join(*recorder.fed[1:])
+    fed = recorder.read[0].join(*recorder.read[1:])
     num_new = sequences.shape[1] - inputs["input_ids"].shape[1]
     training_inputs = {
         **inputs,
@@ -139,11 +145,17 @@ def check_parity(
         if name in training_inputs:
             training_inputs[name] = pad(training_inputs[name], (0, num_new))
     training_inputs["labels"] = sequences
-    visual_ids, layers = draft.config.visual_token_ids, draft.feature_layers
-    rows = target_rows(target, training_inputs, visual_ids, feature_layers=layers)
+    rows = target_rows(
+        target,
+        training_inputs,
+        draft.config.visual_token_ids,
+        feature_layers=draft.feature_layers,
+        reads_placeholders=draft.reads_placeholders,
+    )
+    rows = rows.pool(draft)
 
     differences = {"embeds": [0.0], "features": [0.0]}
-    equal_masks = equal_positions = True
+    num_visual_rows, equal_masks, equal_positions = 0, True, True
     for sequence, length in enumerate(fed.lengths.tolist()):
         real = rows.row_mask[sequence].nonzero()[:length, 0]
         ours = slice(0, len(real))
@@ -153,12 +165,13 @@ def check_parity(
         differences["embeds"].append(embeds.abs().max().item())
         read = text if getattr(draft.config, "decoupled", False) else torch.ones_like(text)
         differences["features"].append(features[read].abs().max().item())
+        num_visual_rows += int(fed.visual_mask[sequence, ours].sum())
         equal_masks &= torch.equal(fed.visual_mask[sequence, ours], ~text)
         equal_positions &= torch.equal(fed.position_ids[sequence, ours], rows.position_ids[sequence, real])
     return Parity(
         num_rows=int(fed.lengths.sum()),
-        num_visual_rows=int(fed.visual_mask.sum()),
-        num_generated_rows=int((fed.lengths - recorder.fed[0].lengths).sum()),
+        num_visual_rows=num_visual_rows,
+        num_generated_rows=int((fed.lengths - recorder.read[0].lengths).sum()),
         max_embedding_difference=max(differences["embeds"]),
         max_feature_difference=max(differences["features"]),
         equal_masks=equal_masks,

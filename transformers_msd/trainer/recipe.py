@@ -58,6 +58,7 @@ class DraftArguments:
             Kind of a new draft: `"msd"`, `"eagle3"` or `"block"`.
         draft_config (`dict`, *optional*):
             Overrides of [`MSDConfig.from_target`], [`Eagle3Config.from_target`] or [`BlockDraftConfig.from_target`].
+            Beside `draft_model` they must be what it has.
         draft_vlm (`str`, *optional*):
             Folder or Hub repository of a small VLM (for a target of text alone: a language model) to distil by
             [`VLMDraftTrainer`], instead of training a draft on the target's features. Its vision tower is frozen.
@@ -214,8 +215,23 @@ def draft_config(arguments: DraftArguments, target_config: PreTrainedConfig) -> 
                 f"`draft_model` must be of the kind that `draft` says, {arguments.draft!r}, got one of `model_type` "
                 f"{found!r} in {arguments.draft_model}. Leave `draft` out: the folder says it."
             )
-        return OURS[found].config_class.from_pretrained(arguments.draft_model)
+        config = OURS[found].config_class.from_pretrained(arguments.draft_model)
+        known, given = config.get_text_config().to_dict() | config.to_dict(), arguments.draft_config or {}
+        own = {name: known.get(name) for name, value in given.items() if known.get(name) != value}
+        if own:
+            raise ValueError(
+                f"`draft_config` must be what the draft in {arguments.draft_model} has, {own}, got {given}. Leave it "
+                "out to go on from that draft, or leave `draft_model` out for a new one."
+            )
+        config.check_target(target_config)
+        return config
     return KINDS[arguments.draft].config_class.from_target(target_config, **(arguments.draft_config or {}))
+
+
+def check_draft(arguments: DraftArguments) -> None:
+    """Raise a `ValueError` for a draft that can't be one of its target, by their configs: no weights are loaded."""
+    arguments.check_places()
+    draft_config(arguments, AutoConfig.from_pretrained(arguments.target_model))
 
 
 def make_draft(arguments: DraftArguments, target_config: PreTrainedConfig) -> FeatureDraftModel:

@@ -20,6 +20,7 @@ from transformers_msd.trainer.plan import Plan, lengths_of, make_plan, sample_ro
 from transformers_msd.trainer.progress import ProgressCallback, keep_bars_out_of_logs
 from transformers_msd.trainer.recipe import (
     DraftArguments,
+    check_draft,
     draft_config,
     load_draft_vlm,
     load_target,
@@ -55,6 +56,7 @@ def make_parser() -> RecipeParser:
 def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     """Train, evaluate and save the draft of a recipe."""
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard the target as it is loaded; `prepare_target` does it
+    check_draft(arguments)
     target, processor = load_target(arguments)
     if args.assistant_only_loss:
         check_template(processor)

@@ -13,13 +13,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.modeling_block import BlockDraftModel
-from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
-from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.blocks import choose_anchors, predict_blocks
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.data import DraftRows, feature_noise, target_rows, unroll_attention_mask
 from transformers_msd.trainer.dataset import token_counts
+from transformers_msd.trainer.health import check_trainable
 from transformers_msd.trainer.losses import feature_loss
 from transformers_msd.traits.scales import Scales, logits_of, scales_of
 
@@ -58,18 +57,8 @@ class MSDTrainer(DraftTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
-        if isinstance(model, HiViSDraftModel | ViSpecDraftModel):
-            raise ValueError(
-                f"`model` must be one that is trained here, got {type(model).__name__}, which is only loaded. Make "
-                "an `MSDDraftModel(MSDConfig.from_target(target.config))`."
-            )
+        check_trainable(model)
         model.check_target(target)
-        if model.reads_axes:
-            raise ValueError(
-                f"A draft of one axis of positions can be trained, got a {type(model).__name__} with "
-                f"`mrope_section={model.config.mrope_section}`. Train a new one: "
-                f"`{type(model.config).__name__}.from_target(target.config)`."
-            )
         check_block_settings(model, args)
         if args.feature_loss_weight and not model.predicts_features:
             raise ValueError(
@@ -114,8 +103,7 @@ class MSDTrainer(DraftTrainer):
             rows = replace(rows, features=rows.features + noise)
         if isinstance(draft, BlockDraftModel):
             return self._block_loss_sum(model, draft, rows, inputs["input_ids"][:, 1:], seeds)
-        if draft.pools:
-            rows = rows.pool(draft.config)
+        rows = rows.pool(draft)
         features, supervised = self.accelerator.autocast()(draft.fuse)(rows.features), rows.supervised
         cache = DynamicCache() if self.args.num_unroll_steps > 1 else None
         target_features = rows.target_features[rows.supervised]

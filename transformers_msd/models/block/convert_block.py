@@ -34,7 +34,9 @@ def is_dflash(weights: dict[str, torch.Tensor]) -> bool:
     return any(key.removeprefix("model.") == "hidden_norm.weight" for key in weights)
 
 
-def load_dflash_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> BlockDraftModel:
+def load_dflash_checkpoint(
+    path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
+) -> BlockDraftModel:
     """
     Load a block draft of DFlash's layout (arXiv 2602.06036), JetSpec's among them, as a draft for a target.
 
@@ -43,6 +45,8 @@ def load_dflash_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Folder, or repository on the Hub, with `config.json` and its weights.
         target_config (`PreTrainedConfig`):
             Config of the target.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            What its files hold, where they have been read.
 
     Raises:
         ValueError: If it is no such checkpoint, belongs to another target, or computes what is not supported: another
@@ -51,7 +55,8 @@ def load_dflash_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
     published = read_config(folder)
-    weights = {key.removeprefix("model."): value for key, value in read_weights(folder).items()}
+    weights = read_weights(folder) if weights is None else weights
+    weights = {key.removeprefix("model."): value for key, value in weights.items()}
     if not is_dflash(weights) or "fc.weight" not in weights:
         raise ValueError(
             f"The weights in {folder} must be those of a block draft, got none named `fc` and `hidden_norm`. Load "

@@ -78,8 +78,9 @@ class BlockDraftModel(FeatureDraftModel):
         visual_mask: torch.Tensor,
         real: torch.Tensor,
         context: torch.Tensor | None,
+        begins_visual: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-        # Row `r` is about token `r`, whose embedding stands in the row before; no picture comes before that.
+        # Row `r` is about token `r`, whose embedding stands in the row before. The first row is read as it is.
         is_visual = torch.zeros_like(visual_mask)
         is_visual[:, 1:] = visual_mask[:, :-1]
         if self.config.visual_rows == "dropped":

@@ -22,6 +22,11 @@ class Eagle3Config(DraftConfig):
             Sizes of the draft's layers, mostly one, in Llama's terms. Its vocabulary is the target's.
         feature_layers (`list[int]`, *optional*, defaults to `[2, -2, -4]`):
             Hidden states of the target that are read, numbered as `output_hidden_states` returns them.
+        target_hidden_size (`int`, *optional*):
+            Width of these; that of the draft's layers when it is `None`.
+        own_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether tokens have embeddings of the draft's own, as they must where it is of another width than its
+            target, and not the target's.
         draft_vocab_size (`int`, *optional*):
             Tokens that are drafted, by the draft's own head; all of the target's when it is `None`.
         norm_before_residual (`bool`, *optional*, defaults to `False`):
@@ -54,6 +59,8 @@ class Eagle3Config(DraftConfig):
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     feature_layers: list[int] | None = None
+    target_hidden_size: int | None = None
+    own_embeddings: bool = False
     draft_vocab_size: int | None = None
     norm_before_residual: bool = False
     fc_norm: bool = False
@@ -71,7 +78,19 @@ class Eagle3Config(DraftConfig):
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
         self.feature_layers = [2, -2, -4] if self.feature_layers is None else self.feature_layers
+        hidden_size = self.get_text_config().hidden_size
+        self.target_hidden_size = self.target_hidden_size or hidden_size
         self.check()
+        if self.target_hidden_size != hidden_size and not self.own_embeddings:
+            raise ValueError(
+                f"A draft of another width than its target, {hidden_size} and {self.target_hidden_size}, must have "
+                "`own_embeddings`, got False: the target's are too wide for it, or too narrow. Set it to True."
+            )
+        if self.own_embeddings and not self.reads_placeholders:
+            raise ValueError(
+                "A draft that has `own_embeddings` reads no visual features of the target, got "
+                "`reads_placeholders=False`. Set it to True."
+            )
         if not self.feature_layers:
             raise ValueError("`feature_layers` must name a hidden state at least, got none. Leave it out for three.")
         if self.decoupled and self.reads_placeholders:

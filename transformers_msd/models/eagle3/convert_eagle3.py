@@ -5,24 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.places import check_finite
 from transformers_msd.models.published import (
     EXPORTER,
-    cast_weights,
-    check_weights,
+    fill_draft,
     find_folder,
     read_config,
     read_weights,
+    renamed,
 )
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
-# Embeddings are the target's, rotary frequencies follow from the config, and what the maps say is kept as ids.
+# Embeddings are mostly the target's, rotary frequencies follow from the config, and what the maps say is kept as ids.
 _DROPPED = re.compile(r"embed_tokens\.weight|(.*\.)?rotary_emb\.inv_freq|d2t|t2d")
 _TEXT_FIELDS = (
     "hidden_size",
@@ -42,28 +41,33 @@ def is_eagle3(weights: dict[str, torch.Tensor]) -> bool:
     return any(key.endswith(".hidden_norm.weight") for key in weights)
 
 
-def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> Eagle3DraftModel:
+def load_eagle3_checkpoint(
+    path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
+) -> Eagle3DraftModel:
     """
     Load an EAGLE-3 checkpoint as a draft for a target: of SafeAILab, AngelSlim or SpecForge (`midlayer.*`), or in the
     format of speculators (`layers.0.*`).
 
     Of several layers only the first reads embeddings and features side by side, as in speculators and vLLM. Copies of
-    the target's embeddings are dropped; every other tensor must have its place.
+    the target's embeddings are dropped; those of a draft of another width, or that were trained, are kept, and every
+    other tensor must have its place.
 
     Args:
         path_or_repo_id (`str` or `Path`):
             Folder, or repository on the Hub, with `config.json` and its weights.
         target_config (`PreTrainedConfig`):
             Config of the target.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            What its files hold, where they have been read.
 
     Raises:
-        ValueError: If it is no such checkpoint, belongs to another target, or needs what is not supported: another
-            width than the target's, or embeddings of its own.
+        ValueError: If it is no such checkpoint, or belongs to another target.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
     published = read_config(folder)
-    weights = {key.removeprefix("model."): value for key, value in read_weights(folder).items()}
+    weights = read_weights(folder) if weights is None else weights
+    weights = {key.removeprefix("model."): value for key, value in weights.items()}
     if not is_eagle3(weights):
         raise ValueError(
             f"The weights in {folder} must be those of an EAGLE-3 draft, got none named `hidden_norm`. Load other "
@@ -71,18 +75,11 @@ def load_eagle3_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
         )
     token_ids = _draft_token_ids(folder, weights, target_config.get_text_config().vocab_size)
     config = _draft_config(folder, published, weights, target_config, token_ids)
-    own = {_renamed(key): value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
-    draft = Eagle3DraftModel(config)
+    own = {key: value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
     own["draft_token_ids"] = token_ids
-    check_weights(folder, own, draft.state_dict())
-    draft = cast_weights(draft, own["fc.weight"].dtype)
-    draft.load_state_dict(own)
-    check_finite(draft, str(path_or_repo_id))
-    return draft.eval()
-
-
-def _renamed(key: str) -> str:
-    return next((own + key.removeprefix(theirs) for theirs, own in _NAMES.items() if key.startswith(theirs)), key)
+    if config.own_embeddings:
+        own["embed_tokens.weight"] = weights["embed_tokens.weight"]
+    return fill_draft(Eagle3DraftModel(config), renamed(own, _NAMES), folder)
 
 
 def _draft_config(
@@ -96,16 +93,16 @@ def _draft_config(
     is_of_speculators = "transformer_layer_config" in published
     num_layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")}) or 1
     theirs = published.get("target_hidden_size") or text["hidden_size"]
-    if theirs != text["hidden_size"] or text["hidden_size"] != target_text.hidden_size:
+    if theirs != target_text.hidden_size:
         raise ValueError(
             f"The draft in {folder} is {text['hidden_size']} wide and reads a target of {theirs}, got one of "
-            f"{target_text.hidden_size}. Pass the target that it was trained for; a draft of another width than its "
-            "target's is not supported."
+            f"{target_text.hidden_size}. Pass the target that it was trained for."
         )
-    if published.get("embed_requires_grad"):
+    owns = theirs != text["hidden_size"] or bool(published.get("embed_requires_grad"))
+    if owns and "embed_tokens.weight" not in weights:
         raise ValueError(
-            f"A draft must read the target's embeddings, got one that was trained with its own in {folder} "
-            "(`embed_requires_grad`), which is not supported."
+            f"The draft in {folder} must hold its embeddings, `embed_tokens.weight`, got none: it is of another width "
+            "than its target, or was trained with its own (`embed_requires_grad`). Copy the folder again."
         )
     if is_of_speculators and "norm_before_residual" not in published:
         raise ValueError(
@@ -115,8 +112,9 @@ def _draft_config(
     rope = _rope_parameters(published, text)
     section, interleaved = rope.pop("mrope_section", None), rope.pop("mrope_interleaved", False)
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
-    # Qwen3's layer has norms of queries and keys besides.
-    config_class = Qwen3Config if any(key.endswith("q_norm.weight") for key in weights) else LlamaConfig
+    config_class = _layer_class(weights)
+    if config_class is Qwen2Config:  # it has no such field of itself
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     text_config = config_class(
         **fields | special_token_ids(target_config),
         vocab_size=target_text.vocab_size,
@@ -129,6 +127,8 @@ def _draft_config(
     return Eagle3Config(
         text_config=text_config,
         feature_layers=_feature_layers(published, target_text.num_hidden_layers),
+        target_hidden_size=theirs,
+        own_embeddings=owns,
         draft_vocab_size=None if len(token_ids) == vocab_size else len(token_ids),
         norm_before_residual=bool(published.get("norm_before_residual", False)),
         fc_norm=any(key.startswith("fc_norm.") for key in weights),
@@ -138,6 +138,14 @@ def _draft_config(
         mrope_section=section,
         mrope_interleaved=interleaved,
     )
+
+
+def _layer_class(weights: dict[str, torch.Tensor]) -> type[PreTrainedConfig]:
+    """Choose the layer: Qwen3 norms queries and keys, Qwen2 has biases there and of values, Llama has all or none."""
+    ends = {key.partition(".self_attn.")[2] for key in weights}
+    if "q_norm.weight" in ends:
+        return Qwen3Config
+    return Qwen2Config if "q_proj.bias" in ends and "o_proj.bias" not in ends else LlamaConfig
 
 
 def _feature_layers(published: dict[str, Any], num_layers: int) -> list[int]:

@@ -57,6 +57,7 @@ def speculators_config(draft: Eagle3DraftModel, target_model: str, target_config
         "speculators",
         {
             f"layers of {text_config.model_type}": text_config.model_type not in ("llama", "qwen3"),
+            "another width than the target's": draft.config.target_hidden_size != text_config.hidden_size,
             "biases of the MLP": getattr(text_config, "mlp_bias", False),
             "hidden states behind the target's last norm": max(layers) == _num_layers(target_config),
         },
@@ -80,9 +81,9 @@ def speculators_config(draft: Eagle3DraftModel, target_model: str, target_config
         },
         "transformer_layer_config": layer_fields(text_config) | _rope_fields(draft),
         "draft_vocab_size": draft.head.out_features,
-        "target_hidden_size": text_config.hidden_size,
+        "target_hidden_size": draft.config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": layers,
-        "embed_requires_grad": False,
+        "embed_requires_grad": draft.config.own_embeddings,
         "norm_before_residual": draft.config.norm_before_residual,
         "norm_before_fc": draft.config.norm_before_fc,
         "fc_norm": draft.config.fc_norm,
@@ -116,6 +117,8 @@ def sglang_config(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> d
             "`norm_before_residual`": config.norm_before_residual,
             "`norm_before_fc`": config.norm_before_fc,
             "positions on axes that are scaled besides": config.mrope_section is not None and is_scaled,
+            # It puts the target's in their place, wherever these fit.
+            "its own embeddings": config.own_embeddings and config.target_hidden_size == text_config.hidden_size,
             "the target's embeddings, read as hidden states": min(layers) == 0,
             "hidden states behind the target's last norm": max(layers) == _num_layers(target_config),
         },
@@ -125,7 +128,7 @@ def sglang_config(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> d
         **layer_fields(text_config),
         **_rope_fields(draft),
         "draft_vocab_size": draft.head.out_features,
-        "target_hidden_size": text_config.hidden_size,
+        "target_hidden_size": draft.config.target_hidden_size,
         "num_aux_hidden_states": len(layers),
         # Outputs of layers are counted, one less.
         "eagle_config": {

@@ -98,7 +98,7 @@ class Eagle3DraftModel(FeatureDraftModel):
     """
     Draft model of EAGLE-3 (arXiv 2503.01840): fuses hidden states of several of the target's layers, and says one of
     its own, often fewer, tokens. Later levels of a tree read its own predictions. Embeddings are the target's and are
-    not stored here.
+    not stored here, unless `config.own_embeddings` is True.
     """
 
     config: Eagle3Config
@@ -113,15 +113,16 @@ class Eagle3DraftModel(FeatureDraftModel):
     def __init__(self, config: Eagle3Config):
         super().__init__(config)
         text_config = config.get_text_config()
-        size, num_parts = text_config.hidden_size, len(config.feature_layers)
+        size, theirs, num_parts = text_config.hidden_size, config.target_hidden_size, len(config.feature_layers)
         norm_of = lambda width: LlamaRMSNorm(width, eps=text_config.rms_norm_eps)  # noqa: E731
         self.model = make_decoder(text_config)
         self.model.layers[0] = Eagle3Layer(self.model.layers[0], config)
         if config.mrope_section is not None:
             self.model.rotary_emb = Eagle3RotaryEmbedding(config)
-        self.fc = nn.Linear(num_parts * size, size, bias=False)
-        self.fc_norm = nn.ModuleList(norm_of(size) for _ in range(num_parts)) if config.fc_norm else None
-        self.input_norm = norm_of(num_parts * size) if config.norm_before_fc else None
+        self.embed_tokens = nn.Embedding(text_config.vocab_size, size) if config.own_embeddings else None
+        self.fc = nn.Linear(num_parts * theirs, size, bias=False)
+        self.fc_norm = nn.ModuleList(norm_of(theirs) for _ in range(num_parts)) if config.fc_norm else None
+        self.input_norm = norm_of(num_parts * theirs) if config.norm_before_fc else None
         self.norm = norm_of(size)
         self.head = nn.Linear(size, config.draft_vocab_size or text_config.vocab_size, bias=False)
         # Ids of the tokens it knows; -1 until they are chosen.
@@ -140,8 +141,9 @@ class Eagle3DraftModel(FeatureDraftModel):
     def reads_axes(self) -> bool:
         return self.config.mrope_section is not None
 
-    def get_input_embeddings(self) -> None:
-        """None: they are the target's."""
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        """Its own embeddings, or None: they are the target's."""
+        return self.embed_tokens
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         if self.fc_norm is not None:
@@ -172,7 +174,7 @@ class Eagle3DraftModel(FeatureDraftModel):
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Input embeddings of tokens `r + 1` in the target.
+                Embeddings of tokens `r + 1`, as [`Eagle3DraftModel.embed`] gives them.
             features (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
                 What [`Eagle3DraftModel.fuse`] makes of the target's hidden states at tokens `r`, or the draft's own
                 predictions.

@@ -19,7 +19,9 @@ def is_hivis(weights: dict[str, torch.Tensor]) -> bool:
     return "residual" in weights or (fc is not None and fc.shape[-1] == 3 * len(fc))
 
 
-def load_hivis_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> HiViSDraftModel:
+def load_hivis_checkpoint(
+    path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
+) -> HiViSDraftModel:
     """
     Load a HiViS checkpoint as a draft for a target.
 
@@ -31,13 +33,15 @@ def load_hivis_checkpoint(path_or_repo_id: str | Path, target_config: PreTrained
             Folder, or repository on the Hub, with `config.json` and its weights.
         target_config (`PreTrainedConfig`):
             Config of the target, by which it is known what is left out with a picture.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            What its files hold, where they have been read.
 
     Raises:
         ValueError: If it is no such checkpoint, or belongs to another target.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
-    weights = read_own_weights(folder)
+    weights = read_own_weights(folder, weights)
     layer = eagle_layer(read_config(folder), weights, target_config)
     weights = _fold(weights, layer.hidden_size, folder)
     # Where a token opens each picture, it goes with it, as do the one that closes it and the next.

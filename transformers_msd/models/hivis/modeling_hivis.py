@@ -44,20 +44,27 @@ class HiViSDraftModel(MSDDraftModel):
         visual_mask: torch.Tensor,
         real: torch.Tensor,
         context: torch.Tensor | None,
+        begins_visual: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
         num_rows = real.shape[1]
         is_last = real & ~pad(real[:, 1:], (0, 1))
-        visual = hidden = visual_mask & real & ~is_last
+        # Of all tokens, the first among them, which has no row.
+        is_first = torch.zeros_like(real[:, 0]) if begins_visual is None else begins_visual
+        visual = hidden = torch.cat([is_first[:, None], visual_mask & real & ~is_last], dim=1)
         for distance in range(1, self.config.tokens_before + 1):
             hidden = hidden | pad(visual, (0, distance))[:, distance:]
         for distance in range(1, self.config.tokens_behind + 1):
-            hidden = hidden | pad(visual, (distance, 0))[:, :num_rows]
-        kept = real & (~hidden | is_last)
+            hidden = hidden | pad(visual, (distance, 0))[:, : num_rows + 1]
+        left = real & (~hidden[:, 1:] | is_last)
         # The row of the token before among those that are left.
         rows = torch.arange(1, num_rows + 1, device=real.device)
-        before = pad(torch.where(kept, rows, 0).cummax(-1).values, (1, 0))[:, :num_rows]
+        before = pad(torch.where(left, rows, 0).cummax(-1).values, (1, 0))[:, :num_rows]
         changed = {"features": take_rows(features, before), "position_ids": position_ids.gather(1, before)}
-        return changed, kept, context
+        if begins_visual is None:
+            return changed, left, context
+        # Where token 0 is hidden, no token goes before the first that is left.
+        has_before = ~hidden[:, :1] | (left.cumsum(-1) > 1)
+        return changed, left & (has_before | is_last), context
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         return self._with_bias(features, 0)

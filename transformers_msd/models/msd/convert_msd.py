@@ -29,7 +29,9 @@ _TEXT_FIELDS = (
 )
 
 
-def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> MSDDraftModel:
+def convert_msd_checkpoint(
+    path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
+) -> MSDDraftModel:
     """
     Load a checkpoint in the published layout, for example `lucylyn/MSD-LLaVA1.5-7B`, as a draft for a target. A draft
     of ours is loaded as it is.
@@ -42,21 +44,22 @@ def convert_msd_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Folder, or repository on the Hub, with `config.json` and `model.safetensors` or `pytorch_model.bin`.
         target_config (`PreTrainedConfig`):
             Config of the target.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            What its files hold, where they have been read.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
     published = read_config(folder)
     if published.get("model_type") == MSDConfig.model_type:
         return _load_ours(folder, target_config)
-    weights = read_own_weights(folder)
-    draft = MSDDraftModel(_draft_config(published, weights, target_config))
-    weights = {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
-    return fill_draft(draft, weights, folder)
+    weights = read_own_weights(folder, weights)
+    return fill_draft(MSDDraftModel(_draft_config(published, weights, target_config)), _named(weights), folder)
 
 
-def read_own_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a published draft without copies of what its target has."""
-    return {key: value for key, value in read_weights(folder).items() if not _DROPPED.fullmatch(key)}
+def read_own_weights(folder: Path, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Read the weights of a published draft, unless they are given, without copies of what its target has."""
+    weights = read_weights(folder) if weights is None else weights
+    return {key: value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
 
 
 def eagle_layer(
@@ -116,13 +119,27 @@ def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_conf
     if "rope_theta" in published:
         rope_parameters = target_config.get_text_config().rope_parameters
         fields["rope_parameters"] = {**rope_parameters, "rope_theta": published["rope_theta"]}
-    return MSDConfig.from_target(
-        target_config,
-        **{"num_hidden_layers": 1, **fields},
+    own = {
         # The published code reads this name and takes a missing one as true; some that have one say they have none.
-        fc_bias=published.get("bias", True) or "fc.bias" in weights,
-        input_layernorm="layers.0.input_layernorm.weight" in weights,
-    )
+        "fc_bias": published.get("bias", True) or "fc.bias" in weights,
+        "input_layernorm": "layers.0.input_layernorm.weight" in weights,
+    }
+    config = MSDConfig.from_target(target_config, **{"num_hidden_layers": 1, **fields}, **own)
+    if _names(config) == _named(weights).keys():
+        return config
+    # EAGLE's code makes a layer of its own kind, whatever the target's is.
+    layer = eagle_layer(published, weights, target_config)
+    other = MSDConfig(text_config=layer, visual_token_ids=config.visual_token_ids, **own)
+    return other if _names(other) == _named(weights).keys() else config
+
+
+def _names(config: MSDConfig) -> set[str]:
+    with torch.device("meta"):
+        return set(MSDDraftModel(config).state_dict())
+
+
+def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key if key.startswith("fc.") else f"model.{key}": value for key, value in weights.items()}
 
 
 __all__ = ["convert_msd_checkpoint", "eagle_layer", "read_own_weights"]

@@ -115,6 +115,7 @@ class MSDDraftModel(FeatureDraftModel):
         visual_mask: torch.Tensor,
         real: torch.Tensor,
         context: torch.Tensor | None,
+        begins_visual: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
         inputs_embeds, features, kept = pool_visual_rows(self.config, inputs_embeds, features, visual_mask, real)
         return {"inputs_embeds": inputs_embeds, "features": features}, kept, context

@@ -21,7 +21,9 @@ def is_vispec(weights: dict[str, torch.Tensor]) -> bool:
     return any(key.startswith("imadpt.") for key in weights)
 
 
-def load_vispec_checkpoint(path_or_repo_id: str | Path, target_config: PreTrainedConfig) -> ViSpecDraftModel:
+def load_vispec_checkpoint(
+    path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
+) -> ViSpecDraftModel:
     """
     Load a ViSpec checkpoint as a draft for a target.
 
@@ -32,13 +34,15 @@ def load_vispec_checkpoint(path_or_repo_id: str | Path, target_config: PreTraine
             Folder, or repository on the Hub, with `config.json` and its weights.
         target_config (`PreTrainedConfig`):
             Config of the target.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            What its files hold, where they have been read.
 
     Raises:
         ValueError: If it is no such checkpoint, or belongs to another target.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
-    weights = read_own_weights(folder)
+    weights = read_own_weights(folder, weights)
     queries = weights.get("imadpt.q")
     if queries is None or queries.ndim != 3:
         raise ValueError(

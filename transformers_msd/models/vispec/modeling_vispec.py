@@ -91,6 +91,7 @@ class ViSpecDraftModel(MSDDraftModel):
         visual_mask: torch.Tensor,
         real: torch.Tensor,
         context: torch.Tensor | None,
+        begins_visual: torch.Tensor | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
         batch_size, num_rows, size = inputs_embeds.shape
         is_last = real & ~pad(real[:, 1:], (0, 1))
