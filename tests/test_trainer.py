@@ -14,11 +14,10 @@ pytest.importorskip("trl")
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from training_fixtures import make_trainer
+from training_fixtures import make_trainer, offline, tiny_dataset, tiny_processor  # noqa: F401
 from transformers import AutoConfig, AutoModel, TrainerCallback
 
-from training.tiny_world.build.target import build_model, build_processor
-from training.tiny_world.world.rows import training_dataset
+from training.tiny_world.build.target import build_model
 from transformers_msd.compat import CACHE
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
@@ -37,25 +36,9 @@ from transformers_msd.trainer.parallel import prepare_target
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return build_processor(num_rows=200)
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return training_dataset(24)
-
-
-@pytest.fixture(scope="module")
 def target(processor):
     torch.manual_seed(0)
     return build_model(processor, num_layers=1)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def test_feature_loss_is_smooth_l1():

@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from training_fixtures import make_trainer
+from training_fixtures import make_trainer, offline, tiny_processor  # noqa: F401
 from transformers import LlamaForCausalLM
 
 from training.tiny_world.build.target import CHAT_TEMPLATE, build_model, build_processor
@@ -24,16 +24,6 @@ from transformers_msd.trainer.generation import GenerationSettings, answer_rows,
 from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
 from transformers_msd.trainer.parity import has_equal_prompt
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor(num_rows=200)
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,23 @@ from transformers import CONFIG_MAPPING, AutoConfig
 pytest.importorskip("trl")
 
 import zoo
-from training_fixtures import (
+from training_fixtures import (  # noqa: F401
     TWO_PROCESSES,
     eagle3_recipe,
     finish,
     launch,
     make_trainer,
+    offline,
     recipe,
+    tiny_dataset,
+    tiny_processor,
     vlm_recipe,
     write_recipe,
     write_world,
 )
 
-from training.tiny_world.build.target import build_model, build_processor, encode_prompts
-from training.tiny_world.world.rows import evaluation_prompts, training_dataset
+from training.tiny_world.build.target import build_model, encode_prompts
+from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import Eagle3Config, Eagle3DraftModel, MSDConfig, MSDDraftModel, TreeConfig
 from transformers_msd.compat import CACHE
 from transformers_msd.models.base import FeatureDraftModel
@@ -45,24 +48,9 @@ DESIGNS = {
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return build_processor(num_rows=200)
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return training_dataset(24)
-
-
-@pytest.fixture(scope="module")
 def target(processor):
     torch.manual_seed(0)
     return build_model(processor, num_layers=3)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def make_eagle3(target: torch.nn.Module, **overrides) -> Eagle3DraftModel:

@@ -19,7 +19,16 @@ import torch
 pytest.importorskip("trl")
 
 from safetensors.torch import load_file
-from training_fixtures import TWO_PROCESSES, finish, launch, recipe, vlm_recipe, write_recipe, write_world
+from training_fixtures import (  # noqa: F401
+    TWO_PROCESSES,
+    finish,
+    launch,
+    offline,
+    recipe,
+    vlm_recipe,
+    write_recipe,
+    write_world,
+)
 
 from transformers_msd import MSDDraftModel
 from transformers_msd.trainer.checkpoints import last_checkpoint
@@ -46,11 +55,6 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     write_world(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def run(world: Path, output: str, make_recipe=recipe, **settings):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -27,6 +28,23 @@ ENVIRONMENT = os.environ | {
 }
 # They meet at a port that is free.
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(name="processor", scope="module")
+def tiny_processor():
+    return build_processor(num_rows=200)
+
+
+@pytest.fixture(name="dataset", scope="module")
+def tiny_dataset():
+    return training_dataset(24)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """In each module that imports it, nobody asks the Hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def write_world(folder: Path, num_rows: int = 40) -> None:
