@@ -235,15 +235,22 @@ def test_draft_of_another_target_is_not_measured():
         measure_costs(make_target("llama"), draft)
 
 
-def test_command_measures_and_saves(tmp_path, capsys, few_rounds):
-    make_target("llama").save_pretrained(tmp_path / "target")
+@pytest.fixture
+def pair(tmp_path_factory):
+    """A folder of a small target and its draft."""
+    folder = tmp_path_factory.mktemp("pair")
+    make_target("llama").save_pretrained(folder / "target")
     torch.manual_seed(1)
-    MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(tmp_path / "draft")
-    models = ["--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")]
+    MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(folder / "draft")
+    return folder
+
+
+def test_command_measures_and_saves(pair, capsys, few_rounds):
+    models = ["--target_model", str(pair / "target"), "--draft_model", str(pair / "draft")]
     main(["tune", *models, "--prompt_length", "16", "--tolerance", "inf"])
     assert "A plain step takes" in capsys.readouterr().out
-    target = type(make_target("llama")).from_pretrained(tmp_path / "target")
-    draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
+    target = type(make_target("llama")).from_pretrained(pair / "target")
+    draft = MSDDraftModel.from_pretrained(pair / "draft")
     saved = json.loads(costs_path([draft], target).read_text())
     assert load_sizing([draft], target).measured == [Costs(**each) for each in saved]
     assert [each["batch_size"] for each in saved] == [1, 4, 16]
@@ -301,10 +308,11 @@ def test_what_is_stored_is_shown_and_removed_without_loading_weights(draft, dtyp
     assert "Nothing is stored" in capsys.readouterr().out
 
 
-def test_costs_that_do_not_settle_are_refused_and_nothing_is_stored(cache_folder, few_rounds, monkeypatch):
+def test_costs_that_do_not_settle_are_refused_and_nothing_is_stored(pair, cache_folder, few_rounds, monkeypatch):
     monkeypatch.setattr("transformers_msd.tuning.MAX_PASSES", 4)
+    command = f"tune --target_model {pair}/target --draft_model {pair}/draft --prompt_length 8 --tolerance 1e-9"
     with pytest.raises(SystemExit, match=r"must be settled to 0\.0%, got in 4 passes: a round of .* uncertain by .*%"):
-        main([*TUNE, "--draft_model", str(CHECKPOINTS / "draft"), "--tolerance", "1e-9"])
+        main(command.split())
     assert not list(cache_folder.rglob("*.json"))
 
 
