@@ -194,7 +194,13 @@ def test_several_prompts_are_drafted_with_the_fixed_tree():
     assert output.speculative_stats.num_drafted == 11 * int((output.speculative_stats.acceptance_lengths > 0).sum())
 
 
-def test_measuring_leaves_the_draft_as_it_was():
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """Where it does not matter how exact costs are."""
+    monkeypatch.setattr("transformers_msd.tuning.NUM_ROUNDS", 4)
+
+
+def test_measuring_leaves_the_draft_as_it_was(few_rounds):
     target = make_target("llama")
     tree = TreeConfig(num_nodes=5, depth=3, top_k=2)
     drafter = VLMDrafter(make_draft_model("llama"), tree_config=tree)
@@ -229,15 +235,22 @@ def test_draft_of_another_target_is_not_measured():
         measure_costs(make_target("llama"), draft)
 
 
-def test_command_measures_and_saves(tmp_path, capsys):
-    make_target("llama").save_pretrained(tmp_path / "target")
+@pytest.fixture
+def pair(tmp_path_factory):
+    """A folder of a small target and its draft."""
+    folder = tmp_path_factory.mktemp("pair")
+    make_target("llama").save_pretrained(folder / "target")
     torch.manual_seed(1)
-    MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(tmp_path / "draft")
-    models = ["--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")]
+    MSDDraftModel(MSDConfig.from_target(make_target("llama").config)).save_pretrained(folder / "draft")
+    return folder
+
+
+def test_command_measures_and_saves(pair, capsys, few_rounds):
+    models = ["--target_model", str(pair / "target"), "--draft_model", str(pair / "draft")]
     main(["tune", *models, "--prompt_length", "16", "--tolerance", "inf"])
     assert "A plain step takes" in capsys.readouterr().out
-    target = type(make_target("llama")).from_pretrained(tmp_path / "target")
-    draft = MSDDraftModel.from_pretrained(tmp_path / "draft")
+    target = type(make_target("llama")).from_pretrained(pair / "target")
+    draft = MSDDraftModel.from_pretrained(pair / "draft")
     saved = json.loads(costs_path([draft], target).read_text())
     assert load_sizing([draft], target).measured == [Costs(**each) for each in saved]
     assert [each["batch_size"] for each in saved] == [1, 4, 16]
@@ -295,15 +308,15 @@ def test_what_is_stored_is_shown_and_removed_without_loading_weights(draft, dtyp
     assert "Nothing is stored" in capsys.readouterr().out
 
 
-def test_costs_that_do_not_settle_are_refused_and_nothing_is_stored(cache_folder, monkeypatch):
+def test_costs_that_do_not_settle_are_refused_and_nothing_is_stored(pair, cache_folder, few_rounds, monkeypatch):
     monkeypatch.setattr("transformers_msd.tuning.MAX_PASSES", 4)
-    monkeypatch.setattr("transformers_msd.tuning.NUM_ROUNDS", 4)
+    command = f"tune --target_model {pair}/target --draft_model {pair}/draft --prompt_length 8 --tolerance 1e-9"
     with pytest.raises(SystemExit, match=r"must be settled to 0\.0%, got in 4 passes: a round of .* uncertain by .*%"):
-        main([*TUNE, "--draft_model", str(CHECKPOINTS / "draft"), "--tolerance", "1e-9"])
+        main(command.split())
     assert not list(cache_folder.rglob("*.json"))
 
 
-def test_a_round_far_cheaper_than_a_step_is_refused(monkeypatch):
+def test_a_round_far_cheaper_than_a_step_is_refused(few_rounds, monkeypatch):
     monkeypatch.setattr("transformers_msd.tuning.MAX_PASSES", 4)
     monkeypatch.setattr("transformers_msd.tuning.LEAST_ROUND", 1e9)
     with pytest.raises(ValueError, match="which can't be, as a forward of the target is in both"):

@@ -572,12 +572,15 @@ def test_a_readme_of_ones_own_stays(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("make_recipe", "draft_class"), [(recipe, MSDDraftModel), (vlm_recipe, LlavaForConditionalGeneration)]
 )
-def test_command_launches_a_run(world, make_recipe, draft_class):
+def test_command_launches_a_run(world, make_recipe, draft_class, monkeypatch, capfd):
     name = draft_class.__name__
     path = write_recipe(world, name, make_recipe, stage="multimodal", num_processes=1)
     path.write_text(path.read_text().replace("disable_tqdm: true\n", ""))
     options = ["--max_steps", "1", "--num_eval_prompts", "1"]
-    printed = finish(launch(["-m", "transformers_msd.cli", "train", "--config", str(path), *options]))
+    for variable in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(variable, ENVIRONMENT[variable])
+    main(["train", "--config", str(path), *options])
+    printed = "".join(capfd.readouterr())
     assert re.search(r"^step 1 of 1, loss [\d.]+, took \d+ s$", printed, re.MULTILINE)
     assert "%|" not in printed  # no bar in a log
     card = (world / name / "README.md").read_text()
@@ -588,12 +591,16 @@ def test_command_launches_a_run(world, make_recipe, draft_class):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_command_generates_data_in_the_targets_words(world, tmp_path, num_processes):
+def test_command_generates_data_in_the_targets_words(world, tmp_path, capfd, num_processes):
     output = tmp_path / "answered"
-    command = ["-m", "transformers_msd.cli", "generate-data", "--target_model", str(world / "target")]
+    command = ["generate-data", "--target_model", str(world / "target")]
     command += ["--datasets", str(world / "rows"), "--output", str(output), "--num_rows", "6"]
     command += ["--max_new_tokens", "4", "--rows_per_chunk", "2", "--device", "cpu"]
-    printed = finish(launch([*(TWO_PROCESSES if num_processes == 2 else []), *command]))
+    if num_processes == 1:
+        main(command)
+        printed = "".join(capfd.readouterr())
+    else:
+        printed = finish(launch([*TWO_PROCESSES, "-m", "transformers_msd.cli", *command]))
     assert "Wrote 6 rows" in printed
     assert f"row {'of its own 4 of 4' if num_processes == 2 else '6 of 6'}, took" in printed
     assert "%|" not in printed

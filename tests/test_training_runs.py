@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -31,6 +33,7 @@ from training_fixtures import (  # noqa: F401
 )
 
 from transformers_msd import MSDDraftModel
+from transformers_msd.cli.train import children_end_with_us
 from transformers_msd.trainer.checkpoints import last_checkpoint
 from transformers_msd.trainer.run import make_parser, train
 
@@ -91,19 +94,23 @@ def test_noise_and_coins_follow_from_the_seed(world, make_recipe, unbroken):
     assert not torch.equal(curve(run(world, "other", make_recipe, **CURVE, seed=7).state.log_history), unbroken)
 
 
-def test_two_processes_leave_the_curve(world, make_recipe, unbroken):
-    path = write_recipe(
-        world,
-        "two",
-        make_recipe,
-        **CURVE,
-        per_device_train_batch_size=2,
-        ddp_backend="gloo",
-        save_strategy="steps",
-        save_steps=NUM_STEPS,
-    )
-    finish(launch([*TWO_PROCESSES, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
-    state = json.loads((world / f"two/checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
+@pytest.fixture(scope="module")
+def jointly_trained(world):
+    """What one launch of two processes saw of each recipe, beside a whole target and a sharded one."""
+    joint = CURVE | {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
+    saving = {"save_strategy": "steps", "save_steps": NUM_STEPS}
+    recipes = {}
+    for each in (recipe, vlm_recipe):
+        recipes[f"whole_{each.__name__}"] = each(world, f"whole_{each.__name__}", **joint | saving)
+        recipes[f"sharded_{each.__name__}"] = each(world, f"sharded_{each.__name__}", **joint)
+    script = str(Path(__file__).parent / "joint_training.py")
+    output = finish(launch([*TWO_PROCESSES, script, json.dumps(recipes)]))
+    return json.loads(next(line for line in output.splitlines() if line.startswith('{"whole')))
+
+
+def test_two_processes_leave_the_curve(world, make_recipe, unbroken, jointly_trained):
+    name = f"whole_{make_recipe.__name__}"
+    state = json.loads((world / name / f"checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
     torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
     measured = [entry["step"] for entry in state["log_history"] if "eval_acceptance_length_image" in entry]
     assert measured == [3, 6]
@@ -129,11 +136,8 @@ def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
     torch.testing.assert_close(curve(state["log_history"]), unbroken, rtol=1e-6, atol=0.0)
 
 
-def test_sharded_target_trains_and_drafts_alike(world, make_recipe, unbroken):
-    settings = CURVE | {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
-    script = str(Path(__file__).parent / "sharded_training.py")
-    output = finish(launch([*TWO_PROCESSES, script, json.dumps(make_recipe(world, "sharded", **settings))]))
-    result = json.loads(next(line for line in output.splitlines() if line.startswith('{"losses"')))
+def test_sharded_target_trains_and_drafts_alike(make_recipe, unbroken, jointly_trained):
+    result = jointly_trained[f"sharded_{make_recipe.__name__}"]
     torch.testing.assert_close(torch.tensor(result["losses"]), unbroken, **TOLERANCE)
     assert set(result["parameter_types"]) == {"DTensor"}
     assert result["acceptance_length"] >= 1
@@ -216,19 +220,22 @@ def test_best_draft_is_loaded_at_the_end(world, make_recipe):
     assert any(not torch.equal(final[name], weight) for name, weight in last.items())
 
 
+def launch_and_wait(pids: Connection) -> None:
+    with children_end_with_us():
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+        pids.send(child.pid)
+        child.wait()
+
+
 def test_processes_that_were_launched_end_with_the_command() -> None:
-    program = (
-        "import subprocess, sys\n"
-        "from transformers_msd.cli.train import children_end_with_us\n"
-        "with children_end_with_us():\n"
-        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
-        "    print(child.pid, flush=True)\n"
-        "    child.wait()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
-        child = int(command.stdout.readline())
-        command.terminate()
-        assert command.wait(30) == 143
+    ours, theirs = Pipe()
+    # A fork: a process that imports everything anew takes seconds.
+    command = get_context("fork").Process(target=launch_and_wait, args=(theirs,))
+    command.start()
+    child = ours.recv()
+    command.terminate()
+    command.join(30)
+    assert command.exitcode == 143
     for _ in range(100):
         if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
             return

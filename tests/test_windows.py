@@ -23,7 +23,7 @@ from transformers import (
 from zoo import TEXT, VOCAB_SIZE, make_inputs
 
 from transformers_msd import StaticRuntime, TreeConfig, VLMDrafter
-from transformers_msd.caches.blocks import SPARE_COLUMNS, Block
+from transformers_msd.caches.blocks import Block
 from transformers_msd.compat import CACHE
 from transformers_msd.traits.windows import Window, layer_windows
 
@@ -143,11 +143,13 @@ def test_a_cache_of_full_layers_is_masked_and_kept_whole(lengths: tuple[int, ...
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "llama4_text"])
 def test_columns_that_no_window_reaches_are_dropped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS[name](8)
-    config.max_position_embeddings = 2048
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(config).eval()
     target.generation_config.eos_token_id = None
     inputs = make_inputs("llama", (0,), lengths=(12,))
+    spare, num_tokens = 64, 225  # as 256 and 900
+    for module in ("blocks", "room"):
+        monkeypatch.setattr(f"transformers_msd.caches.{module}.SPARE_COLUMNS", spare)
     widths: dict[Window | None, int] = {}
     forget = Block._widen
 
@@ -156,13 +158,13 @@ def test_columns_that_no_window_reaches_are_dropped(name: str, monkeypatch: pyte
         widths[block.window] = max(widths.get(block.window, 0), block.keys[0].shape[2])
 
     monkeypatch.setattr(Block, "_widen", widen)
-    call = {"max_new_tokens": 900}
+    call = {"max_new_tokens": num_tokens}
     plain = generate(target, inputs, **call)
     drafted = generate(target, inputs, **call, assistant_model=Oracle(plain.sequences[:, 14:], VOCAB_SIZE, depth=8))
     assert torch.equal(drafted.sequences, plain.sequences)
     assert_same_cache(drafted[CACHE], plain[CACHE])
     for window, width in widths.items():
-        assert width > 900 if window is None else width < 3 * SPARE_COLUMNS
+        assert width > num_tokens if window is None else width < 3 * spare
 
 
 def test_windows_are_read_off_the_types_of_layers() -> None:

@@ -1,4 +1,4 @@
-"""One of two processes that train a draft beside a sharded target; prints what it saw as JSON."""
+"""One of two processes that train by recipes, beside whole targets and sharded ones; prints what it saw as JSON."""
 
 import json
 import sys
@@ -10,24 +10,26 @@ from transformers_msd.trainer import run
 from transformers_msd.trainer.parallel import shard_target
 
 
-arguments, args = run.make_parser().parse_dict(json.loads(sys.argv[1]))
 load_whole, types = run.load_target, set()
 
 
 def load_sharded(arguments):
     target, processor = load_whole(arguments)
-    mesh = init_device_mesh(args.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     target = shard_target(target.requires_grad_(False), mesh=mesh)
     text_model = [*target.get_decoder().parameters(), *target.get_output_embeddings().parameters()]
     types.update(type(parameter).__name__ for parameter in text_model)
     return target, processor
 
 
-run.load_target = load_sharded
-history = run.train(arguments, args).state.log_history
-if dist.get_rank() == 0:
+recipes, results = json.loads(sys.argv[1]), {}
+for name, recipe in recipes.items():
+    run.load_target = load_sharded if name.startswith("sharded") else load_whole
+    types.clear()
+    history = run.train(*run.make_parser().parse_dict(recipe)).state.log_history
     lengths = [entry["eval_acceptance_length"] for entry in history if "eval_acceptance_length" in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    result = {"losses": losses, "parameter_types": sorted(types), "acceptance_length": lengths[-1]}
-    print("\n" + json.dumps(result), flush=True)
+    results[name] = {"losses": losses, "parameter_types": sorted(types), "acceptance_length": lengths[-1]}
+if dist.get_rank() == 0:
+    print("\n" + json.dumps(results), flush=True)
 dist.destroy_process_group()
