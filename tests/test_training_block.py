@@ -10,18 +10,21 @@ import torch
 pytest.importorskip("trl")
 
 import zoo
-from training_fixtures import (
+from training_fixtures import (  # noqa: F401
     TWO_PROCESSES,
     block_recipe,
     finish,
     launch,
     make_trainer,
+    offline,
+    tiny_dataset,
+    tiny_processor,
     write_recipe,
     write_world,
 )
 
-from training.tiny_world.build.target import build_model, build_processor, encode_prompts
-from training.tiny_world.world.rows import evaluation_prompts, training_dataset
+from training.tiny_world.build.target import build_model, encode_prompts
+from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import BlockDraftConfig, BlockDraftModel, MSDConfig, MSDDraftModel, TreeConfig
 from transformers_msd.trainer import check_parity
 from transformers_msd.trainer.arithmetic import operations_of_step
@@ -42,24 +45,9 @@ DESIGNS = {
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return build_processor(num_rows=200)
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return training_dataset(24)
-
-
-@pytest.fixture(scope="module")
 def target(processor):
     torch.manual_seed(0)
     return build_model(processor, num_layers=3)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def make_block(target: torch.nn.Module, **overrides) -> BlockDraftModel:
