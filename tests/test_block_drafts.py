@@ -62,6 +62,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "fewer tokens, a whole block": {"draft_vocab_size": 40, "causal": False},
     "decoupled": {"visual_rows": "decoupled", "predicts_next": False},
     "dropped": {"visual_rows": "dropped", "mask_token_id": MASK_ID},
+    "rows that read the feature": {"reads_feature": True, "mask_token_id": MASK_ID},
 }
 SAMPLED_IF_CAPTURED = ("JetSpec", "two layers, edges", "dropped")
 
@@ -182,6 +183,8 @@ class Independent:
         """What a head reads of each level: from what is known, and a block of a root at a place, and of masks."""
         read, places = known
         hidden = torch.stack([root, *[mask] * (BLOCK_SIZE - 1)])
+        if "join.weight" in self.weights:  # what is known before the root stands last
+            hidden = torch.cat([hidden, read[-1:].expand_as(hidden)], dim=-1) @ self.weights["join.weight"].T
         own = torch.arange(place, place + BLOCK_SIZE)
         sees_own = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool)
         sees = torch.cat([sees_own.new_ones(BLOCK_SIZE, len(read)), sees_own.tril() if self.causal else sees_own], 1)
@@ -264,6 +267,7 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
         ("fewer tokens, a whole block", "gemma3"),
         ("decoupled", "qwen2_5_vl"),
         ("dropped", "llava"),
+        ("rows that read the feature", "llava"),
     ],
 )
 def test_batches_and_turns_equal_plain_ones(name: str, architecture: str, do_sample: bool, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ DESIGNS = {
     "decoupled, edges": {"visual_rows": "decoupled", "edge_rank": 3},
     "dropped, fewer tokens, edges": {"visual_rows": "dropped", "draft_vocab_size": 96, "edge_rank": 3},
     "a token as mask": {"mask_token_id": 7, "num_hidden_layers": 2},
+    "rows that read the feature": {"reads_feature": True},
 }
 
 
@@ -152,7 +153,7 @@ def test_blocks_begun_at_some_tokens_stand_for_all(target, dataset, processor, t
 
 
 def test_a_draft_learns_and_drafts(target, dataset, processor, tmp_path):
-    draft = make_block(target, edge_rank=4, draft_vocab_size=96, visual_rows="decoupled")
+    draft = make_block(target, edge_rank=4, draft_vocab_size=96, visual_rows="decoupled", reads_feature=True)
     settings = {"stage": "multimodal", "max_steps": 6, "num_blocks": 8, **LOSSES}
     trainer = make_trainer(target, dataset.select(range(12)), processor, tmp_path, draft=draft, **settings)
     before = copy.deepcopy(draft.state_dict())

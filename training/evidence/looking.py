@@ -49,6 +49,12 @@ DESIGNS: dict[str, Design] = {
             ", edges": {"edge_rank": 32},
             ", 2 layers, edges": {"num_hidden_layers": 2, "edge_rank": 32},
             ", both ways": {"causal": False},
+            ", rows that read the feature": {"reads_feature": True},
+            ", 2 layers, edges, rows that read the feature": {
+                "num_hidden_layers": 2,
+                "edge_rank": 32,
+                "reads_feature": True,
+            },
             ", decoupled": {"visual_rows": "decoupled"},
             ", visual rows left out": {"visual_rows": "dropped"},
         }.items()

@@ -13,6 +13,7 @@ from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
 from transformers_msd.trees.growing import grow_tree
+from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -52,9 +53,11 @@ def draft_blocks(
     """
     width = cache.layers[0].keys.shape[2]
     starts.copy_(lengths)
-    draft.remember(draft.fuse(features), position_ids, cache)
+    features = draft.fuse(features)
+    draft.remember(features, position_ids, cache)
     lengths = lengths + counts
-    rows = _block(draft, target, root_token_ids, config.depth).to(features.dtype)
+    last = take_rows(features, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    rows = _block(draft, target, root_token_ids, last, config.depth)
     visible = draft.visible(rows.shape[1], rows.device).expand(len(rows), -1, -1)
     starts.copy_(lengths)
     hidden = draft(
@@ -79,9 +82,9 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
     _draft_trees = staticmethod(draft_blocks)
 
     def _grow(self, committed: Committed, sizing: Sizing | None) -> TokenTree:
-        self._extend(committed)
+        features = take_rows(self._extend(committed), committed.last_rows.to(self._device)[:, None])[:, 0]
         draft, config = self._draft, self._tree_config
-        rows = _block(draft, self._target, committed.root_token_ids, config.depth).to(self._device, self._dtype)
+        rows = _block(draft, self._target, committed.root_token_ids, features, config.depth)
         num_rows = rows.shape[1]
         visible = draft.visible(num_rows, self._device).expand(len(rows), -1, -1)
         next_positions = self._next_positions(committed)
@@ -98,7 +101,8 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
         noise = self._sampler.noise_of_round(config.depth)
         return _grow_from(draft, config, committed.root_token_ids, logits, noise, self._sampler.draft_warpers, sizing)
 
-    def _extend(self, committed: Committed) -> None:
+    def _extend(self, committed: Committed) -> torch.Tensor:
+        """Add committed rows to the draft's cache, and return what it reads of them."""
         if self._room is not None:
             self._room.place(committed.token_ids.shape[1])
         features = self._draft.fuse(committed.features.to(self._device, self._dtype))
@@ -107,6 +111,7 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
             self._open_room(committed.lengths, committed.host_lengths)
         else:
             self._room.extend(committed.lengths.to(self._device), committed.host_lengths)
+        return features
 
     @property
     def _num_drafted_rows(self) -> int:
@@ -120,13 +125,15 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
         return num_layers * self.assumed_level(device_type) * rows_cost
 
 
-def _block(draft: BlockDraftModel, target: Target, root_token_ids: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """Make the rows of blocks, of shape `(batch_size, num_rows, hidden_size)`."""
+def _block(
+    draft: BlockDraftModel, target: Target, root_token_ids: torch.Tensor, features: torch.Tensor, num_levels: int
+) -> torch.Tensor:
+    """Make the rows of blocks, of shape `(batch_size, num_rows, hidden_size)`, where `features` before them are."""
     token_ids, mask = root_token_ids[:, None], draft.config.mask_token_id
     if mask is None:
-        return draft.block(target.embed(token_ids)[:, 0], num_levels, None)
-    embeds = target.embed(torch.cat([token_ids, torch.full_like(token_ids, mask)], dim=1))
-    return draft.block(embeds[:, 0], num_levels, embeds[0, 1])
+        return draft.block(target.embed(token_ids)[:, 0].to(features), features, num_levels, None)
+    embeds = target.embed(torch.cat([token_ids, torch.full_like(token_ids, mask)], dim=1)).to(features)
+    return draft.block(embeds[:, 0], features, num_levels, embeds[0, 1])
 
 
 def _grow_from(

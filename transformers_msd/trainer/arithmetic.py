@@ -63,7 +63,8 @@ def operations_of_step(
         num_rows_of_blocks, num_supervised = num_blocks * draft.block_size, num_blocks * draft.num_levels
         # Keys and values of what is known, in all layers, and blocks that see it.
         known = 2 * (model.fc.weight.numel() + _keys_and_values(model))
-        of_blocks = _weights(model.model, own) + _attention(own) * (length + num_rows_of_blocks)
+        joining = 0 if model.join is None else 2 * model.join.weight.numel()
+        of_blocks = joining + _weights(model.model, own) + _attention(own) * (length + num_rows_of_blocks)
         of_heads = num_supervised * 3 * (own_head + 2 * draft.edge_rank * own.vocab_size)
         of_draft = 3 * (length * known + num_rows_of_blocks * of_blocks) + of_heads
         return num_rows * _of_target(target, text, length, num_supervised), num_rows * of_draft

@@ -101,16 +101,16 @@ def predict_blocks(
     if (mask_id := draft.config.mask_token_id) is not None:
         embed = target.get_input_embeddings()
         mask_embed = scales_of(target).of_embeddings(embed(torch.tensor([mask_id], device=token_ids.device)))[0]
-    blocks = draft.block(
-        take_rows(rows.inputs_embeds, anchors), num_levels, mask_embed
-    )  # (batch, blocks, size, hidden)
+    fused, roots = fuse(features), take_rows(rows.inputs_embeds, anchors)
+    # (batch_size, num_blocks, size, hidden_size)
+    blocks = draft.block(roots, take_rows(fused, anchors), num_levels, mask_embed)
     size = blocks.shape[2]
     places = torch.arange(1, size + 1, device=anchors.device)
     hidden = model(
         inputs_embeds=blocks.flatten(1, 2),
         attention_mask=block_attention_mask(kept, anchors, draft.visible(size, anchors.device), features.dtype),
         position_ids=(rows.position_ids.gather(1, anchors)[..., None] + places).flatten(1),
-        features=fuse(features),
+        features=fused,
         feature_positions=rows.position_ids,
     ).last_hidden_state
     predicted = draft.levels(hidden.unflatten(1, blocks.shape[1:3]), num_levels)

@@ -33,6 +33,9 @@ class BlockDraftConfig(DraftConfig):
         predicts_next (`bool`, *optional*, defaults to `True`):
             Whether a row says the token after its own place, so that `block_size` tokens are drafted (DSpark, arXiv
             2607.05147), and not the one in its place, one less (DFlash).
+        reads_feature (`bool`, *optional*, defaults to `False`):
+            Whether each row of a block is the fusion of its embedding with what is known of the target at the token
+            before the block, as the rows of MSD (arXiv 2505.14260) are, and not its embedding alone.
         mask_token_id (`int`, *optional*):
             Token of the target whose embedding stands where a token is not known. A vector of the draft's own does,
             where it is `None`.
@@ -58,6 +61,7 @@ class BlockDraftConfig(DraftConfig):
     block_size: int = 8
     causal: bool = True
     predicts_next: bool = True
+    reads_feature: bool = False
     mask_token_id: int | None = None
     draft_vocab_size: int | None = None
     edge_rank: int = 0
@@ -105,8 +109,8 @@ class BlockDraftConfig(DraftConfig):
                 Config of the target, multimodal or text-only.
             overrides (`dict[str, Any]`, *optional*):
                 Fields of this config (`block_size`, `causal`, `draft_vocab_size`, `edge_rank`, `feature_layers`,
-                `mask_token_id`, `predicts_next`, `tree_config`, `visual_rows`, `visual_token_ids`) or of its text
-                config (`num_hidden_layers`, `intermediate_size`, ...).
+                `mask_token_id`, `predicts_next`, `reads_feature`, `tree_config`, `visual_rows`, `visual_token_ids`) or
+                of its text config (`num_hidden_layers`, `intermediate_size`, ...).
         """
         check_target_config(target_config)
         text_config = target_config.get_text_config()
@@ -120,7 +124,7 @@ class BlockDraftConfig(DraftConfig):
         names = (
             *own,
             *("block_size", "causal", "draft_vocab_size", "edge_rank", "mask_token_id", "predicts_next"),
-            *("tree_config", "visual_rows"),
+            *("reads_feature", "tree_config", "visual_rows"),
         )
         return make_draft_config(cls, target_config, Qwen3Config, fields, own, names, overrides)
 

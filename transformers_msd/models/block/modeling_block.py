@@ -37,6 +37,7 @@ class BlockDraftModel(FeatureDraftModel):
         self.fc = nn.Linear(len(config.feature_layers) * size, size, bias=False)
         self.hidden_norm, self.norm = norm_of(), norm_of()
         self.visual_fc = nn.Linear(size, size, bias=False) if config.visual_rows == "decoupled" else None
+        self.join = nn.Linear(2 * size, size, bias=False) if config.reads_feature else None
         self.mask_embedding = nn.Parameter(torch.empty(size)) if config.mask_token_id is None else None
         self.edge_from = nn.Embedding(vocab_size, config.edge_rank) if config.edge_rank else None
         self.edge_to = nn.Linear(config.edge_rank, vocab_size, bias=False) if config.edge_rank else None
@@ -110,13 +111,17 @@ class BlockDraftModel(FeatureDraftModel):
         states, visual, flags = features.split([self.fc.in_features, size, 1], dim=-1)
         return self.hidden_norm(torch.where(flags > 0, self.visual_fc(visual), self.fc(states)))
 
-    def block(self, root_embeds: torch.Tensor, num_levels: int, mask_embed: torch.Tensor | None) -> torch.Tensor:
+    def block(
+        self, root_embeds: torch.Tensor, features: torch.Tensor, num_levels: int, mask_embed: torch.Tensor | None
+    ) -> torch.Tensor:
         """
         Lay out what the layers read of a block.
 
         Args:
             root_embeds (`torch.Tensor` of shape `(..., hidden_size)`):
                 Embeddings of the tokens emitted last.
+            features (`torch.Tensor` of shape `(..., hidden_size)`):
+                What [`BlockDraftModel.fuse`] makes of the target's hidden states at the tokens before them.
             num_levels (`int`):
                 Levels that are wanted. A block of rows that see each other has its full size in any case.
             mask_embed (`torch.Tensor` of shape `(hidden_size,)`, *optional*):
@@ -130,7 +135,10 @@ class BlockDraftModel(FeatureDraftModel):
             num_rows -= self.config.num_levels - num_levels
         mask = self.mask_embedding if mask_embed is None else mask_embed
         masks = mask.to(root_embeds).expand(*root_embeds.shape[:-1], num_rows - 1, -1)
-        return torch.cat([root_embeds[..., None, :], masks], dim=-2)
+        rows = torch.cat([root_embeds[..., None, :], masks], dim=-2)
+        if self.join is None:
+            return rows
+        return self.join(torch.cat([rows, features.to(rows)[..., None, :].expand_as(rows)], dim=-1))
 
     def visible(self, num_rows: int, device: torch.device) -> torch.Tensor:
         """Tell which rows of a block each of them sees: a mask of shape `(num_rows, num_rows)`."""
