@@ -15,11 +15,12 @@ from torch.nn.functional import silu
 from transformers import CompileConfig
 from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
-from transformers_msd import AutoDraftModel, BlockDraftConfig, BlockDraftModel, StaticRuntime, TreeConfig
+from transformers_msd import AutoDraftModel, BlockDraftConfig, BlockDraftModel, StaticRuntime, TokenTree, TreeConfig
 from transformers_msd.compat import CACHE
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.drafters.block_candidates import BlockCandidateGenerator
 from transformers_msd.models.exporting import export_draft
+from transformers_msd.trees.growing import grow_tree
 from transformers_msd.tuning import measure_costs
 
 
@@ -315,6 +316,23 @@ def test_batches_and_turns_equal_plain_ones(name: str, architecture: str, do_sam
         kept = spies[1].trees[-len(spies[0].trees) :]
         for ours, theirs in zip(kept, spies[0].trees, strict=True):
             assert_same_trees(ours, theirs)
+
+
+@pytest.mark.parametrize("topology", [None, [[0], [1], [0, 0], [0, 1], [1, 0], [0, 1, 2]]])
+def test_trees_of_known_tokens_are_those_of_all_tokens(topology: list[list[int]] | None) -> None:
+    """Of tokens that come into question the same tree grows as of a whole vocabulary, however deep."""
+    log_probs = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
+    best = log_probs.topk(9)
+    config = TreeConfig(num_nodes=14, depth=4, top_k=3, topology=topology)
+
+    def grow(levels: torch.Tensor, known: torch.Tensor | None) -> TokenTree:
+        later = iter(levels.unbind(1)[1:])
+        expand = lambda ids, slots, visible: next(later)[:, None].expand(-1, ids.shape[1], -1)  # noqa: E731
+        return grow_tree(config, torch.tensor([1, 2]), levels[:, 0], expand, known=known)
+
+    tree = grow(best.values, best.indices)
+    assert tree.depth > 1
+    assert_same_trees(tree, grow(log_probs, None))
 
 
 @torch.no_grad()

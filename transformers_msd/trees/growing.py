@@ -84,7 +84,8 @@ def grow_tree(
         width = frontier.shape[1]
         visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
         visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
-        scores, token_ids = expand(frontier_ids, slots, visible).topk(top_k)  # (batch, frontier, top_k)
+        after = expand(frontier_ids, slots, visible)
+        scores, token_ids = best_tokens(after, top_k, known, depth)  # (batch, frontier, top_k)
         scores = (scores + frontier_scores[..., None]).flatten(1)
         token_ids = token_ids.flatten(1)
         all_scores.append(scores)
