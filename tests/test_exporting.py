@@ -335,8 +335,16 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
         of_llava(layer={"vocab_size": 200}),
         "made for a target of `vocab_size` 200",
     ),
-    "HiViS": (*("llama", "sglang"), lambda: make_visual(HiViSDraftModel), "got HiViSDraftModel, for which no engine"),
-    "ViSpec": (*("llava", "speculators"), lambda: make_visual(ViSpecDraftModel), "got ViSpecDraftModel, for which no"),
+    "HiViS": (
+        *("llama", "sglang"),
+        lambda: make_visual(HiViSDraftModel),
+        "got HiViSDraftModel, which is not written for engines",
+    ),
+    "ViSpec": (
+        *("llava", "speculators"),
+        lambda: make_visual(ViSpecDraftModel),
+        "got ViSpecDraftModel, which is not written",
+    ),
     "MSD for speculators": ("llama", "speculators", make_msd, "must be given an EAGLE-3 draft, got one of MSD"),
     "MSD with pictures": ("llava", "sglang", msd_with_pictures, "rows of pictures"),
     "MSD with a head": ("llama", "sglang", msd_with_a_head, "its own head"),

@@ -39,6 +39,7 @@ class GoldenTarget:
         self.embed = lambda token_ids: embedding(token_ids, embed_tokens)
         self.logits = lambda features: linear(features, head)
         self.scales = Scales()
+        self.begins_visual = torch.zeros(1, dtype=torch.bool)
 
 
 def commit(token_ids: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], start: int) -> Committed:
