@@ -418,6 +418,18 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
         {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2}},
         "must do without conv_kernel_size",
     ),
+    "axes": (None, {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}, "must do without mrope_section"),
+    "pairs that are rotated": (None, {"rope_is_neox_style": False}, "must do without rope_is_neox_style=false"),
+    "a rotation that nobody knows": (None, {"rope_scaling": {"type": "spiral"}}, "got what makes none: .*spiral"),
+    "a text for a number": (None, {"block_size": "6"}, "got what makes none: .*'block_size' expected int"),
+    "a list for settings": (None, {"dflash_config": [1]}, "got what makes none: "),
+    "a number for a list": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": 3}},
+        "got what makes none: ",
+    ),
+    "an activation that nobody knows": (None, {"hidden_act": "wave"}, "got what makes none: .*wave"),
+    "a vector for a matrix": (broken("DFlash", **{"fc.weight": torch.zeros(HIDDEN)}), {}, "got what makes none: "),
     "a window": (
         None,
         {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "use_sliding_window": True},
