@@ -473,6 +473,9 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
     draft.tree_config = TreeConfig(depth=BLOCK_SIZE + 1)
     with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .* got {BLOCK_SIZE + 1}"):
         target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)
+    draft.tree_config = TreeConfig(topology=[[0], [VOCAB_SIZE]])
+    with pytest.raises(ValueError, match=f"must name ranks below {VOCAB_SIZE}, .* got {VOCAB_SIZE}"):
+        target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)
     draft.config.feature_layers = [2, 9]
     with pytest.raises(ValueError, match="reads hidden states .2, 9. of its target, got one of 2 layers"):
         draft.check_target(target)
