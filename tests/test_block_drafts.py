@@ -422,6 +422,18 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
         {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2}},
         "must do without conv_kernel_size",
     ),
+    "axes": (None, {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}, "must do without mrope_section"),
+    "pairs that are rotated": (None, {"rope_is_neox_style": False}, "must do without rope_is_neox_style=false"),
+    "a rotation that nobody knows": (None, {"rope_scaling": {"type": "spiral"}}, "got what makes none: .*spiral"),
+    "a text for a number": (None, {"block_size": "6"}, "got what makes none: .*'block_size' expected int"),
+    "a list for settings": (None, {"dflash_config": [1]}, "got what makes none: "),
+    "a number for a list": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": 3}},
+        "got what makes none: ",
+    ),
+    "an activation that nobody knows": (None, {"hidden_act": "wave"}, "got what makes none: .*wave"),
+    "a vector for a matrix": (broken("DFlash", **{"fc.weight": torch.zeros(HIDDEN)}), {}, "got what makes none: "),
     "a window": (
         None,
         {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "use_sliding_window": True},
@@ -464,6 +476,9 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
     assert draft.tree_config.depth == BLOCK_SIZE
     draft.tree_config = TreeConfig(depth=BLOCK_SIZE + 1)
     with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .* got {BLOCK_SIZE + 1}"):
+        target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)
+    draft.tree_config = TreeConfig(topology=[[0], [VOCAB_SIZE]])
+    with pytest.raises(ValueError, match=f"must name ranks below {VOCAB_SIZE}, .* got {VOCAB_SIZE}"):
         target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)
     draft.config.feature_layers = [2, 9]
     with pytest.raises(ValueError, match="reads hidden states .2, 9. of its target, got one of 2 layers"):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.base import FeatureDraftModel
@@ -88,7 +89,13 @@ class AutoDraftModel:
         else:
             weights = read_weights(folder)
             load = next((load for is_theirs, load in THEIRS if is_theirs(weights)), convert_msd_checkpoint)
-            draft = load(folder, config, weights)
+            try:
+                draft = load(folder, config, weights)
+            except (AttributeError, LookupError, StrictDataclassError, TypeError) as error:
+                raise ValueError(
+                    f"{folder / 'config.json'} and the weights beside it must be those of a draft, got what "
+                    f"makes none: {' '.join(str(error).split())}. Copy the folder again."
+                ) from error
         if feature_layers is not None:
             several = isinstance(draft, Eagle3DraftModel | BlockDraftModel)
             if len(feature_layers) != len(draft.feature_layers) or not several:

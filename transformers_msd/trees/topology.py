@@ -66,7 +66,15 @@ def best_tokens(
             Tokens of each level that they are of; those from 0 on by default.
         level (`int`):
             Level of the nodes, 0 for the root.
+
+    Raises:
+        ValueError: If there are fewer tokens.
     """
+    if number > log_probs.shape[-1]:
+        raise ValueError(
+            f"`TreeConfig.topology` must name ranks below {log_probs.shape[-1]}, as many tokens as there are, got "
+            f"{number - 1}. Lower it."
+        )
     scores, places = log_probs.topk(number)
     if known is None:
         return scores, places

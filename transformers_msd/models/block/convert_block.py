@@ -27,6 +27,7 @@ _TEXT_FIELDS = (
 )
 # Settings of drafts of this family that compute something else.
 _NOT_READ = ("draft_shift", "mrope_section", "conv_kernel_size", "selector_rank")
+_WANTED = ("rope_is_neox_style",)  # or what is rotated lies in pairs
 
 
 def is_dflash(weights: dict[str, torch.Tensor]) -> bool:
@@ -81,7 +82,11 @@ def _draft_config(
             f"The draft in {folder} must be as wide as its target and made for one of as many layers, {size} and "
             f"{num_layers}, got {theirs}. Pass the target that it was trained for."
         )
-    if unknown := [name for name in _NOT_READ if own.get(name)]:
+    scaling = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
+    settings = published | scaling | own
+    unknown = [name for name in _NOT_READ if settings.get(name)]
+    unknown += [f"{name}=false" for name in _WANTED if not settings.get(name, True)]
+    if unknown:
         raise ValueError(f"A block draft must do without {', '.join(unknown)}, got {folder}, which is not supported.")
     missing = [name for name, place in (("block_size", published), ("mask_token_id", own)) if name not in place]
     if missing:
@@ -95,7 +100,6 @@ def _draft_config(
             f"The draft reads layers {outputs} of its target, got one of {num_layers}. Pass the target that it was "
             "trained for."
         )
-    scaling = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_theta"] = scaling.get("rope_theta") or published.get("rope_theta") or 10000.0
     # Qwen3's layer has norms of queries and keys besides.
