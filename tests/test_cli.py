@@ -48,7 +48,7 @@ MISTAKES = {
     f"convert {CHECKPOINTS} --target_model ./no --output here": "`target_model` must be a path or a repository",
     f"convert {CHECKPOINTS}/draft {TARGET} --output here --to speculators": "must be given an EAGLE-3 draft",
     f"convert {CHECKPOINTS}/draft {TARGET} --output here --to sglang": "it would lose rows of pictures",
-    f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "must hold the tokenizer",
+    f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "of a target, got MSDConfig",
     "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
 }
 USAGE = {
