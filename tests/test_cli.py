@@ -50,6 +50,7 @@ MISTAKES = {
     f"convert {CHECKPOINTS}/draft {TARGET} --output here --to sglang": "it would lose rows of pictures",
     f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "of a target, got MSDConfig",
     "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
+    f"generate-data --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md --output here": "the tokenizer of",
 }
 USAGE = {
     "nonsense": "invalid choice: 'nonsense'",
