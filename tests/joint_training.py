@@ -29,7 +29,7 @@ for name, recipe in recipes.items():
     history = run.train(*run.make_parser().parse_dict(recipe)).state.log_history
     lengths = [entry["eval_acceptance_length"] for entry in history if "eval_acceptance_length" in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    results[name] = {"losses": losses, "parameter_types": sorted(types), "acceptance_length": lengths[-1]}
+    results[name] = {"losses": losses, "parameter_types": sorted(types), "acceptance_lengths": lengths}
 if dist.get_rank() == 0:
     print("\n" + json.dumps(results), flush=True)
 dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """Block drafts are trained by the trainer of MSD: blocks begun at many tokens, as they are drafted in `generate`."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -11,16 +10,11 @@ pytest.importorskip("trl")
 
 import zoo
 from training_fixtures import (  # noqa: F401
-    TWO_PROCESSES,
     block_recipe,
-    finish,
-    launch,
     make_trainer,
     offline,
     tiny_dataset,
     tiny_processor,
-    write_recipe,
-    write_world,
 )
 
 from training.tiny_world.build.target import build_model, encode_prompts
@@ -30,7 +24,7 @@ from transformers_msd.trainer import check_parity
 from transformers_msd.trainer.arithmetic import operations_of_step
 from transformers_msd.trainer.blocks import choose_anchors
 from transformers_msd.trainer.data import target_rows
-from transformers_msd.trainer.run import make_parser, train
+from transformers_msd.trainer.run import make_parser
 
 
 BLOCK_SIZE = 4
@@ -186,28 +180,6 @@ def test_rows_are_those_of_decoding(architecture):
     parity = check_parity(target, draft, zoo.make_inputs(architecture, (0, 2, 1)), max_new_tokens=12)
     assert parity.holds(1e-3), parity
     assert parity.num_generated_rows > 0
-
-
-def test_processes_accumulation_and_interruptions_leave_the_curve(tmp_path):
-    write_world(tmp_path)
-    common = {"stage": "multimodal", "max_steps": 2, "num_blocks": 6}
-
-    def curve(output: str, **settings) -> torch.Tensor:
-        trainer = train(*make_parser().parse_dict(block_recipe(tmp_path, output, **common | settings)))
-        return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-
-    unbroken = curve("unbroken", save_strategy="steps", save_steps=1)
-    assert len(unbroken) == 2
-    accumulated = curve("accumulated", per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    torch.testing.assert_close(accumulated, unbroken, rtol=2e-4, atol=0.0)
-    resumed = curve("resumed", resume_from_checkpoint=str(tmp_path / "unbroken/checkpoint-1"))
-    torch.testing.assert_close(resumed, unbroken, rtol=1e-6, atol=0.0)
-    settings = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 2}
-    path = write_recipe(tmp_path, "two", block_recipe, **common | settings)
-    finish(launch([*TWO_PROCESSES, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
-    state = json.loads((tmp_path / "two/checkpoint-2/trainer_state.json").read_text())
-    losses = torch.tensor([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    torch.testing.assert_close(losses, unbroken, rtol=2e-4, atol=0.0)
 
 
 def test_work_grows_with_blocks(target, tmp_path):

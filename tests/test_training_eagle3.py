@@ -1,7 +1,6 @@
 """EAGLE-3 drafts are trained by the trainer of MSD: on what they read in `generate`, and by losses of their own."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -12,17 +11,13 @@ pytest.importorskip("trl")
 
 import zoo
 from training_fixtures import (  # noqa: F401
-    TWO_PROCESSES,
     eagle3_recipe,
-    finish,
-    launch,
     make_trainer,
     offline,
     recipe,
     tiny_dataset,
     tiny_processor,
     vlm_recipe,
-    write_recipe,
     write_world,
 )
 
@@ -218,28 +213,6 @@ def test_placeholders_are_read_in_training_as_in_decoding(target, processor):
     num_rows = rows.inputs_embeds.shape[1]
     torch.testing.assert_close(fed[0]["inputs_embeds"][:, :num_rows], rows.inputs_embeds)
     torch.testing.assert_close(fed[0]["features"][:, :num_rows], draft.fuse(rows.features), atol=1e-4, rtol=0)
-
-
-def test_processes_accumulation_and_interruptions_leave_the_curve(tmp_path):
-    write_world(tmp_path)
-    common = {"stage": "multimodal", "max_steps": 2, "num_unroll_steps": 2}
-
-    def curve(output: str, **settings) -> torch.Tensor:
-        trainer = train(*make_parser().parse_dict(eagle3_recipe(tmp_path, output, **common | settings)))
-        return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-
-    unbroken = curve("unbroken", save_strategy="steps", save_steps=1)
-    assert len(unbroken) == 2
-    accumulated = curve("accumulated", per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    torch.testing.assert_close(accumulated, unbroken, rtol=2e-4, atol=0.0)
-    resumed = curve("resumed", resume_from_checkpoint=str(tmp_path / "unbroken/checkpoint-1"))
-    torch.testing.assert_close(resumed, unbroken, rtol=1e-6, atol=0.0)
-    settings = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 2}
-    path = write_recipe(tmp_path, "two", eagle3_recipe, **common | settings)
-    finish(launch([*TWO_PROCESSES, "-m", "transformers_msd.trainer.run", "--config", str(path)]))
-    state = json.loads((tmp_path / "two/checkpoint-2/trainer_state.json").read_text())
-    losses = torch.tensor([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    torch.testing.assert_close(losses, unbroken, rtol=2e-4, atol=0.0)
 
 
 def test_a_recipe_goes_on_from_a_draft_of_either_kind(tmp_path):

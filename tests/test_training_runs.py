@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 
 
 pytest.importorskip("trl")
@@ -23,6 +24,8 @@ pytest.importorskip("trl")
 from safetensors.torch import load_file
 from training_fixtures import (  # noqa: F401
     TWO_PROCESSES,
+    block_recipe,
+    eagle3_recipe,
     finish,
     launch,
     offline,
@@ -49,6 +52,9 @@ CURVE = {
     "eval_steps": 3,
     "eval_max_new_tokens": 6,
 }
+# Kinds of drafts on features besides MSD, for which a few steps will do.
+OTHER_KINDS = {"eagle3": (eagle3_recipe, {"num_unroll_steps": 2}), "block": (block_recipe, {"num_blocks": 6})}
+SHORT_CURVE = {"stage": "multimodal", "max_steps": 2}
 # Sums in another order, over rows padded to another length.
 TOLERANCE = {"rtol": 2e-4, "atol": 0.0}
 
@@ -94,26 +100,60 @@ def test_noise_and_coins_follow_from_the_seed(world, make_recipe, unbroken):
     assert not torch.equal(curve(run(world, "other", make_recipe, **CURVE, seed=7).state.log_history), unbroken)
 
 
-@pytest.fixture(scope="module")
-def jointly_trained(world):
-    """What one launch of two processes saw of each recipe, beside a whole target and a sharded one."""
-    joint = CURVE | {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
+@pytest.fixture(scope="session")
+def joint(tmp_path_factory):
+    """
+    Where one launch of two processes has trained by each recipe, beside a whole target and a sharded one, and what it
+    saw. It is done once, whichever of several workers of pytest comes first.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "joint"
+    with FileLock(f"{folder}.lock"):
+        results = folder / "results.json"
+        if not results.exists():
+            folder.mkdir(exist_ok=True)
+            results.write_text(train_jointly(folder))
+    return folder, json.loads(results.read_text())
+
+
+def train_jointly(folder: Path) -> str:
+    """Train in two processes; return what they saw, as JSON."""
+    write_world(folder)
+    two = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
     saving = {"save_strategy": "steps", "save_steps": NUM_STEPS}
     recipes = {}
     for each in (recipe, vlm_recipe):
-        recipes[f"whole_{each.__name__}"] = each(world, f"whole_{each.__name__}", **joint | saving)
-        recipes[f"sharded_{each.__name__}"] = each(world, f"sharded_{each.__name__}", **joint)
+        recipes[f"whole_{each.__name__}"] = each(folder, f"whole_{each.__name__}", **CURVE | two | saving)
+        recipes[f"sharded_{each.__name__}"] = each(folder, f"sharded_{each.__name__}", **CURVE | two)
+    for kind, (make_recipe, own) in OTHER_KINDS.items():
+        recipes[f"whole_{kind}"] = make_recipe(folder, f"whole_{kind}", **SHORT_CURVE | own | two)
     script = str(Path(__file__).parent / "joint_training.py")
     output = finish(launch([*TWO_PROCESSES, script, json.dumps(recipes)]))
-    return json.loads(next(line for line in output.splitlines() if line.startswith('{"whole')))
+    return next(line for line in output.splitlines() if line.startswith('{"whole'))
 
 
-def test_two_processes_leave_the_curve(world, make_recipe, unbroken, jointly_trained):
+def test_two_processes_leave_the_curve(make_recipe, unbroken, joint):
     name = f"whole_{make_recipe.__name__}"
-    state = json.loads((world / name / f"checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
+    state = json.loads((joint[0] / name / f"checkpoint-{NUM_STEPS}/trainer_state.json").read_text())
     torch.testing.assert_close(curve(state["log_history"]), unbroken, **TOLERANCE)
     measured = [entry["step"] for entry in state["log_history"] if "eval_acceptance_length_image" in entry]
     assert measured == [3, 6]
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_processes_accumulation_and_interruptions_leave_the_curves_of_other_kinds(world, kind, joint):
+    make_recipe, own = OTHER_KINDS[kind]
+
+    def losses(output: str, **settings) -> torch.Tensor:
+        return curve(run(world, f"{kind}_{output}", make_recipe, **SHORT_CURVE | own | settings).state.log_history)
+
+    unbroken = losses("unbroken", save_strategy="steps", save_steps=1)
+    assert len(unbroken) == 2
+    accumulated = losses("accumulated", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    torch.testing.assert_close(accumulated, unbroken, **TOLERANCE)
+    resumed = losses("resumed", resume_from_checkpoint=str(world / f"{kind}_unbroken/checkpoint-1"))
+    torch.testing.assert_close(resumed, unbroken, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(torch.tensor(joint[1][f"whole_{kind}"]["losses"]), unbroken, **TOLERANCE)
 
 
 def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
@@ -136,11 +176,11 @@ def test_killed_run_goes_on_where_it_was(world, make_recipe, unbroken):
     torch.testing.assert_close(curve(state["log_history"]), unbroken, rtol=1e-6, atol=0.0)
 
 
-def test_sharded_target_trains_and_drafts_alike(make_recipe, unbroken, jointly_trained):
-    result = jointly_trained[f"sharded_{make_recipe.__name__}"]
+def test_sharded_target_trains_and_drafts_alike(make_recipe, unbroken, joint):
+    result = joint[1][f"sharded_{make_recipe.__name__}"]
     torch.testing.assert_close(torch.tensor(result["losses"]), unbroken, **TOLERANCE)
     assert set(result["parameter_types"]) == {"DTensor"}
-    assert result["acceptance_length"] >= 1
+    assert result["acceptance_lengths"][-1] >= 1
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
