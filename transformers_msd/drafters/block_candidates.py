@@ -17,7 +17,7 @@ from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
-# Tokens of a level that may become children, for each that does.
+# Tokens of a level that may become children, for each that does, where parents add something to their scores.
 SHORTLIST = 4
 
 
@@ -173,7 +173,8 @@ def _grow_from(
     noise = None if noise is None else noise[:, :depth].flatten(0, 1)
     log_probs = coupled_log_probs(rows, noise, warpers).view(batch_size, depth, vocab_size)
     most = config.top_k if config.topology is None else 1 + max(rank for path in config.topology for rank in path)
-    log_probs, known = log_probs.topk(min(SHORTLIST * most, vocab_size))  # (batch, depth, shortlist)
+    most *= 1 if draft.edge_to is None else SHORTLIST
+    log_probs, known = log_probs.topk(min(most, vocab_size))  # (batch, depth, shortlist)
     temperature = next((own.temperature for own in warpers if type(own) is TemperatureLogitsWarper), 1.0)
 
     def after(token_ids: torch.Tensor, level: int) -> torch.Tensor:

@@ -152,8 +152,9 @@ class MSDTrainer(DraftTrainer):
         chances = 1 - losses["probability_loss"][0].detach() / 2 if self.args.prefix_weights else None
         of_levels = [self.args.unroll_decay**level for level in range(draft.config.num_levels)]
         weights = blocks.weigh([weight / sum(of_levels) for weight in of_levels], chances)
+        levels = blocks.levels
         for level in range(draft.config.num_levels):
-            own = blocks.levels == level
+            own = levels == level
             sums = {name: loss[0, own].sum() for name, loss in losses.items()}
             self.count(sums | {"agreement": agrees[0, own].float().sum()}, int(own.sum()), f"_{level + 1}")
         total = sum(weight * (weights * losses[name][0]).sum() for name, (_, weight) in self._token_losses.items())
