@@ -69,7 +69,9 @@ PUBLIC = {
     "ViSpecConfig": "models.vispec.configuration_vispec",
     "ViSpecDraftModel": "models.vispec.modeling_vispec",
     "ViewPrompt": "drafters.ensemble.views",
+    "attach": "drafters.attached",
     "convert_msd_checkpoint": "models.msd.convert_msd",
+    "detach": "drafters.attached",
     "disable": "hook",
     "enable": "hook",
 }

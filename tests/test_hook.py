@@ -1,4 +1,4 @@
-"""Three methods of Transformers are wrapped, can be put back, and pass on all that is not ours."""
+"""Four methods of Transformers are wrapped, can be put back, and pass on all that is not ours."""
 
 import functools
 import inspect
@@ -27,6 +27,9 @@ SIGNATURES = {
     "_assisted_decoding": (
         "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, "
         "inputs_tensor, assistant_model, assistant_tokenizer, tokenizer, model_kwargs"
+    ),
+    "_sample": (
+        "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs"
     ),
     "_prefill": "self, input_ids, generation_config, model_kwargs, is_first_iteration",
     "_optimize_model_for_decode": "self",
@@ -163,7 +166,7 @@ def test_the_assistant_gets_the_arguments_of_the_call() -> None:
     target.generate(input_ids, **inputs, max_new_tokens=12, assistant_model=Curious())
     assert seen["inputs"] is input_ids
     assert seen["pixel_values"] is inputs["pixel_values"]
-    assert hook._arguments.get() is None
+    assert hook._call.get() is None
 
 
 def test_import_needs_torch_and_transformers_only() -> None:

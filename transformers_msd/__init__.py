@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from transformers_msd import compat  # noqa: F401  # first: it says what the installed Transformers lacks
 from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.stats import SpeculativeStats
+from transformers_msd.drafters.attached import attach, detach
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, TreeCandidateGenerator
 from transformers_msd.drafters.ensemble.drafter import EnsembleDrafter
 from transformers_msd.drafters.ensemble.views import Caption, Multimodal, Pooled, Prompts, TextOnly, ViewPrompt
@@ -61,7 +62,9 @@ __all__ = [
     "ViSpecConfig",
     "ViSpecDraftModel",
     "ViewPrompt",
+    "attach",
     "convert_msd_checkpoint",
+    "detach",
     "disable",
     "enable",
 ]

@@ -64,16 +64,15 @@ class Name:
         if self.attribute is not None:
             code = getattr(inspect.unwrap(value), "__code__", None)
             return code is not None and self.attribute in code.co_names + code.co_consts
-        if self.parameters is None:
-            return True
-        if not callable(value):
-            return False
+        if self.parameters is None or not callable(value):
+            return self.parameters is None
         found = list(inspect.signature(value).parameters)
         expected = [parameter.split("|") for parameter in self.parameters.split(", ")]
         return len(found) == len(expected) and all(a in b for a, b in zip(found, expected, strict=True))
 
 
 _MIXIN = "transformers.generation:GenerationMixin"
+_DECODES = "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer"
 NAMES = (
     Name(
         f"{_MIXIN}.generate",
@@ -86,9 +85,9 @@ NAMES = (
     ),
     Name(
         f"{_MIXIN}._assisted_decoding",
-        "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, "
-        "inputs_tensor, assistant_model, assistant_tokenizer, tokenizer, model_kwargs",
+        f"{_DECODES}, inputs_tensor, assistant_model, assistant_tokenizer, tokenizer, model_kwargs",
     ),
+    Name(f"{_MIXIN}._sample", f"{_DECODES}, model_kwargs"),
     Name(f"{_MIXIN}._prefill", "self, input_ids, generation_config, model_kwargs, is_first_iteration"),
     Name(f"{_MIXIN}._optimize_model_for_decode", "self"),
     Name(f"{_MIXIN}._supports_default_dynamic_cache"),

@@ -20,6 +20,7 @@ from transformers_msd.caches.check import LAYERS, check_cache
 from transformers_msd.compat import cache_of, default_settings
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.probing import states_fact
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.support import check_padding, features_fact, keeps_states, unsupported_fact
 
 
@@ -30,6 +31,8 @@ STATEFUL_PROCESSORS = (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+# Of a call that passes an assistant, and of one whose target has one attached.
+SERVED = (GenerationMode.ASSISTED_GENERATION, GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Other ways to draft, each of which would take the place of the assistant.
 OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
 # What Transformers' own assistants are set by.
@@ -52,7 +55,7 @@ def check_call(
     generation_mode_kwargs: dict[str, Any],
 ) -> None:
     """
-    Raise a `ValueError` for a call that drafting can't serve.
+    Raise a [`Refusal`] for a call that drafting can't serve.
 
     Args:
         model (`PreTrainedModel`):
@@ -66,20 +69,20 @@ def check_call(
         generation_mode_kwargs (`dict[str, Any]`):
             What `generate` passes to the decoding method besides model inputs.
     """
-    if generation_mode != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
+    if generation_mode not in SERVED:
+        raise Refusal(
             f"Drafting serves greedy decoding and sampling, got {generation_mode.value}. Set `num_beams=1` and "
             f"leave `penalty_alpha` and `dola_layers` unset, or {WAY_OUT}"
         )
     fact = unsupported_fact(model) or features_fact(model) or states_fact(model)
     if fact is not None:
-        raise ValueError(f"{type(model).__name__} {fact}. Otherwise, {WAY_OUT}")
+        raise Refusal(f"{type(model).__name__} {fact}. Otherwise, {WAY_OUT}")
     check_padding(model, arguments)
     _check_ways(generation_config, arguments)
     _check_settings(generation_config, arguments, generation_mode_kwargs)
     _check_processors(arguments.get("logits_processor") or ())
     if generation_config.cache_implementation not in (None, "dynamic", "static"):
-        raise ValueError(
+        raise Refusal(
             "Drafting needs a dynamic or static cache on the target's device, got "
             f"`cache_implementation={generation_config.cache_implementation!r}`. Leave it unset, or {WAY_OUT}"
         )
@@ -128,9 +131,7 @@ def _check_ways(generation_config: GenerationConfig, arguments: dict[str, Any]) 
     for name in OTHER_WAYS:
         value = getattr(generation_config, name)
         if value not in (None, False):
-            raise ValueError(
-                f"A call drafts in one way, got `assistant_model` and `{name}={value!r}`. Drop one of them."
-            )
+            raise Refusal(f"A call drafts in one way, got `assistant_model` and `{name}={value!r}`. Drop one of them.")
     # As passed, without the defaults that some models fill in before they call `generate`.
     given, defaults = arguments.get("generation_config"), default_settings()
     for name in OTHER_SETTINGS:
@@ -138,7 +139,7 @@ def _check_ways(generation_config: GenerationConfig, arguments: dict[str, Any]) 
         if value is None and settled != defaults.get(name):
             value = settled
         if value is not None:
-            raise ValueError(
+            raise Refusal(
                 f"`{name}` is for Transformers' own assistants, and a draft of trees has a `tree_config`, got "
                 f"`{name}={value!r}`. Drop it, and set `draft.tree_config = TreeConfig(num_nodes=..., depth=...)`."
             )
@@ -148,49 +149,49 @@ def _check_settings(
     generation_config: GenerationConfig, arguments: dict[str, Any], generation_mode_kwargs: dict[str, Any]
 ) -> None:
     if generation_config.use_cache is not None and not generation_config.use_cache:
-        raise ValueError(
+        raise Refusal(
             f"Drafting needs the cache, got `use_cache={generation_config.use_cache}`. Leave it unset, or {WAY_OUT}"
         )
     if getattr(generation_config, "dola_layers", None) is not None:
-        raise ValueError(
+        raise Refusal(
             "DoLa contrasts layers, and drafting serves greedy decoding and sampling alone, got "
             f"`dola_layers={generation_config.dola_layers!r}`. Leave it unset, or {WAY_OUT}"
         )
     if arguments.get("adapter_names") is not None:
-        raise ValueError(
+        raise Refusal(
             "Drafting takes rows that have ended out of the batch, and PEFT's `adapter_names` would stay, got "
             f"`adapter_names={arguments['adapter_names']!r}`. Generate for each adapter alone, or {WAY_OUT}"
         )
     prompts = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
     if generation_config.prefill_chunk_size is not None and all(prompt is not None for prompt in prompts):
-        raise ValueError(
+        raise Refusal(
             "Transformers does not chunk `inputs_embeds` beside `input_ids`, got "
             f"`prefill_chunk_size={generation_config.prefill_chunk_size}`. Leave it unset, or pass one of them."
         )
     if generation_config.output_attentions:
-        raise ValueError(
+        raise Refusal(
             "Drafting can't return attentions: a tree's rows attend to other columns than plain decoding's. Drop "
             f"`output_attentions`, or {WAY_OUT}"
         )
     if generation_config.assistant_ensemble_weight is not None:
-        raise ValueError(
+        raise Refusal(
             f"`assistant_ensemble_weight={generation_config.assistant_ensemble_weight}` changes the target's "
             "distribution, and drafting here never does. Leave it unset."
         )
     if generation_mode_kwargs.get("synced_gpus"):
-        raise ValueError(
+        raise Refusal(
             "Drafting can't keep the processes of a sharded target in step yet, got `synced_gpus=True`. Generate on "
             f"an unsharded copy, or {WAY_OUT}"
         )
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
-        raise ValueError("A draft shares the target's tokens: drop `assistant_tokenizer`.")
+        raise Refusal("A draft shares the target's tokens: drop `assistant_tokenizer`.")
     if generation_config.guidance_scale not in (None, 1):
-        raise ValueError(
+        raise Refusal(
             "Classifier-free guidance keeps a cache of its own between steps, got `guidance_scale="
             f"{generation_config.guidance_scale}`. Leave it unset, or {WAY_OUT}"
         )
     if isinstance(generation_config.watermarking_config, SynthIDTextWatermarkingConfig):
-        raise ValueError(f"SynthID watermarking keeps a state between steps. Leave it unset, or {WAY_OUT}")
+        raise Refusal(f"SynthID watermarking keeps a state between steps. Leave it unset, or {WAY_OUT}")
 
 
 def _check_processors(processors: Iterable[LogitsProcessor]) -> None:
@@ -198,6 +199,6 @@ def _check_processors(processors: Iterable[LogitsProcessor]) -> None:
         type(processor).__name__ for processor in processors if isinstance(processor, STATEFUL_PROCESSORS)
     )
     if stateful:
-        raise ValueError(
+        raise Refusal(
             f"Logits processors must keep no state between steps, got {', '.join(stateful)}. Drop them, or {WAY_OUT}"
         )

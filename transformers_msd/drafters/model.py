@@ -18,6 +18,7 @@ from transformers_msd.drafters.prompts import check_batch, check_pictures, check
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.support import unwrapped
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.trees.host import has_to_wait, keep_rows
@@ -89,7 +90,7 @@ class ModelDrafter:
             if self.draft_inputs is None:
                 check_pictures(model, target, arguments)
         if ids is None:
-            raise ValueError(
+            raise Refusal(
                 "A draft model can't read `inputs_embeds` of the target, got no `input_ids`. Pass them, too, or what "
                 "the draft's processor makes of the prompt: `draft_inputs=...`."
             )
@@ -128,8 +129,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         self._owner = Owner(drafter.models, tuple(views))
         if inputs.captures is None:  # what was measured is not the cost of compiled rounds
             self.sizing = load_sizing(drafter.models, target.model)
-        self._target = target
-        self._inputs = inputs
+        self._target, self._inputs = target, inputs
         self._sampler = inputs.sampler
         self._vocab_size = target.model.config.get_text_config().vocab_size
         self._drafts: list[DraftModel] = []

@@ -13,6 +13,7 @@ from transformers_msd.drafters.prompts import prompt_ids
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.target.target import Target
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.support import unready_fact
 from transformers_msd.trees.tree import TreeConfig
 
@@ -74,7 +75,7 @@ class MSDDrafter:
                 "none. Train it with `MSDTrainer`, or call `choose_tokens`."
             )
         if self.draft.get_input_embeddings() is not None and prompt_ids(arguments) is None:
-            raise ValueError(
+            raise Refusal(
                 "A draft that has embeddings of its own needs `input_ids`, got `inputs_embeds` alone. Pass both."
             )
         if (most := self.draft.most_levels) is not None and self.tree_config.depth > most:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_msd.compat import CACHE_NAMES
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.support import TOKEN_TYPES
 from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
 
@@ -42,22 +43,22 @@ def check_prompt(draft_inputs: Any) -> None:
 
 
 def check_batch(draft_inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` unless `draft_inputs` hold a prompt for each of the call."""
+    """Raise a [`Refusal`] unless `draft_inputs` hold a prompt for each of the call."""
     prompts = next((arguments[name] for name in _PROMPTS if torch.is_tensor(arguments.get(name))), None)
     found, expected = len(draft_inputs["input_ids"]), 1 if prompts is None else len(prompts)
     if found != expected:
-        raise ValueError(
+        raise Refusal(
             f"`draft_inputs` must hold as many prompts as the call, {expected}, got {found}. Make a drafter for each "
             "call."
         )
 
 
 def check_pictures(model: PreTrainedModel, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for pictures in places that a draft takes for text."""
+    """Raise a [`Refusal`] for pictures in places that a draft takes for text."""
     ours, theirs = (set(visual_token_ids(each.config)) for each in (model, target))
     has_pictures = any(name.startswith("pixel_values") and torch.is_tensor(arguments[name]) for name in arguments)
     if has_pictures and ours and not ours & theirs:
-        raise ValueError(
+        raise Refusal(
             f"A draft must have the target's tokens for pictures, {sorted(theirs)}, got {sorted(ours)}. Pass what its "
             "own processor makes of the prompt: `draft_inputs=...`."
         )

@@ -20,6 +20,7 @@ from transformers_msd.compat import (
     prefills_itself,
     update_model_kwargs_of,
 )
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.traits.windows import layer_windows, takes_masks_by_type
 
@@ -169,7 +170,7 @@ def check_reach(
     is_fixed: bool,
 ) -> None:
     """
-    Raise a `ValueError` where a call reaches so far that what a model computes for a token depends on the tokens or
+    Raise a [`Refusal`] where a call reaches so far that what a model computes for a token depends on the tokens or
     columns behind it.
 
     Args:
@@ -191,7 +192,7 @@ def check_reach(
     way_out = "Ask for fewer tokens, or generate without `assistant_model`."
     for rope in _ropes(config):
         if "dynamic" in rope["rope_type"] and reach > config.max_position_embeddings:
-            raise ValueError(
+            raise Refusal(
                 f"The rotary embedding of {type(model).__name__} scales with the longest position beyond "
                 f"{config.max_position_embeddings} tokens (`rope_type='dynamic'`), so that a draft would change it, "
                 f"got {prompt_length} tokens and up to {num_steps} new ones. {way_out}"
@@ -201,14 +202,14 @@ def check_reach(
             shortest = prompt_length if mask is None or mask.ndim != 2 else int(mask.sum(-1).min())
             switch = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
             if shortest <= switch < reach:
-                raise ValueError(
+                raise Refusal(
                     f"The rotary embedding of {type(model).__name__} changes for all rows at once after {switch} "
                     f"tokens (`rope_type='longrope'`), so that a draft would change it early, got {prompt_length} "
                     f"tokens and up to {num_steps} new ones. {way_out}"
                 )
     window = _column_window(config)
     if window is not None and (is_fixed or reach + num_nodes > window):
-        raise ValueError(
+        raise Refusal(
             f"Attention of {type(model).__name__} sees a window of {window} columns, and the nodes of a tree lie side "
             f"by side, got {prompt_length} tokens, up to {num_steps} new ones, trees of {num_nodes} nodes"
             f"{' and a cache of fixed width' if is_fixed else ''}. {way_out}"
@@ -216,11 +217,11 @@ def check_reach(
 
 
 def check_padding(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for padded prompts of a model that puts pictures in its cache without tokens for them."""
+    """Raise a [`Refusal`] for padded prompts of a model that puts pictures in its cache without tokens for them."""
     mask = arguments.get("attention_mask")
     takes_pictures = any(name.startswith("pixel_values") for name in inspect.signature(type(model).forward).parameters)
     if takes_pictures and not visual_token_ids(model.config) and mask is not None and not mask.all():
-        raise ValueError(
+        raise Refusal(
             f"{type(model).__name__} has no tokens for pictures: its cache may hold more columns than "
             "`attention_mask`, which pads a prompt. Pass prompts of one length, or generate without `assistant_model`."
         )

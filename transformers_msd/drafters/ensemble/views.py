@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -30,9 +31,9 @@ class ViewPrompt:
 
 
 def check_no_video(inputs: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for what views can't read."""
+    """Raise a [`Refusal`] for what views can't read."""
     if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
+        raise Refusal("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
 
 
 def check_ids(ids: Any, name: str) -> None:
