@@ -5,7 +5,10 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
+from transformers_msd import VLMDrafter, attach
 from transformers_msd.cli.options import positive
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.places import check_place
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,6 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "under `accelerate launch -m transformers_msd.cli generate-data ...` the processes share the rows.",
     )
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
+    parser.add_argument("--draft_model", help="draft that answers come sooner with; the tokens are the same")
     parser.add_argument("--datasets", nargs="+", required=True, help="as in recipes: folders, files or Hub datasets")
     parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
     parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
@@ -36,12 +40,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Generate and save."""
     from accelerate import PartialState
 
+    from transformers_msd.bench.models import load_model
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
     from transformers_msd.trainer.loading import device_of
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments, load_target
     from transformers_msd.trainer.rows import load_rows
 
+    if arguments.draft_model is not None:
+        check_place(arguments.draft_model, "draft_model")
     keep_bars_out_of_logs()
     settings = GenerationSettings(
         batch_size=arguments.batch_size,
@@ -63,6 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
     rows = load_rows(recipe, isinstance(processor, ProcessorMixin))
     if arguments.num_rows:
         rows = rows.select(range(min(arguments.num_rows, len(rows))))
-    dataset = generate_data(target.to(device).eval(), processor, rows, arguments.output, settings)
+    target = target.to(device).eval()
+    if arguments.draft_model is not None:
+        draft = load_model(arguments.draft_model, arguments.dtype, device)
+        attach(target, draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft))
+    dataset = generate_data(target, processor, rows, arguments.output, settings)
     if dataset is not None:
         print(f"Wrote {len(dataset):,} rows to {arguments.output}.")

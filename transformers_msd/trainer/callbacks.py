@@ -28,10 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages of a row before the assistant's last turn, pictures in their places."""
+    """
+    Return the messages of a row before the assistant's last turn, pictures in their places; of questions that follow
+    one another unanswered, the first alone.
+    """
     messages = row["messages"] if "messages" in row else row["prompt"]
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    roles = [message["role"] for message in messages]
+    follow_up = next((place for place in range(1, len(roles)) if roles[place - 1 : place + 1] == ["user"] * 2), None)
+    messages = messages[:follow_up]
     images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
     return prepare_multimodal_messages(messages, images=images) if "images" in row or "image" in row else messages
 

@@ -13,6 +13,9 @@ from transformers_msd.trainer.recipe import DraftArguments
 
 
 _ROLES = {"human": "user", "gpt": "assistant"}
+# What rows may have their turns in. The last two are files of questions: Spec-Bench's, MT-Bench's and MMSpec's, and
+# LLaVA-Bench's.
+_LAYOUTS = ("messages", "conversations", "prompt", "turns", "text")
 _PARTS = [{"type": Value("string"), "text": Value("string")}]
 
 
@@ -55,9 +58,10 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
     if arguments.max_rows_per_dataset and len(dataset) > arguments.max_rows_per_dataset:
         dataset = dataset.shuffle(seed=0).select(range(arguments.max_rows_per_dataset))
     names = set(dataset.column_names)
-    if not names & {"messages", "conversations", "prompt"}:
+    if not names & set(_LAYOUTS):
         raise ValueError(
-            f"{name} must have a column `messages`, `conversations` or `prompt`, got {sorted(names)}. Rename one."
+            f"{name} must have a column {', '.join(f'`{each}`' for each in _LAYOUTS[:-1])} or `{_LAYOUTS[-1]}`, got "
+            f"{sorted(names)}. Rename one."
         )
     if not is_multimodal and names & {"images", "image"}:
         dataset = dataset.select(split_rows(dataset)[0])
@@ -100,8 +104,8 @@ def _normalise(row: dict[str, Any], number: int, name: str, folder: str | None, 
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"Row {number} of {name} must hold `messages` with `role` and `content`, `conversations` with `from` and "
-            f"`value`, or `prompt` and `completion`, and `images` as paths, got {str(row)[:200]} ({error}). Repair it "
-            "or take it out."
+            f"`value`, `prompt` and `completion`, or questions as `turns` or `text`, and `images` as paths, got "
+            f"{str(row)[:200]} ({error}). Repair it or take it out."
         ) from error
 
 
@@ -127,6 +131,9 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if row.get("conversations"):
         said = row["conversations"]
         return [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in said]
+    questions = row.get("turns") or ([row["text"]] if row.get("text") else [])
+    if questions:
+        return [{"role": "user", "content": str.strip(question)} for question in questions]
     turns = []
     said_by = {"user": row["prompt"]} | ({"assistant": row["completion"]} if "completion" in row else {})
     for role, said in said_by.items():
@@ -150,9 +157,10 @@ def _parts(content: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
 
 
 def _located(picture: Any, folder: str | None) -> Any:
-    """Make the path of a picture one that can be opened from here."""
+    """Make the path of a picture one that can be opened from here, beside the file or in a folder `images` there."""
     if isinstance(picture, str):
-        return str(Path(folder or ".", picture))
+        paths = [Path(folder or ".", *between, picture) for between in ((), ("images",))]
+        return str(next((path for path in paths if path.exists()), paths[0]))
     if not isinstance(picture, bytes | dict):
         raise TypeError(f"a picture is {picture!r}")
     if isinstance(picture, dict) and picture.get("bytes") is None and folder:
