@@ -56,10 +56,10 @@ targets: $(VENV)/.installed $(VENV)-lowest/.installed
 
 # The documentation as a site, in build/site, or at http://127.0.0.1:8000 while it is written.
 docs: $(VENV)/.installed
-	$(VENV)/bin/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build --strict
 
 docs-serve: $(VENV)/.installed
-	$(VENV)/bin/python -m mkdocs serve --watch transformers_msd
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve --watch transformers_msd
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix

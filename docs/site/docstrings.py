@@ -12,6 +12,7 @@ from transformers_msd import trainer
 PUBLIC = {name: f"transformers_msd.{name}" for name in transformers_msd.__all__} | {
     name: f"transformers_msd.trainer.{name}" for name in trainer.__all__
 }
+PUBLIC["DraftTrainer"] = "transformers_msd.trainer.base.DraftTrainer"
 # ``name (`type` of shape `(rows, columns)`, *optional*, defaults to 1):``
 ARGUMENT = re.compile(r"^(    \*{0,2}\w+) \((.+)\):$", re.MULTILINE)
 SHAPE = re.compile(r"of shape `[^`]+`")

@@ -16,6 +16,8 @@ RECIPES = sorted((ROOT / "training/recipes").glob("*.yaml"))
 # Pages that lie elsewhere in the repository, as they are there.
 OUTSIDE = ["CHANGELOG.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("training/*/README.md")))]
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+# Names so long that they may break in a table, at their dots and underscores.
+LONG_NAME = re.compile(r"<code>([\w.-]{24,})</code>")
 FENCE = re.compile(r"^(```.*?^```[^\n]*$)", re.DOTALL | re.MULTILINE)
 
 
@@ -52,6 +54,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     # Code stays as it is.
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(lead, part) for part in parts)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let long names break."""
+
+    def broken(match: re.Match[str]) -> str:
+        name = re.sub(r"([._])", r"\1<wbr>", match[1])
+        return f'<code class="long">{name}</code>'
+
+    return LONG_NAME.sub(broken, html)
 
 
 def target_of(path: str, files: Files) -> str | None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from inspect import get_annotations
@@ -54,7 +55,8 @@ def api() -> dict[str, str]:
 
 def trainer_page() -> str:
     """List the public names of the trainer."""
-    names = [f"::: transformers_msd.trainer.{name}" for name in trainer.__all__]
+    # What the trainers have in common is said of their base.
+    names = [f"::: transformers_msd.trainer.{name}" for name in (*trainer.__all__, "base.DraftTrainer")]
     return "\n\n".join(["# Trainers", "From `transformers_msd.trainer`; it needs the extra `train`.", *names]) + "\n"
 
 
@@ -117,10 +119,10 @@ def option_table(options: Iterable[argparse.Action]) -> str:
     rows = []
     for option in options:
         name = option.option_strings[-1] if option.option_strings else option.dest.upper()
-        name = f"`{name} ...`" if option.nargs == "+" else f"`{name}`"
-        default = "required" if option.required else default_of(option.default)
-        rows.append((name, default, with_choices(option.help, option.choices)))
-    return table(("option", "default", "what it is"), rows)
+        default = "Required." if option.required else default_of(option.default)
+        about = with_choices(option.help, option.choices)
+        rows.append((f"`{name} ...`" if option.nargs == "+" else f"`{name}`", f"{about} {default}"))
+    return table(("option", "what it is"), rows)
 
 
 def field_table(own: Iterable[Field], prefix: str = "") -> str:
@@ -129,10 +131,10 @@ def field_table(own: Iterable[Field], prefix: str = "") -> str:
     for field in own:
         factory = field.default_factory
         default = field.default if factory is MISSING else factory()
-        default = "required" if default is MISSING else default_of(default)
-        text = with_choices(field.metadata.get("help"), field.metadata.get("choices"))
-        rows.append((f"`{prefix}{field.name}`", default, text))
-    return table(("option" if prefix else "field", "default", "what it is"), rows)
+        default = "Required." if default is MISSING else default_of(default)
+        about = with_choices(field.metadata.get("help"), field.metadata.get("choices"))
+        rows.append((f"`{prefix}{field.name}`", f"{about} {default}"))
+    return table(("option" if prefix else "field", "what it is"), rows)
 
 
 def with_choices(text: str | None, choices: Iterable[Any] | None) -> str:
@@ -143,23 +145,24 @@ def with_choices(text: str | None, choices: Iterable[Any] | None) -> str:
 
 
 def default_of(value: Any) -> str:
-    """Write a default as it would be written in a recipe."""
+    """Say a default as it would be written in a recipe or on a command line."""
     if value is None or value == []:
         return ""
     if isinstance(value, list):
         value = " ".join(map(str, value))
-    return f"`{str(value).lower() if isinstance(value, bool) else getattr(value, 'value', value)}`"
+    return f"Default `{str(value).lower() if isinstance(value, bool) else getattr(value, 'value', value)}`."
 
 
 def sentence(text: str) -> str:
-    """Begin a text with a capital and end it with a full stop, on one line."""
-    text = " ".join(text.split()).replace("%%", "%")
+    """Write a help text as a sentence on one line, its options as code."""
+    text = re.sub(r"(?<!`)(--\w+)", r"`\1`", " ".join(text.split()).replace("%%", "%"))
     if not text:
         return ""
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
+    start = text[0].upper() if text.split()[0].isalpha() else text[0]
+    return start + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Write a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
