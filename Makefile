@@ -2,13 +2,13 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-lowest test-release test-slow evaluate targets style quality
+.PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality
 
 # The environment of all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/$(PIP) --constraint constraints.txt torch
-	$(VENV)/bin/$(PIP) --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/$(PIP) --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
 # The lowest versions that pyproject.toml allows.
@@ -53,6 +53,13 @@ targets: $(VENV)/.installed $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m training.evidence.targets
 	$(VENV)/bin/python -m training.evidence.targets
 	$(VENV)/bin/python -m training.evidence.targets --write
+
+# The documentation as a site, in build/site, or at http://127.0.0.1:8000 while it is written.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build --strict
+
+docs-serve: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve --watch transformers_msd
 
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix
