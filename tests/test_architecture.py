@@ -21,7 +21,7 @@ ORDER = [
     {"trees"},
     {"models", "caches"},
     {"call"},
-    {"target"},
+    {"target", "tracing"},
     {"drafters"},
     {"decoding"},
     {"hook"},
@@ -58,6 +58,7 @@ PUBLIC = {
     "Prompts": "drafters.ensemble.views",
     "SpeculativeDecoderOnlyOutput": "call.outputs",
     "SpeculativeStats": "call.stats",
+    "SpeculativeTrace": "tracing.trace",
     "StaticRuntime": "drafters.runtime",
     "Target": "target.target",
     "TextOnly": "drafters.ensemble.views",
@@ -72,6 +73,7 @@ PUBLIC = {
     "convert_msd_checkpoint": "models.msd.convert_msd",
     "disable": "hook",
     "enable": "hook",
+    "speculative_trace": "tracing.trace",
 }
 
 

@@ -26,6 +26,7 @@ from transformers_msd.models.vispec.configuration_vispec import ViSpecConfig
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.tracing.trace import SpeculativeTrace, speculative_trace
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -50,6 +51,7 @@ __all__ = [
     "Prompts",
     "SpeculativeDecoderOnlyOutput",
     "SpeculativeStats",
+    "SpeculativeTrace",
     "StaticRuntime",
     "Target",
     "TextOnly",
@@ -64,6 +66,7 @@ __all__ = [
     "convert_msd_checkpoint",
     "disable",
     "enable",
+    "speculative_trace",
 ]
 
 for config_class, model_class in (
