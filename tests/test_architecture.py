@@ -21,7 +21,7 @@ ORDER = [
     {"trees"},
     {"models", "caches"},
     {"call"},
-    {"target"},
+    {"target", "tracing"},
     {"drafters"},
     {"decoding"},
     {"hook"},
@@ -58,6 +58,7 @@ PUBLIC = {
     "Prompts": "drafters.ensemble.views",
     "SpeculativeDecoderOnlyOutput": "call.outputs",
     "SpeculativeStats": "call.stats",
+    "SpeculativeTrace": "tracing.trace",
     "StaticRuntime": "drafters.runtime",
     "Target": "target.target",
     "TextOnly": "drafters.ensemble.views",
@@ -74,6 +75,7 @@ PUBLIC = {
     "detach": "drafters.attached",
     "disable": "hook",
     "enable": "hook",
+    "speculative_trace": "tracing.trace",
 }
 
 

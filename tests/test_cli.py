@@ -41,6 +41,12 @@ MISTAKES = {
     "bench --target_model ./no": "`target_model` must be a path or a repository",
     f"bench {TARGET} --draft_models ./no": "`draft_models` must be a path or a repository",
     f"bench {TARGET} --datasets ./no.json": "`datasets` must be a path or a repository",
+    f"trace {TARGET} {DRAFT} --device no": "`device` must be one of this machine, got 'no'",
+    f"trace {TARGET} {DRAFT} --dtype float33": "`dtype` must be `auto` or a floating-point dtype",
+    "trace --target_model ./no": "`target_model` must be a path or a repository",
+    f"trace {TARGET} --draft_model ./no": "`draft_model` must be a path or a repository",
+    f"trace {TARGET} {DRAFT} --output no/trace.html": "`output` must be a file in a folder that exists",
+    f"trace {TARGET} {DRAFT} --image no.png": "no.png",
     f"check-parity {TARGET} --datasets a/b --device no": "`device` must be one of this machine",
     f"generate-data {TARGET} --datasets a/b --output here --device no": "`device` must be one of this machine",
     f"bench {TARGET} --draft_models {CHECKPOINTS}/draft --device no": "`device` must be one of this machine",
@@ -57,6 +63,9 @@ USAGE = {
     "train": "--target_model",
     f"tune {TARGET} {DRAFT} --prompt_length 0": "must be at least 1, got 0",
     f"tune {TARGET} {DRAFT} --tolerance 0": "must be above 0, got 0",
+    f"trace {TARGET} --temperature -1": "must be 0 or above, got -1; 0 is greedy",
+    f"trace {TARGET} --max_new_tokens 0": "must be at least 1, got 0",
+    f"trace {TARGET} --draft {CHECKPOINTS}/draft": "Did you mean `draft_model`?",
     f"tune {TARGET} {DRAFT} --wat 1": "`wat` is no option of transformers-msd tune. `--help` lists them all.",
     f"tune {TARGET} {DRAFT} more": "unrecognized arguments: more",
     "convert a --target b --output c": "`target` is no option of transformers-msd convert. Did you mean `target_mod",
@@ -88,7 +97,7 @@ def test_wrong_usage_exits_with_2(command: str, capsys: pytest.CaptureFixture) -
     assert USAGE[command] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "tune", "generate-data", "check-parity", "convert"])
+@pytest.mark.parametrize("command", ["train", "bench", "tune", "generate-data", "check-parity", "convert", "trace"])
 def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture) -> None:
     with contextlib.suppress(SystemExit):
         main([command, "--help"])

@@ -27,6 +27,7 @@ from transformers_msd.models.vispec.configuration_vispec import ViSpecConfig
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.tracing.trace import SpeculativeTrace, speculative_trace
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -51,6 +52,7 @@ __all__ = [
     "Prompts",
     "SpeculativeDecoderOnlyOutput",
     "SpeculativeStats",
+    "SpeculativeTrace",
     "StaticRuntime",
     "Target",
     "TextOnly",
@@ -67,6 +69,7 @@ __all__ = [
     "detach",
     "disable",
     "enable",
+    "speculative_trace",
 ]
 
 for config_class, model_class in (

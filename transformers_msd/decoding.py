@@ -16,12 +16,13 @@ from transformers_msd.call.emission import Emission
 from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.sampling import Sampler
 from transformers_msd.compat import CACHE, num_prompt_columns
-from transformers_msd.drafters.base import CallInputs, TreeAssistant, feature_layers_of, tree_config_of
+from transformers_msd.drafters.base import CallInputs, TreeAssistant, feature_layers_of, name_of, tree_config_of
 from transformers_msd.drafters.gate import Evidence, Gate
 from transformers_msd.drafters.ngrams import NgramBranches, Outcomes
 from transformers_msd.target.attending import by_groups
 from transformers_msd.target.stateful import StatefulTarget
 from transformers_msd.target.target import Target
+from transformers_msd.tracing.trace import trace_call
 from transformers_msd.traits.support import check_reach, keeps_states
 from transformers_msd.traits.tokens import encoded_token_ids
 from transformers_msd.trees.noise import NoiseTape
@@ -92,12 +93,23 @@ def tree_decoding(
 
     unfit = encoded_token_ids(model.config)
     noise = None
+    trace = trace_call(
+        *(
+            model,
+            name_of(assistant if (given := arguments.get("assistant_model")) is None else given),
+            generation_config.do_sample,
+            arguments,
+        ),
+        *(input_ids, model_kwargs.get("attention_mask")),
+    )
     with ExitStack() as leaving:
+        leaving.callback(trace.finish, emission)
         # Whatever ends the call: the caller's cache and the generator are as plain's after the complete steps.
         if returns_state:
             leaving.callback(lambda: target.leave(emission.num_steps))
         # The prefill is a round, too: its tree is a root alone, the last token of the prompt.
         tree, outputs = target.prefill(input_ids)
+        trace.mark("verify")
         leaving.enter_context(by_groups())
         cache, vocab_size = target.cache, outputs.logits.shape[-1]
         if generation_config.do_sample:
@@ -122,6 +134,8 @@ def tree_decoding(
             acceptance = verify(tree, choices)
             emission.emit(tree, acceptance, scores, logits, outputs.hidden_states)
             committed = target.commit(tree, acceptance, outputs, emission.tokens_of_rows)
+            trace.mark("rest")
+            trace.note(tree, choices, scores, acceptance, emission)
             if emission.is_done:
                 break
             kept = emission.going_on()
@@ -132,10 +146,13 @@ def tree_decoding(
             if noise is not None:
                 noise.free(min(emission.lengths))
             tree = candidates.draft(committed).with_roots(committed.root_token_ids, unfit, vocab_size)
+            trace.drafted(tree, candidates.is_resting)
             if branches is not None:
                 tree = branches.graft(tree, candidates.forward_cost)
             tree = target.fit(emission.pad(tree))
+            trace.mark("draft")
             outputs = target.forward_tree(tree)
+            trace.mark("verify")
 
     stats = emission.finish()
     stats.num_repeated = target.num_repeated

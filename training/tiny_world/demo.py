@@ -11,7 +11,7 @@ from transformers.utils import logging
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import MSDDraftModel, SpeculativeDecoderOnlyOutput
+from transformers_msd import MSDDraftModel, SpeculativeDecoderOnlyOutput, speculative_trace
 
 
 MAX_NEW_TOKENS = 160
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=0, help="which of the held-out pictures")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="where the picture is saved")
+    parser.add_argument("--trace", type=Path, default=Path("outputs/trace.html"), help="where the rounds are shown")
     arguments = parser.parse_args()
 
     logging.disable_progress_bar()
@@ -64,6 +65,12 @@ def main() -> None:
     print(f"With the draft:    {num_tokens / drafted_seconds:6.1f} tokens per second")
     print(f"Speed-up:          {plain_seconds / drafted_seconds:6.2f}x")
     print(f"Acceptance length: {tau:6.2f} tokens per forward of the target (tau, bonus token included)")
+
+    with speculative_trace(processor, prompt["images"]) as trace:
+        target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, assistant_model=draft)
+    arguments.trace.parent.mkdir(parents=True, exist_ok=True)
+    trace.save(arguments.trace)
+    print(f"Every round:       {arguments.trace.resolve()} (open it in a browser)")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,11 @@ from transformers_msd.drafters.runtime import StaticRuntime
 from transformers_msd.drafters.wrapped import Ungated, Wrapped
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.trees.host import synchronize
 from transformers_msd.trees.tree import TokenTree
 
 
 PHASES = ("draft", "verify", "commit")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 class PhaseTimer(Wrapped):

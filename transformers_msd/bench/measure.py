@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_msd.bench.assistants import PHASES, PhaseTimer, synchronize
+from transformers_msd.bench.assistants import PHASES, PhaseTimer
 from transformers_msd.bench.methods import PLAIN, Method
+from transformers_msd.trees.host import synchronize
 
 
 class Stopwatch(BaseStreamer):

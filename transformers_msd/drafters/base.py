@@ -179,6 +179,12 @@ def models_of(assistant: TreeAssistant) -> tuple[PreTrainedModel, ...]:
     return tuple(getattr(assistant, "models", ()))
 
 
+def name_of(assistant_model: Any) -> str:
+    """Name what a user passed as `assistant_model`, and the models it drafts with, where it says so."""
+    names = dict.fromkeys(type(model).__name__ for model in models_of(assistant_model))
+    return type(assistant_model).__name__ + (f" ({', '.join(names)})" if names else "")
+
+
 @runtime_checkable
 class ChecksTarget(Protocol):
     """An assistant that can tell, before anything runs, whether it fits a target."""

@@ -95,6 +95,11 @@ class Gate:
         # What came to stand while the candidates rested.
         self._missed: list[Committed] = []
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether the candidates rested in the last round."""
+        return bool(self._missed)
+
     def draft(self, committed: Committed) -> TokenTree:
         """Draft trees, or give roots alone, which make the round a plain step."""
         if self._is_active:

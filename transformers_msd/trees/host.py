@@ -10,6 +10,12 @@ def has_to_wait(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a device."""
+    if has_to_wait(device):
+        torch.accelerator.synchronize(device)
+
+
 def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     Bring numbers of the host to a device, which takes them when it comes to them: the host does not wait.

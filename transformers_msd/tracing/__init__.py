@@ -1,0 +1,1 @@
+"""What every round of a call did, noted for whoever asks, and the page that shows it."""
