@@ -94,12 +94,7 @@ def tree_decoding(
     unfit = encoded_token_ids(model.config)
     noise = None
     trace = trace_call(
-        *(
-            model,
-            name_of(assistant if (given := arguments.get("assistant_model")) is None else given),
-            generation_config.do_sample,
-            arguments,
-        ),
+        *(model, name_of(arguments.get("assistant_model", assistant)), generation_config.do_sample, arguments),
         *(input_ids, model_kwargs.get("attention_mask")),
     )
     with ExitStack() as leaving:

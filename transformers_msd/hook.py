@@ -78,6 +78,8 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         # A draft's own calls are plain, and a decoding method that was passed comes back here if it wants to.
         if assistant_model is None and arguments.get("custom_generate") is None and outer is None:
             attachment = attachment_of(self)
+        if attachment is not None:
+            arguments["assistant_model"] = attachment.assistant_model
         if attachment is None and outer is None:
             return _generate(self, *args, **kwargs)
         token = _call.set(None if attachment is None else _Call(current_names(arguments), attachment))

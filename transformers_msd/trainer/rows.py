@@ -60,7 +60,7 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
     names = set(dataset.column_names)
     if not names & set(_LAYOUTS):
         raise ValueError(
-            f"{name} must have a column {', '.join(f'`{each}`' for each in _LAYOUTS[:-1])} or `{_LAYOUTS[-1]}`, got "
+            f"{name} must have a column `messages`, `conversations`, `prompt`, `turns` or `text`, got "
             f"{sorted(names)}. Rename one."
         )
     if not is_multimodal and names & {"images", "image"}:
