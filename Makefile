@@ -1,6 +1,7 @@
 VENV ?= .venv
 PYTHON ?= python3
-PIP = pip install --quiet --disable-pip-version-check
+# Only what is imported is ever compiled: of Transformers a small part.
+PIP = pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality
 
@@ -24,10 +25,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
-# What depends on the versions, and of the tables of equality the batches.
+# What depends on the versions: of the tables of equality batches, one of several cases that differ in what is ours alone,
+# and nothing that torch, the same in both environments, compiles for itself.
 test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet \
-		-k "not (test_tokens_equal_plain_generate and (eager or -1])) and not (test_all_that_a_call_returns and single)" \
+		-k "not (test_tokens_equal_plain_generate and (eager or -1] or views-)) \
+		and not (test_all_that_a_call_returns and single) and not (test_tokens_on_fixed_shapes and -one-) \
+		and not (test_proposals_are_those_of_the_published and False]) and not (test_memory_savers_train and True-) \
+		and not (test_command_launches_a_run and vlm_recipe) \
+		and not inductor and not simulated_acceptance and not compiled_methods" \
 		tests/test_compat.py tests/test_hook.py tests/test_equality.py tests/test_generate.py tests/test_static.py \
 		tests/test_msd_drafter.py tests/test_vlm_drafter.py tests/test_ensemble_drafter.py tests/test_convert.py \
 		tests/test_parity.py tests/test_trainer.py tests/test_training_data.py tests/test_recipes.py tests/test_bench.py \

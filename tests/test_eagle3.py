@@ -340,9 +340,9 @@ def test_hidden_states_are_those_of_the_published_forward(name: str, tmp_path: P
 def test_proposals_are_those_of_the_published_forward(name: str, with_picture: bool, tmp_path: Path) -> None:
     weights, target = make_weights(name), make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
-    draft.tree_config = TreeConfig(num_nodes=9, depth=1, top_k=8, gate=False, ngrams=False)
+    draft.tree_config = TreeConfig(num_nodes=17, depth=1, top_k=16, gate=False, ngrams=False)
     inputs = make_inputs(architecture_of(name), (1,) if with_picture else (0,), lengths=(12,))
-    call = {"max_new_tokens": 80, "do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
+    call = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
     plain = target.generate(**inputs, **call)
     drafted = target.generate(**inputs, **call, assistant_model=draft)
     assert torch.equal(drafted.sequences, plain.sequences)
@@ -357,7 +357,7 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
     embeds = table[ids]  # of placeholders where pictures are
     positions = positions_of(ids.tolist())[:, :-1] if name in AXES else None
     _, logits = independent(name, weights, embeds[1:], taps[:-1], positions=positions)
-    proposed = torch.tensor(DRAFTED)[logits.topk(8).indices]  # after token r + 1
+    proposed = torch.tensor(DRAFTED)[logits.topk(16).indices]  # after token r + 1
     place, lengths = inputs["input_ids"].shape[1], []
     while place + 1 < len(ids):
         accepted = bool((proposed[place - 1] == ids[place + 1]).any())
@@ -382,8 +382,10 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path
     call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
     compiled = {"compile_config": CompileConfig(backend="eager", mode=None), "assistant_model": StaticRuntime(again)}
     inputs = make_inputs(architecture_of(name), (2, 0, 1))
+    # Each is compiled, half of them greedily.
+    is_compiled = do_sample == (name in ("speculators, Qwen3-VL", "SpecForge, narrower"))
     outputs = []
-    for assisted in ({}, {"assistant_model": again}, compiled):
+    for assisted in ({}, {"assistant_model": again}, *([compiled] if is_compiled else [])):
         torch.manual_seed(2)
         first = target.generate(**inputs, **call, **assisted)
         ids = torch.cat([first.sequences, torch.full((3, 2), 7)], dim=1)
@@ -394,10 +396,10 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path
         outputs.append((first, second))
     for plain, *drafted in zip(*outputs, strict=True):
         assert all(torch.equal(plain.sequences, own.sequences) for own in drafted)
-        eager, captured = (own.speculative_stats.acceptance_lengths for own in drafted)
-        assert torch.equal(eager, captured)
+        eager, *captured = (own.speculative_stats.acceptance_lengths for own in drafted)
+        assert all(torch.equal(eager, own) for own in captured)
         assert drafted[0].speculative_stats.num_accepted > 0
-    assert compiled["assistant_model"].num_captures > 0
+    assert (compiled["assistant_model"].num_captures > 0) == is_compiled
 
 
 @pytest.mark.parametrize("new_tokens", [(1,), (1, 1), (6,)])  # of turns before: one is drafted for by nobody

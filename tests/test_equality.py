@@ -246,9 +246,18 @@ def make_block(target: torch.nn.Module) -> BlockDraftModel:
 
 
 def check_tokens(
-    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, device: str = "cpu"
+    architecture: str,
+    attn_implementation: str,
+    option: str,
+    do_sample: bool,
+    batch_size: int,
+    drafts: str = "all",
+    device: str = "cpu",
 ) -> None:
-    """Compare plain decoding with a random draft, a draft model, an ensemble and oracles, in one cell of the table."""
+    """
+    Compare plain decoding with oracles and, in one cell of the table, with all of the drafts or with a share of them:
+    a random draft, on fixed shapes, too; one that may rest and a draft model; or an ensemble and n-grams.
+    """
     target = make_target(architecture, attn_implementation, device)
     inputs = inputs_of(architecture, batch_size, device)
     get_random_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
@@ -267,13 +276,15 @@ def check_tokens(
     ends = ends_of(truth, kwargs)
 
     draft = make_msd(architecture, attn_implementation, device)
-    for gate in (False, True) if attn_implementation == "sdpa" else (False,):
+    gates = {"all": (False, True), "msd": (False,), "vlm": (True,), "views": ()}[drafts]
+    for gate in gates if attn_implementation == "sdpa" else gates[:1]:
         draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=gate)
         drafted = generate(target, inputs, **kwargs, assistant_model=draft)
         assert torch.equal(drafted.sequences, plain.sequences)
         assert torch.equal(get_random_state(), random_state)
 
-    if batch_size > 1 and attn_implementation == "sdpa" and architecture in ("llava", "qwen2_vl", "gemma3"):
+    has_shapes = drafts in ("all", "msd") and architecture in ("llava", "qwen2_vl", "gemma3")
+    if batch_size > 1 and attn_implementation == "sdpa" and has_shapes:
         static = {"cache_implementation": "static", "disable_compile": True}
         drafted = generate(target, inputs, **kwargs | static, assistant_model=StaticRuntime(draft))
         assert torch.equal(drafted.sequences, plain.sequences)
@@ -308,9 +319,11 @@ def check_tokens(
     # A draft model that is often right, alone and with two views, and whose trees are as large as it is sure.
     tree = TreeConfig(num_nodes=8, depth=3, top_k=3, min_probability=0.02)
     model = make_draft_model(architecture, device)
-    drafters = [VLMDrafter(model, tree_config=tree), NgramDrafter()]
+    drafters: list[Any] = [VLMDrafter(model, tree_config=tree)] if drafts in ("all", "vlm") else []
+    if drafts in ("all", "views"):
+        drafters.append(NgramDrafter())
     # The drafts' own attention in any case; views need a draft that takes `inputs_embeds`.
-    if attn_implementation == "sdpa" and architecture in READ_EMBEDS:
+    if drafts in ("all", "views") and attn_implementation == "sdpa" and architecture in READ_EMBEDS:
         drafters.append(EnsembleDrafter(model, tree_config=tree))
     for drafter in drafters:
         drafted = generate(target, inputs, **kwargs, assistant_model=drafter)
@@ -336,7 +349,7 @@ def check_tokens(
         torch.testing.assert_close(layer.values, plain_layer.values, atol=1e-4, rtol=1e-4)
 
     # Where only tokens are returned, ended rows take no further part.
-    for assistant in (draft, *drafters, oracle) if batch_size > 1 and option in ENDS else ():
+    for assistant in (*([draft] if gates else []), *drafters, oracle) if batch_size > 1 and option in ENDS else ():
         tokens = generate(target, inputs, **kwargs, assistant_model=assistant, return_dict_in_generate=False)
         assert torch.equal(tokens, plain.sequences)
         assert torch.equal(get_random_state(), random_state)
@@ -377,14 +390,29 @@ def is_in_each_run(architecture: str, attn_implementation: str, option: str, do_
     return sum(places) % 2 == 0 and (not is_eager or option in EAGER)
 
 
-MARKED = [pytest.param(*cell, marks=() if is_in_each_run(*cell) else pytest.mark.slow) for cell in CELLS]
+SHARES = ("msd", "vlm", "views")
 
 
-@pytest.mark.parametrize(COLUMNS, MARKED, ids=str)
+def share_of(architecture: str, option: str, do_sample: bool) -> str:
+    """
+    Choose the drafts of a field in each run: all of "default", and of others such a share that each meets each
+    architecture and each option, greedy and sampled, alone and in a batch. All of them are slow.
+    """
+    places = ARCHITECTURES.index(architecture), OPTIONS.index(option), do_sample
+    return "all" if option == "default" else SHARES[sum(places) % len(SHARES)]
+
+
+MARKED = [
+    *((share_of(cell[0], *cell[2:4]), *cell) for cell in CELLS if is_in_each_run(*cell)),
+    *(pytest.param("all", *cell, marks=pytest.mark.slow) for cell in CELLS if cell[2] != "default"),
+]
+
+
+@pytest.mark.parametrize(("drafts", *COLUMNS), MARKED, ids=str)
 def test_tokens_equal_plain_generate(
-    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int
+    architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int, drafts: str
 ) -> None:
-    check_tokens(architecture, attn_implementation, option, do_sample, batch_size)
+    check_tokens(architecture, attn_implementation, option, do_sample, batch_size, drafts)
 
 
 @pytest.mark.gpu

@@ -25,9 +25,17 @@ def random_draft(target: PreTrainedModel, **settings: Any) -> MSDDraftModel:
     return draft
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("num_images", [(1,), (2, 0, 1)])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# As on the fields of one colour of a chessboard each is tried alone and in a batch, greedy and sampled in each run.
+CELLS = [
+    pytest.param(architecture, num_images, do_sample, marks=pytest.mark.slow if is_slow else ())
+    for place, architecture in enumerate(ARCHITECTURES)
+    for num_images in ((1,), (2, 0, 1))
+    for do_sample in (False, True)
+    for is_slow in ((place + len(num_images) // 2 + do_sample) % 2,)
+]
+
+
+@pytest.mark.parametrize(("architecture", "num_images", "do_sample"), CELLS)
 def test_bad_draft_rests_and_the_tokens_are_equal(architecture, num_images, do_sample):
     target = make_target(architecture)
     inputs = make_inputs(architecture, num_images)

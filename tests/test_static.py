@@ -68,35 +68,44 @@ def compiled_by(backend: Any) -> CompileConfig:
     return CompileConfig(backend=backend, mode=None, fullgraph=True)
 
 
-@pytest.mark.parametrize("num_images", [(1,), (2, 0, 1)], ids=["one", "batch"])
-@pytest.mark.parametrize(
-    ("architecture", "drafter"),
-    [
-        *((architecture, "msd") for architecture in ARCHITECTURES),
-        *(("llava", drafter) for drafter in ("msd_pruned", "msd_shaped", "vlm", "ensemble")),
-        ("qwen2_vl", "vlm"),
-    ],
-)
+CASES = [
+    *((architecture, "msd") for architecture in ARCHITECTURES),
+    *(("llava", drafter) for drafter in ("msd_pruned", "msd_shaped", "vlm", "ensemble")),
+    ("qwen2_vl", "vlm"),
+]
+# As on the fields of one colour of a chessboard each is tried alone and in a batch, greedy and sampled in each run.
+CELLS = [
+    pytest.param(
+        *(*case, num_images, do_sample),
+        id="-".join((*case, "one" if num_images == (1,) else "batch", str(do_sample))),
+        marks=pytest.mark.slow if (place + len(num_images) // 2 + do_sample) % 2 else (),
+    )
+    for place, case in enumerate(CASES)
+    for num_images in ((1,), (2, 0, 1))
+    for do_sample in (False, True)
+]
+
+
+@pytest.mark.parametrize(("architecture", "drafter", "num_images", "do_sample"), CELLS)
 def test_tokens_on_fixed_shapes_equal_plain_generate(
-    architecture: str, num_images: tuple[int, ...], drafter: str
+    architecture: str, drafter: str, num_images: tuple[int, ...], do_sample: bool
 ) -> None:
     target = make_target(architecture)
     inputs = make_inputs(architecture, num_images)
     assistant = make_drafter(drafter, target, architecture)
     runtime = StaticRuntime(assistant)
-    for do_sample in (False, True):
-        plain = generate(target, inputs, do_sample=do_sample)
-        eager = generate(target, inputs, do_sample=do_sample, assistant_model=assistant)
-        for call in (
-            {"assistant_model": assistant, "cache_implementation": "static"},
-            {"assistant_model": runtime, "disable_compile": True},
-            {"assistant_model": runtime, "disable_compile": True, "cache_implementation": "static"},
-        ):
-            drafted = generate(target, inputs, do_sample=do_sample, **call)
-            assert torch.equal(drafted.sequences, plain.sequences)
-            # The same trees, too: fixed shapes only add fillers.
-            ours, theirs = drafted.speculative_stats, eager.speculative_stats
-            assert torch.equal(ours.acceptance_lengths, theirs.acceptance_lengths)
+    plain = generate(target, inputs, do_sample=do_sample)
+    eager = generate(target, inputs, do_sample=do_sample, assistant_model=assistant)
+    for call in (
+        {"assistant_model": assistant, "cache_implementation": "static"},
+        {"assistant_model": runtime, "disable_compile": True},
+        {"assistant_model": runtime, "disable_compile": True, "cache_implementation": "static"},
+    ):
+        drafted = generate(target, inputs, do_sample=do_sample, **call)
+        assert torch.equal(drafted.sequences, plain.sequences)
+        # The same trees, too: fixed shapes only add fillers.
+        ours, theirs = drafted.speculative_stats, eager.speculative_stats
+        assert torch.equal(ours.acceptance_lengths, theirs.acceptance_lengths)
     assert runtime.num_captures == 0
 
 

@@ -33,7 +33,7 @@ def pair() -> tuple[Any, Any, MSDDraftModel]:
 
 @pytest.fixture(scope="module")
 def encoded(pair: tuple) -> list[tuple[dict, Any]]:
-    return [(prompt, encode_prompts(pair[1], [prompt])) for prompt in evaluation_prompts(3)]
+    return [(prompt, encode_prompts(pair[1], [prompt])) for prompt in evaluation_prompts(2)]
 
 
 @pytest.fixture(scope="module")
