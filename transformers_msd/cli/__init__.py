@@ -8,12 +8,14 @@ import torch
 import transformers
 
 from transformers_msd import __version__
-from transformers_msd.cli import bench, check_parity, convert, generate_data, train, tune
+from transformers_msd.cli import bench, check_parity, convert, generate_data, serve, train, tune
 from transformers_msd.cli.options import CommandParser
 
 
 # What commands need besides the package itself.
-_EXTRAS = {"bench": "bench"} | dict.fromkeys(("check-parity", "convert", "generate-data", "train", "tune"), "train")
+_EXTRAS = {"bench": "bench", "serve": "serve"} | dict.fromkeys(
+    ("check-parity", "convert", "generate-data", "train", "tune"), "train"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="transformers-msd", description="Drafts for vision-language models.")
     parser.add_argument("--version", action="version", version=_versions())
     subparsers = parser.add_subparsers(required=True, metavar="command", dest="command", parser_class=CommandParser)
-    for command in (train, generate_data, check_parity, convert, tune, bench):
+    for command in (train, generate_data, check_parity, convert, tune, bench, serve):
         command.add_parser(subparsers)
     parsed, parsed.rest = parser.parse_known_args(
         [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
