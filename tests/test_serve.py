@@ -32,8 +32,10 @@ from transformers.cli.serving.utils import GenerateManager
 
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import MSDDraftModel
+from transformers_msd import MSDDraftModel, NgramDrafter, StaticRuntime
 from transformers_msd.cli import main
+from transformers_msd.cli.serving import DraftedModels
+from transformers_msd.drafters.attached import attachment_of
 
 
 ROOT = Path(__file__).parents[1]
@@ -249,6 +251,21 @@ def test_every_option_of_transformers_serve_is_taken(capsys: pytest.CaptureFixtu
     theirs = {name for name in inspect.signature(Serve.__init__).parameters if not name.startswith("cb_")}
     # The model is an argument of ours, which is always given, and so never unloaded by itself.
     assert theirs - ours == {"self", "force_model", "model_timeout", "non_blocking"}
+
+
+@pytest.mark.parametrize(
+    ("draft_model", "is_compiled", "drafts"), [(None, False, NgramDrafter), (DRAFT, True, StaticRuntime)]
+)
+def test_without_a_draft_ngrams_draft_and_what_drafts_may_be_compiled(
+    draft_model: str | None, is_compiled: bool, drafts: type
+) -> None:
+    models = DraftedModels(draft_model, is_compiled, device="cpu", force_model=TARGET)
+    name = models.process_model_name(TARGET)
+    model, _ = models.load_model_and_processor(name)
+    attached = attachment_of(model)
+    assert isinstance(attached.assistant_model, drafts)
+    assert models.load_model_and_processor(name)[0] is model
+    assert attachment_of(model) is attached  # once, not with every request
 
 
 def test_what_does_not_fit_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
