@@ -33,7 +33,8 @@ ORDER = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Packages of the extras, and what of ours needs them.
-EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "psutil", "rich", "trl")
+SERVING = ("fastapi", "openai", "uvicorn")
+EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "psutil", "rich", "trl", *SERVING)
 NEED_EXTRAS = ("trainer", "bench", "cli")
 # Where names of Transformers that are not public may be used; compat.py knows all of them.
 PRIVATE = ("compat", "hook", "target", "caches")

@@ -28,12 +28,14 @@ from transformers_msd import (
     MSDConfig,
     MSDDraftModel,
     NgramDrafter,
+    SpeculativeStats,
     StaticRuntime,
     TreeConfig,
     VLMDrafter,
     attach,
     detach,
 )
+from transformers_msd.call.stats import observer
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters import attached
 
@@ -98,6 +100,27 @@ def count_forwards(target: PreTrainedModel, run: Callable[[], Any]) -> tuple[Any
 
     with target.register_forward_hook(count_one):
         return run(), count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_observer_is_told_what_a_call_that_returns_tokens_alone_does_not_say(
+    batch_size: int, target: PreTrainedModel
+) -> None:
+    inputs = {name: value.expand(batch_size, *value.shape[1:]) for name, value in make_inputs("llava").items()}
+    attach(target, make_oracle(**inputs))
+    found: list[SpeculativeStats] = []
+    token = observer.set(found.append)
+    try:
+        tokens = target.generate(**inputs, **GREEDY)
+    finally:
+        observer.reset(token)
+    output = target.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(tokens, output.sequences)
+    assert len(found) == 1
+    assert found[0].mean_acceptance_length > 1
+    expected = vars(output.speculative_stats)
+    assert torch.equal(found[0].acceptance_lengths, expected.pop("acceptance_lengths"))
+    assert vars(found[0]) == expected | {"acceptance_lengths": found[0].acceptance_lengths}
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

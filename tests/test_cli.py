@@ -57,6 +57,9 @@ MISTAKES = {
     f"check-parity --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md": "of a target, got MSDConfig",
     "generate-data --target_model ./no --datasets a/b --output here": "`target_model` must be a path or a repository",
     f"generate-data --target_model {CHECKPOINTS}/draft --datasets {ROOT}/README.md --output here": "the tokenizer of",
+    f"serve {CHECKPOINTS}/target --continuous-batching": "never calls `generate`, which drafts",
+    "serve ./no": "`target_model` must be a path or a repository",
+    f"serve {CHECKPOINTS}/target --draft_model ./no": "`draft_model` must be a path or a repository",
 }
 USAGE = {
     "nonsense": "invalid choice: 'nonsense'",
@@ -70,6 +73,9 @@ USAGE = {
     f"tune {TARGET} {DRAFT} more": "unrecognized arguments: more",
     "convert a --target b --output c": "`target` is no option of transformers-msd convert. Did you mean `target_mod",
     "convert a --target_model b --output c --to vllm": "invalid choice: 'vllm'",
+    "serve": "the following arguments are required: target_model",
+    f"serve {CHECKPOINTS}/target --cb-block-size 4": "`cb_block_size` is no option of transformers-msd serve",
+    f"serve {CHECKPOINTS}/target --log-level loud": "invalid choice: 'loud'",
     "check-parity --target_dtype float32": "Did you mean `dtype`?",
     f"generate-data {TARGET} --use_cpu": "`use_cpu` is no option of transformers-msd generate-data",
     f"generate-data {TARGET} --datasets a/b --output here --num_rows -1": "must be at least 1, got -1",
@@ -97,12 +103,15 @@ def test_wrong_usage_exits_with_2(command: str, capsys: pytest.CaptureFixture) -
     assert USAGE[command] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "tune", "generate-data", "check-parity", "convert", "trace"])
+@pytest.mark.parametrize(
+    "command", ["train", "bench", "tune", "generate-data", "check-parity", "convert", "trace", "serve"]
+)
 def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture) -> None:
     with contextlib.suppress(SystemExit):
         main([command, "--help"])
     said = capsys.readouterr().out
     names = {"train": ("--stage", "--datasets", "--dry_run", "--learning_rate"), "bench": ("--trees", "--output")}
+    names |= {"serve": ("target_model", "--draft_model", "--port")}
     for name in names.get(command, ("--target_model",)):
         assert name in said
 

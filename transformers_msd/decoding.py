@@ -15,6 +15,7 @@ from transformers_msd.caches.check import check_cache, check_rows
 from transformers_msd.call.emission import Emission
 from transformers_msd.call.outputs import SpeculativeDecoderOnlyOutput
 from transformers_msd.call.sampling import Sampler
+from transformers_msd.call.stats import observer
 from transformers_msd.compat import CACHE, num_prompt_columns
 from transformers_msd.drafters.base import CallInputs, TreeAssistant, feature_layers_of, name_of, tree_config_of
 from transformers_msd.drafters.gate import Evidence, Gate
@@ -81,7 +82,7 @@ def tree_decoding(
     target_captures = captures if isinstance(cache, StaticCache) else None
     target = make_target(model, model_kwargs, generation_config, target_captures, feature_layers_of(assistant))
     returns_state = generation_config.return_dict_in_generate or vars(cache).get("_is_user_defined", False)
-    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state)
+    emission = Emission(input_ids, stopping_criteria, generation_config, streamer, returns_state, observer.get())
     prompt_length = num_prompt_columns(input_ids, cache, model_kwargs, generation_config)
     target.max_steps = emission.max_steps
     check_rows(cache, len(input_ids), prompt_length, emission.max_steps or 1)
@@ -149,8 +150,7 @@ def tree_decoding(
             outputs = target.forward_tree(tree)
             trace.mark("verify")
 
-    stats = emission.finish()
-    stats.num_repeated = target.num_repeated
+    stats = emission.finish(target.num_repeated)
     if returns_state:
         carry(cache, _Turn(candidates.carry(committed, target), candidates.evidence, turn.outcomes))
     if not generation_config.return_dict_in_generate:

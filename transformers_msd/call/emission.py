@@ -1,5 +1,6 @@
 """The tokens of a call: every row at a length of its own, handed over step by step as plain `generate` does."""
 
+from collections.abc import Callable
 from itertools import compress
 
 import torch
@@ -49,6 +50,8 @@ class Emission:
         returns_state (`bool`, *optional*, defaults to `True`):
             Whether the call returns more than tokens: statistics, and what the target makes of the pad tokens behind
             an ended row, its cache among them. Where it doesn't, pads are written down without a round.
+        observe (`Callable[[SpeculativeStats], None]`, *optional*):
+            What is told the statistics besides. Then, too, no row leaves before the others.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Emission:
         generation_config: GenerationConfig,
         streamer: BaseStreamer | None = None,
         returns_state: bool = True,
+        observe: Callable[[SpeculativeStats], None] | None = None,
     ) -> None:
         batch_size = len(input_ids)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
@@ -73,6 +77,8 @@ class Emission:
         self._criteria = stopping_criteria
         self._streamer = streamer
         self._returns_state = returns_state
+        self._observe = observe
+        self._notes_rounds = returns_state or observe is not None
         self._rounds = Rounds()
         max_length = stopping_criteria.max_length
         # Plain decoding asks its criteria after a token, and so emits one in any case.
@@ -167,7 +173,7 @@ class Emission:
 
     def going_on(self) -> list[bool] | None:
         """Tell which of `rows` go on, where enough others may leave for it to pay; `None` where they may not."""
-        if self._returns_state:
+        if self._notes_rounds:
             return None
         going = [self.needs_more(row, self.tokens[row]) for row in self.rows]
         return going if going.count(False) >= LEAVING_SHARE * len(going) else None
@@ -205,7 +211,7 @@ class Emission:
                 self._eos_ends[row] = len(self.tokens[row])
         counts = [length - start for length, start in zip(self.lengths, starts, strict=True)]
         self.outputs.add(acceptance.path, counts, scores, logits, hidden_states)
-        if any(starts) and self._returns_state:
+        if any(starts) and self._notes_rounds:
             self._rounds.starts.append(starts)
             self._rounds.lengths.append(self.lengths)
             self._rounds.num_accepted.append([num_accepted for num_accepted, *_ in found])
@@ -256,8 +262,12 @@ class Emission:
         self._tail = None
         self.outputs.truncate(row, self.num_steps)
 
-    def finish(self) -> SpeculativeStats:
-        """End the streamer and sum the call up."""
+    def finish(self, num_repeated: int) -> SpeculativeStats:
+        """Sum the call up, in which so many tokens were run again, and end the streamer."""
+        stats = self._rounds.summarize([end if end is not None else self.num_steps for end in self._ends])
+        stats.num_repeated = num_repeated
+        if self._observe is not None:  # before who reads the stream takes the call for ended
+            self._observe(stats)
         if self._streamer is not None:
             self._streamer.end()
-        return self._rounds.summarize([end if end is not None else self.num_steps for end in self._ends])
+        return stats

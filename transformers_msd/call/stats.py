@@ -1,5 +1,7 @@
 """How well a call was drafted."""
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +57,10 @@ class SpeculativeStats:
             f"num_rounds={self.num_rounds}, num_plain_steps={self.num_plain_steps}, "
             f"num_drafted={self.num_drafted}, num_accepted={self.num_accepted})"
         )
+
+
+# What is told how well each call of a context was drafted, also where `generate` returns tokens alone.
+observer: ContextVar[Callable[[SpeculativeStats], None] | None] = ContextVar("transformers_msd_observer", default=None)
 
 
 @dataclass

@@ -8,12 +8,12 @@ import torch
 import transformers
 
 from transformers_msd import __version__
-from transformers_msd.cli import bench, check_parity, convert, generate_data, trace, train, tune
+from transformers_msd.cli import bench, check_parity, convert, generate_data, serve, trace, train, tune
 from transformers_msd.cli.options import CommandParser
 
 
 # What commands need besides the package itself.
-_EXTRAS = {"bench": "bench"} | dict.fromkeys(
+_EXTRAS = {"bench": "bench", "serve": "serve"} | dict.fromkeys(
     ("check-parity", "convert", "generate-data", "trace", "train", "tune"), "train"
 )
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="transformers-msd", description="Drafts for vision-language models.")
     parser.add_argument("--version", action="version", version=_versions())
     subparsers = parser.add_subparsers(required=True, metavar="command", dest="command", parser_class=CommandParser)
-    for command in (train, generate_data, check_parity, convert, tune, bench, trace):
+    for command in (train, generate_data, check_parity, convert, tune, bench, trace, serve):
         command.add_parser(subparsers)
     parsed, parsed.rest = parser.parse_known_args(
         [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
