@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Only what is imported is ever compiled: of Transformers a small part.
 PIP = pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality
+.PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality types
 
 # The environment of all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -70,6 +70,11 @@ docs-serve: $(VENV)/.installed
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+# What a program with types calls, as a type checker sees it: some minutes, for it reads torch and Transformers, too.
+types: $(VENV)/.installed
+	$(VENV)/bin/$(PIP) mypy
+	$(VENV)/bin/mypy --strict --follow-imports silent tests/typed_calls.py
 
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check

@@ -118,6 +118,17 @@ def own_imports(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_signatures_have_types(module: str) -> None:
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            own = node.args
+            named = [*own.posonlyargs, *own.args, *own.kwonlyargs, *filter(None, (own.vararg, own.kwarg))]
+            untyped = [one.arg for one in named if one.annotation is None and one.arg not in ("self", "cls")]
+            assert not untyped, f"{node.name} of {module}: {untyped}"
+            assert node.returns is not None, f"{node.name} of {module} returns what?"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
     for other in own_imports(module):
         ours, theirs = room_of(module), room_of(other)

@@ -115,7 +115,7 @@ class BenchArguments:
     seed: int = field(default=0, metadata={"help": "Seed of samples, random weights and simulated drafts."})
     output: str | None = field(default=None, metadata={"help": "Folder for JSON, Markdown and plots."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_least(self, num_divergences=0, repeats=1, max_passes=LEAST_PASSES)
         if (self.target_model is None) == (self.random_weights is None):

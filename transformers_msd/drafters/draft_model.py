@@ -34,7 +34,12 @@ class DraftModel(Target):
         """
 
         def prefilled(
-            twin, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs
+            twin: PreTrainedModel,
+            input_ids: torch.Tensor,
+            logits_processor: Any = None,
+            stopping_criteria: Any = None,
+            generation_config: Any = None,
+            **model_kwargs: Any,
         ) -> "DraftModel":
             draft = cls(model, model_kwargs, generation_config, captures)
             draft._model_kwargs["output_hidden_states"] = None

@@ -76,7 +76,7 @@ class DraftTrainer(SFTTrainer):
         train_dataset: Dataset,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
-    ):
+    ) -> None:
         if kwargs.get("compute_metrics") is not None:
             raise ValueError(
                 "`compute_metrics` would need the logits of every prompt, which are never computed. Use a callback, "
@@ -235,7 +235,7 @@ class DraftTrainer(SFTTrainer):
         if RowCollator.COLUMN not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, RowCollator.COLUMN]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         args = self.args
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.stage == "ramp":

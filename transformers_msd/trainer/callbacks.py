@@ -61,7 +61,9 @@ class AcceptanceLengthCallback(TrainerCallback):
             Temperature the answers are sampled at; 0 is greedy.
     """
 
-    def __init__(self, trainer: "DraftTrainer", prompts: Dataset, max_new_tokens: int = 64, temperature: float = 0.0):
+    def __init__(
+        self, trainer: "DraftTrainer", prompts: Dataset, max_new_tokens: int = 64, temperature: float = 0.0
+    ) -> None:
         if not len(prompts):
             raise ValueError("`prompts` must hold a row at least, got none. Hold some rows out.")
         if type(max_new_tokens) is not int or max_new_tokens < 1:

@@ -125,7 +125,7 @@ class MSDTrainingConfig(SFTConfig):
         weights = [self.unroll_decay**step for step in range(self.num_unroll_steps)]
         return [weight / sum(weights) for weight in weights]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.output_dir, str | PathLike | None):
             raise ValueError(f"`output_dir` must be a folder's name, got {self.output_dir!r}. Write it in quotes.")
         super().__post_init__()

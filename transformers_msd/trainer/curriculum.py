@@ -30,7 +30,7 @@ class EpochSampler(Sampler[int]):
             Seed of all draws.
     """
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int = 0):
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int = 0) -> None:
         self.num_rows = num_rows - num_rows % rows_per_step or num_rows
         self.seed = seed
         self.epoch = 0
@@ -50,7 +50,7 @@ class EpochSampler(Sampler[int]):
 class ShuffledSampler(EpochSampler):
     """Draws all rows of an epoch in a new order."""
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int = 0):
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int = 0) -> None:
         super().__init__(num_rows, rows_per_step, seed)
         self._all_rows = num_rows
 
@@ -79,7 +79,7 @@ class RampSampler(EpochSampler):
 
     def __init__(
         self, text_rows: list[int], visual_rows: list[int], num_draws: int, rows_per_step: int = 1, seed: int = 0
-    ):
+    ) -> None:
         super().__init__(min(len(text_rows), len(visual_rows)), rows_per_step, seed)
         self.text_rows = text_rows
         self.visual_rows = visual_rows

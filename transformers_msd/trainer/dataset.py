@@ -165,7 +165,7 @@ def row_length(row: dict[str, Any], number: int, processing_class: ProcessorMixi
     return num_tokens - len(sizes) + sum(expanded)
 
 
-def _picture_size(picture: dict, row: int) -> tuple[int, int]:
+def _picture_size(picture: dict[str, Any], row: int) -> tuple[int, int]:
     """Return height and width of a picture, from its header."""
     if picture is None:
         raise ValueError(f"A picture of row {row} can't be read: it is null. Repair it or take the row out.")

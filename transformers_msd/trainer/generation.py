@@ -42,7 +42,7 @@ class GenerationSettings:
     seed: int = 0
     rows_per_chunk: int = 256
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_least(self, batch_size=1, max_new_tokens=1, temperature=0, rows_per_chunk=1)
 

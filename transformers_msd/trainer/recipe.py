@@ -86,7 +86,7 @@ class DraftArguments:
         for dataset in self.datasets:
             check_place(dataset.partition(":")[0], "datasets")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self, {field.name for field in fields(self)} - {"datasets"})
         if not isinstance(self.datasets, list) or not all(isinstance(name, str) for name in self.datasets):
             raise ValueError(f"`datasets` must be a list of names, got {self.datasets!r}. Write `[name, other]`.")

@@ -56,7 +56,7 @@ class MSDTrainer(DraftTrainer):
         train_dataset: Dataset,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
-    ):
+    ) -> None:
         check_trainable(model)
         model.check_target(target)
         check_block_settings(model, args)

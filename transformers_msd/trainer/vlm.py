@@ -63,7 +63,7 @@ class VLMDraftTrainer(DraftTrainer):
         train_dataset: Dataset,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         **kwargs: Any,
-    ):
+    ) -> None:
         ours, theirs = (each.config.get_text_config().vocab_size for each in (model, target))
         if ours != theirs:
             raise ValueError(

@@ -70,7 +70,7 @@ class BlockDraftConfig(DraftConfig):
     tree_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
         self.feature_layers = [2, -2, -4] if self.feature_layers is None else self.feature_layers

@@ -28,7 +28,7 @@ class BlockDraftModel(FeatureDraftModel):
     tag = "block-draft"
     predicts_features = False
 
-    def __init__(self, config: BlockDraftConfig):
+    def __init__(self, config: BlockDraftConfig) -> None:
         super().__init__(config)
         text_config = config.get_text_config()
         size, vocab_size = text_config.hidden_size, text_config.vocab_size

@@ -110,7 +110,7 @@ class Eagle3DraftModel(FeatureDraftModel):
     scales_as_target = False  # its head was trained for logits as they are in the end
     predicts_features = False
 
-    def __init__(self, config: Eagle3Config):
+    def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
         text_config = config.get_text_config()
         size, theirs, num_parts = text_config.hidden_size, config.target_hidden_size, len(config.feature_layers)

@@ -1,5 +1,7 @@
 """Settings of the HiViS draft model."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
@@ -38,7 +40,7 @@ class HiViSConfig(MSDConfig):
     fc_bias: bool = False
     visual_pool_size: int = 0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.visual_pool_size != 0 or self.fc_bias:
             raise ValueError(

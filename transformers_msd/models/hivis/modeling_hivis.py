@@ -22,7 +22,7 @@ class HiViSDraftModel(MSDDraftModel):
     config: HiViSConfig
     config_class = HiViSConfig
 
-    def __init__(self, config: HiViSConfig):
+    def __init__(self, config: HiViSConfig) -> None:
         super().__init__(config)
         # Of rows that stand, then of each level.
         self.biases = nn.Parameter(torch.zeros(config.num_biases, config.get_text_config().hidden_size))

@@ -53,7 +53,7 @@ class MSDConfig(DraftConfig):
     visual_pool_size: int = 1
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.visual_token_ids = self.visual_token_ids or []
         self.check()

@@ -114,7 +114,9 @@ def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
     return draft.eval()
 
 
-def _draft_config(published: dict, weights: dict[str, torch.Tensor], target_config: PreTrainedConfig) -> MSDConfig:
+def _draft_config(
+    published: dict[str, Any], weights: dict[str, torch.Tensor], target_config: PreTrainedConfig
+) -> MSDConfig:
     fields = {name: published[name] for name in _TEXT_FIELDS if name in published}
     if "rope_theta" in published:
         rope_parameters = target_config.get_text_config().rope_parameters

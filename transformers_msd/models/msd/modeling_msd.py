@@ -82,7 +82,7 @@ class MSDDraftModel(FeatureDraftModel):
     tag = "msd"
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: MSDConfig):
+    def __init__(self, config: MSDConfig) -> None:
         super().__init__(config)
         text_config = config.get_text_config()
         self.model = make_decoder(text_config, keeps_first_norm=config.input_layernorm)

@@ -1,5 +1,7 @@
 """Settings of the ViSpec draft model."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 
 from transformers_msd.models.msd.configuration_msd import MSDConfig
@@ -25,7 +27,7 @@ class ViSpecConfig(MSDConfig):
     num_queries: int = 2
     adaptor_bias: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.visual_pool_size != 1 or not self.decoupled:
             raise ValueError(

@@ -66,7 +66,7 @@ class ViSpecDraftModel(MSDDraftModel):
     config: ViSpecConfig
     config_class = ViSpecConfig
 
-    def __init__(self, config: ViSpecConfig):
+    def __init__(self, config: ViSpecConfig) -> None:
         super().__init__(config)
         size = config.get_text_config().hidden_size
         self.adaptor = ImageAdaptor(config)
