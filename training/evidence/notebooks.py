@@ -17,7 +17,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 
-NOTEBOOKS = Path(__file__).parents[2] / "docs" / "notebooks"
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "docs" / "notebooks"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -37,7 +38,8 @@ def run_notebooks(paths: Sequence[Path]) -> list[NotebookNode]:
     whole = new_notebook(cells=cells, metadata=METADATA)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
     with tempfile.TemporaryDirectory() as home:  # what `transformers-msd tune` measured here must not size the trees
-        settings = {"OMP_NUM_THREADS": "1", "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of this clone
+        settings = {"OMP_NUM_THREADS": "1", "HF_HOME": home, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         client = NotebookClient(whole, timeout=1800, record_timing=False, resources=resources)
         client.execute(env=os.environ | settings)
     for notebook in notebooks:
