@@ -284,6 +284,33 @@ def test_a_call_inside_a_drafted_one_is_plain(target: PreTrainedModel) -> None:
     assert oracle.trees
 
 
+@pytest.mark.parametrize("where", ["criterion", "caption"])
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_refusal_of_a_call_inside_a_drafted_one_is_raised(
+    settings: dict[str, Any], where: str, target: PreTrainedModel, warnings: list[str]
+) -> None:
+    inputs, small = make_inputs("llava"), make_draft_model("llava")
+    num_asked = 0
+
+    def ask(*_: Any) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        small.generate(**inputs, **GREEDY, num_beams=2, assistant_model=NgramDrafter())
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if where == "criterion" and input_ids.shape[1] > inputs["input_ids"].shape[1] + 5:
+                ask()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    view = Caption(ask) if where == "caption" else "multimodal"
+    attach(target, EnsembleDrafter(small, views=[view]))
+    with pytest.raises(ValueError, match="got beam_search"):
+        target.generate(**inputs, **settings, stopping_criteria=[Asks()])
+    assert num_asked == 1
+    assert not warnings
+
+
 def test_a_draft_may_have_a_draft_of_its_own(target: PreTrainedModel) -> None:
     inputs, small = make_inputs("llava"), make_draft_model("llava")
     plain = target.generate(**inputs, **GREEDY)

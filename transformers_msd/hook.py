@@ -52,7 +52,9 @@ class _Call:
     attachment: Attachment | None = None
 
     def go_on_without(self, model: PreTrainedModel, refusal: Refusal) -> None:
-        """Let an attached draft rest for this call."""
+        """Let an attached draft rest for this call, unless it is another call, inside of it, that was refused."""
+        if refusal.has_left:
+            raise refusal
         self.attachment.tell(model, refusal)
         self.attachment = None
 
@@ -91,6 +93,9 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     try:
         with capturing(self):
             return _generate(self, *args, **current_names(kwargs))
+    except Refusal as refusal:
+        refusal.has_left = True
+        raise
     finally:
         _call.reset(token)
 
