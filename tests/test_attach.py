@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteria,
     TextIteratorStreamer,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor
 from zoo import VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
@@ -282,6 +282,42 @@ def test_a_call_inside_a_drafted_one_is_plain(target: PreTrainedModel) -> None:
     assert torch.equal(target.generate(**inputs, **GREEDY, stopping_criteria=[Asks()]), plain)
     assert torch.equal(inner[0], plain)
     assert oracle.trees
+
+
+class Counting(LogitsProcessor):
+    """Keeps a state that nobody can see: how often it was called."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        favoured = torch.arange(VOCAB_SIZE) == self.num_calls * 7 % 90
+        return torch.where(favoured, scores + 8, scores)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("num_pictures", "is_drafted"), [((1,), True), ((1, 0, 2), False)])
+def test_processors_of_others_may_keep_a_state(
+    num_pictures: tuple[int, ...],
+    is_drafted: bool,
+    settings: dict[str, Any],
+    target: PreTrainedModel,
+    warnings: list[str],
+) -> None:
+    inputs = make_inputs("llava", num_pictures)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(3)
+        return target.generate(**inputs, **settings, logits_processor=[Counting()]), torch.rand(3)
+
+    plain = run()
+    oracle = Oracle(plain[0][:, inputs["input_ids"].shape[1] :], VOCAB_SIZE)
+    attach(target, oracle)
+    assert all(map(torch.equal, run(), plain))
+    assert bool(oracle.trees) == is_drafted
+    assert is_drafted or "got Counting for several sequences" in warnings[0]
+    assert len(warnings) == (not is_drafted)
 
 
 @pytest.mark.parametrize("where", ["criterion", "caption"])
