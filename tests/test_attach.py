@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteria,
     TextIteratorStreamer,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor
 from zoo import VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
@@ -305,6 +305,69 @@ def test_a_call_inside_a_drafted_one_is_plain(target: PreTrainedModel) -> None:
     assert torch.equal(target.generate(**inputs, **GREEDY, stopping_criteria=[Asks()]), plain)
     assert torch.equal(inner[0], plain)
     assert oracle.trees
+
+
+class Counting(LogitsProcessor):
+    """Keeps a state that nobody can see: how often it was called."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        favoured = torch.arange(VOCAB_SIZE) == self.num_calls * 7 % 90
+        return torch.where(favoured, scores + 8, scores)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("num_pictures", "is_drafted"), [((1,), True), ((1, 0, 2), False)])
+def test_processors_of_others_may_keep_a_state(
+    num_pictures: tuple[int, ...],
+    is_drafted: bool,
+    settings: dict[str, Any],
+    target: PreTrainedModel,
+    warnings: list[str],
+) -> None:
+    inputs = make_inputs("llava", num_pictures)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(3)
+        return target.generate(**inputs, **settings, logits_processor=[Counting()]), torch.rand(3)
+
+    plain = run()
+    oracle = Oracle(plain[0][:, inputs["input_ids"].shape[1] :], VOCAB_SIZE)
+    attach(target, oracle)
+    assert all(map(torch.equal, run(), plain))
+    assert bool(oracle.trees) == is_drafted
+    assert is_drafted or "got Counting for several sequences" in warnings[0]
+    assert len(warnings) == (not is_drafted)
+
+
+@pytest.mark.parametrize("where", ["criterion", "caption"])
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_refusal_of_a_call_inside_a_drafted_one_is_raised(
+    settings: dict[str, Any], where: str, target: PreTrainedModel, warnings: list[str]
+) -> None:
+    inputs, small = make_inputs("llava"), make_draft_model("llava")
+    num_asked = 0
+
+    def ask(*_: Any) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        small.generate(**inputs, **GREEDY, num_beams=2, assistant_model=NgramDrafter())
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if where == "criterion" and input_ids.shape[1] > inputs["input_ids"].shape[1] + 5:
+                ask()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    view = Caption(ask) if where == "caption" else "multimodal"
+    attach(target, EnsembleDrafter(small, views=[view]))
+    with pytest.raises(ValueError, match="got beam_search"):
+        target.generate(**inputs, **settings, stopping_criteria=[Asks()])
+    assert num_asked == 1
+    assert not warnings
 
 
 def test_a_draft_may_have_a_draft_of_its_own(target: PreTrainedModel) -> None:

@@ -65,11 +65,78 @@ def test_each_layout_is_read(name: str, tmp_path: Path) -> None:
     assert len(prompt_of(answered | {"images": rows[0]["images"]})) == 1
 
 
+def said_in(path: Path) -> list[list[tuple[str, str]]]:
+    rows = load_rows(DraftArguments(target_model="a/b", datasets=[str(path)]), is_multimodal=False)
+    return [[(message["role"], message["content"]) for message in row["messages"]] for row in rows]
+
+
+ASKED, ANSWERED = ("user", FIRST), ("assistant", "Two.")
+# Columns that stand beside one another, and what is read of them.
+COLUMNS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "a text that repeats prompt and completion": (
+        {"text": f"{FIRST} Two.", "prompt": FIRST, "completion": "Two."},
+        [ASKED, ANSWERED],
+    ),
+    "a prompt that other rows have": ({"turns": [FIRST], "prompt": None}, [ASKED]),
+    "one turn without a list": ({"turns": f" {FIRST}\n"}, [ASKED]),
+    "turns of a talk with answers": (
+        {
+            "turns": [SECOND],
+            "messages": [{"role": "user", "content": FIRST}, {"role": "assistant", "content": "Two."}],
+        },
+        [ASKED, ANSWERED],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_beside_one_another_are_read_as_one_talk(name: str, tmp_path: Path) -> None:
+    row, said = COLUMNS[name]
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert said_in(path) == [said]
+
+
+def turn(role: str, num_pictures: int = 0) -> dict[str, Any]:
+    pictures = [{"type": "image", "text": None}] * num_pictures
+    return {"role": role, "content": [*pictures, {"type": "text", "text": role}]}
+
+
+# Turns with their pictures, and how many turns and pictures are asked.
+TALKS: dict[str, tuple[list[dict[str, Any]], int, int]] = {
+    "a follow-up with a picture of its own": ([turn("user", 1), turn("user", 2)], 1, 1),
+    "a system turn before the follow-up": ([turn("system"), turn("user", 1), turn("system"), turn("user")], 2, 1),
+    "a follow-up after an answer": ([turn("user"), turn("assistant"), turn("user", 1), turn("user", 1)], 3, 1),
+    "an assistant that begins": ([turn("assistant"), turn("user", 1), turn("assistant")], 2, 1),
+    "a picture without a place": ([{"role": "user", "content": word} for word in (FIRST, SECOND)], 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_a_prompt_ends_with_its_question_and_has_its_pictures(name: str) -> None:
+    messages, num_turns, num_pictures = TALKS[name]
+    parts = [part for message in messages for part in message["content"]]
+    places = sum(isinstance(part, dict) and part["type"] == "image" for part in parts)
+    images = [Image.new("RGB", (place, 1)) for place in range(1, max(places, 1) + 1)]
+    prompt = prompt_of({"messages": messages, "images": images})
+    assert [message["role"] for message in prompt] == [message["role"] for message in messages[:num_turns]]
+    seen = [part["image"].width for message in prompt for part in message["content"] if part["type"] == "image"]
+    assert seen == list(range(1, num_pictures + 1))
+    assert prompt_of({"messages": messages}) == messages[:num_turns]
+
+
 def test_what_is_no_question_is_told(tmp_path: Path) -> None:
     path = tmp_path / "question.jsonl"
-    path.write_text('{"turns": [{"a": 1}]}\n')
-    with pytest.raises(ValueError, match=r"Row 0 of .* must hold `messages`"):
-        load_rows(DraftArguments(target_model="a/b", datasets=[str(path)]), is_multimodal=False)
+    for row in (
+        '{"turns": [{"a": 1}]}',
+        '{"turns": [" "]}',
+        '{"turns": [null, "a"]}',
+        '{"text": "\\n"}',
+        '{"text": 5}',
+    ):
+        path.write_text(f"{row}\n")
+        with pytest.raises(ValueError, match=r"Row 0 of .* must hold `messages`"):
+            said_in(path)
     path.write_text('{"question": "what"}\n')
     with pytest.raises(ValueError, match="must have a column `messages`, .* or `text`"):
         load_rows(DraftArguments(target_model="a/b", datasets=[str(path)]), is_multimodal=False)

@@ -217,12 +217,50 @@ def test_a_call_that_fails_leaves_the_rounds_it_came_to() -> None:
     assert generate().sequences[0, 12 : 12 + len(tokens)].tolist() == tokens
 
 
+def test_a_trace_keeps_no_graph_alive() -> None:
+    target, inputs = make_target("llava"), dict(make_inputs("llava"))
+    pixels = inputs.pop("pixel_values").clone().requires_grad_() * 1
+    with speculative_trace() as trace:
+        target.generate(**inputs, pixel_values=pixels, max_new_tokens=2, assistant_model=NgramDrafter())
+    kept = trace.calls[0].pixels["pixel_values"]
+    assert torch.equal(kept, pixels)
+    assert (kept.grad_fn, kept.device.type) == (None, "cpu")
+
+
 def test_an_empty_trace_says_what_to_do() -> None:
     with speculative_trace() as trace:
         generate()
     assert trace._repr_html_() == "SpeculativeTrace(0 calls, 0 rounds)"
     with pytest.raises(ValueError, match="in the same thread"):
         trace.save("nowhere.html")
+
+
+class Other:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"processor": "llava-hf/llava-1.5-7b-hf"}, "`processor` must be a tokenizer, .* got str"),
+        ({"processor": Other()}, "got Other"),
+        ({"images": ["photo.jpg"]}, "`images` must be a list of PIL's pictures, got str"),
+        ({"images": "a"}, "got str"),
+        ({"images": [Image.new("RGB", (2, 2)), torch.zeros(3, 2, 2)]}, "got Tensor"),
+    ],
+)
+def test_what_can_not_be_shown_is_told_before_the_calls(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), speculative_trace(**given):
+        pass
+
+
+def test_pictures_are_kept_as_they_are_given_whatever_holds_them() -> None:
+    picture = Image.new("RGB", (4, 4))
+    for images in ([picture], iter([picture]), picture):
+        with speculative_trace(images=images) as trace:
+            generate(assistant_model=NgramDrafter(), max_new_tokens=2)
+        for _ in range(2):
+            assert len(trace.to_dict()["calls"][0]["pictures"]) == 1
 
 
 def byte_level() -> Any:

@@ -21,7 +21,7 @@ from transformers_msd.decoding import tree_decoding
 from transformers_msd.drafters import assistant_for
 from transformers_msd.drafters.attached import Attachment, attachment_of
 from transformers_msd.drafters.base import ChecksTarget, TreeAssistant, as_chains
-from transformers_msd.drafters.check import check_call
+from transformers_msd.drafters.check import check_asked, check_call
 from transformers_msd.drafters.runtime import open_captures
 from transformers_msd.target.capturing import capturing
 from transformers_msd.traits.refusal import Refusal
@@ -52,7 +52,9 @@ class _Call:
     attachment: Attachment | None = None
 
     def go_on_without(self, model: PreTrainedModel, refusal: Refusal) -> None:
-        """Let an attached draft rest for this call."""
+        """Let an attached draft rest for this call, unless it is another call, inside of it, that was refused."""
+        if refusal.has_left:
+            raise refusal
         self.attachment.tell(model, refusal)
         self.attachment = None
 
@@ -91,6 +93,9 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     try:
         with capturing(self):
             return _generate(self, *args, **current_names(kwargs))
+    except Refusal as refusal:
+        refusal.has_left = True
+        raise
     finally:
         _call.reset(token)
 
@@ -182,6 +187,7 @@ def sample(
     if call is not None and call.attachment is not None:
         assistant = assistant_for(call.attachment.assistant_model)
         try:
+            check_asked(logits_processor, len(input_ids))
             with capturing(self):
                 return _draft(self, assistant, *inputs, call, **kwargs)
         except Refusal as refusal:

@@ -92,6 +92,25 @@ def check_call(
         check_cache(cache)
 
 
+def check_asked(processors: Iterable[LogitsProcessor], batch_size: int) -> None:
+    """
+    Raise a [`Refusal`] for processors of which nobody said that they keep nothing, where rows would come to them at
+    other steps than in plain decoding.
+
+    Args:
+        processors (`LogitsProcessorList`):
+            All processors of a call that passed no draft.
+        batch_size (`int`):
+            Sequences of the call.
+    """
+    others = sorted(type(own).__name__ for own in processors if not type(own).__module__.startswith("transformers."))
+    if batch_size > 1 and others:
+        raise Refusal(
+            f"Logits processors of other packages may keep a state between steps, got {', '.join(others)} for "
+            "several sequences. Pass one sequence, or the draft as `assistant_model` if they keep none."
+        )
+
+
 def check_draft(model: PreTrainedModel) -> None:
     """
     Raise a `ValueError` for a model that can't draft as a model of its own.

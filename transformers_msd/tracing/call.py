@@ -105,7 +105,9 @@ class TracedCall(Untraced):
         self.target, self.drafter, self.is_sampled = type(target).__name__, drafter, is_sampled
         self.device = prompt_ids.device
         self.visual_token_ids = visual_token_ids(target.config)
-        self.pixels = {name: arguments[name] for name in PIXELS if name in arguments}
+        given = {name: arguments[name] for name in PIXELS if name in arguments}
+        # A trace outlives its calls: it takes no room on their device.
+        self.pixels = {name: own.detach().cpu() if torch.is_tensor(own) else own for name, own in given.items()}
         real = torch.ones_like(prompt_ids)
         if torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
             # A mask may cover rows that have no ids: those of `inputs_embeds`, or of a cache.

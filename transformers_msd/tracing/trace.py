@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import groupby
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from transformers import PreTrainedModel
 
 from transformers_msd.tracing.call import TracedCall, Untraced
@@ -33,9 +34,25 @@ class SpeculativeTrace:
         images (`Sequence[PIL.Image.Image]`, *optional*):
             Pictures of the prompts. By default they are made of what the target is given, which shows them as it sees
             them, where the processor is known and no other than LLaVA's or Qwen's order of pixels.
+
+    Raises:
+        ValueError: If either is something else.
     """
 
     def __init__(self, processor: Any = None, images: Sequence[Any] | None = None) -> None:
+        # Told before the calls: after them it would be too late.
+        if processor is not None and not hasattr(getattr(processor, "tokenizer", processor), "all_special_ids"):
+            raise ValueError(
+                "`processor` must be a tokenizer, or a processor that has one, got "
+                f"{type(processor).__name__}. Load it by `AutoProcessor`, or leave it out."
+            )
+        if images is not None:
+            images = list(images) if isinstance(images, Iterable) else [images]
+            if wrong := [type(image).__name__ for image in images if not isinstance(image, Image)]:
+                raise ValueError(
+                    f"`images` must be a list of PIL's pictures, got {', '.join(wrong)}. Open files by "
+                    "`PIL.Image.open`."
+                )
         self._processor, self._images = processor, images
         self._pieces = Pieces(processor)
         self.calls: list[TracedCall] = []

@@ -35,11 +35,23 @@ def prompt_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     messages = row["messages"] if "messages" in row else row["prompt"]
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    roles = [message["role"] for message in messages]
-    follow_up = next((place for place in range(1, len(roles)) if roles[place - 1 : place + 1] == ["user"] * 2), None)
-    messages = messages[:follow_up]
+    asked = _first_question(messages)
     images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
-    return prepare_multimodal_messages(messages, images=images) if "images" in row or "image" in row else messages
+    if "images" not in row and "image" not in row:
+        return messages[:asked]
+    later = [part for message in messages[asked:] for part in message["content"] or ()]
+    num_later = sum(isinstance(part, dict) and part["type"] == "image" for part in later)
+    return prepare_multimodal_messages(messages[:asked], images=images[: len(images) - num_later])
+
+
+def _first_question(messages: list[dict[str, Any]]) -> int:
+    """Count the messages up to the first question that another follows before it is answered; all without one."""
+    asked = None
+    for place, message in enumerate(messages):
+        if message["role"] == "user" and asked is not None:
+            return asked
+        asked = {"user": place + 1, "assistant": None}.get(message["role"], asked)
+    return len(messages)
 
 
 class AcceptanceLengthCallback(TrainerCallback):

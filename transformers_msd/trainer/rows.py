@@ -131,9 +131,13 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if row.get("conversations"):
         said = row["conversations"]
         return [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in said]
-    questions = row.get("turns") or ([row["text"]] if row.get("text") else [])
-    if questions:
-        return [{"role": "user", "content": str.strip(question)} for question in questions]
+    asked = row.get("turns") or row.get("text")
+    # Beside a prompt, `text` is often the whole of it and the answer.
+    if row.get("prompt") is None and asked:
+        questions = [str.strip(question) for question in ([asked] if isinstance(asked, str) else asked)]
+        if not all(questions):
+            raise TypeError("a question is empty")
+        return [{"role": "user", "content": question} for question in questions]
     turns = []
     said_by = {"user": row["prompt"]} | ({"assistant": row["completion"]} if "completion" in row else {})
     for role, said in said_by.items():
@@ -164,5 +168,5 @@ def _located(picture: Any, folder: str | None) -> Any:
     if not isinstance(picture, bytes | dict):
         raise TypeError(f"a picture is {picture!r}")
     if isinstance(picture, dict) and picture.get("bytes") is None and folder:
-        return {"bytes": None, "path": str(Path(folder, picture["path"]))}
+        return {"bytes": None, "path": _located(picture["path"], folder)}
     return picture

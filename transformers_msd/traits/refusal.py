@@ -7,3 +7,6 @@ class Refusal(ValueError):
 
     Raised before anything has run, so that a call whose draft was attached goes on without it.
     """
+
+    # Told to whoever passed the draft; a call around that one, which has run so far, has no part in it.
+    has_left = False
