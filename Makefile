@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Only what is imported is ever compiled: of Transformers a small part.
 PIP = pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality types
+.PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality types dist
 
 # The environment of all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -70,6 +70,16 @@ docs-serve: $(VENV)/.installed
 style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+# Wheel and sdist, looked at, and the wheel of the sdist installed alone into an empty environment and run.
+dist:
+	rm -rf dist
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/$(PIP) build twine
+	$(VENV)-dist/bin/python -m build --outdir dist
+	$(VENV)-dist/bin/twine check --strict dist/*
+	.ci/stranger $(VENV)-alone install dist/*.whl
+	.ci/stranger $(VENV)-alone run
 
 # What a program with types calls, as a type checker sees it: some minutes, for it reads torch and Transformers, too.
 types: $(VENV)/.installed

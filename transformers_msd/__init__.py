@@ -31,7 +31,7 @@ from transformers_msd.tracing.trace import SpeculativeTrace, speculative_trace
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "AutoDraftModel",
     "BlockDraftConfig",

@@ -5,10 +5,16 @@ from pathlib import Path
 from posixpath import dirname, normpath, relpath
 
 import reference
+import torch
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
+
+from training.tiny_world.build.target import encode_prompts, load_target
+from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.world.rows import evaluation_prompts
+from transformers_msd import MSDDraftModel, speculative_trace
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for name, text in reference.pages(RECIPES).items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
+    files.append(File.generated(config, "trace_example.html", content=traced()))
     return files
 
 
@@ -64,6 +71,18 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         return f'<code class="long">{name}</code>'
 
     return LONG_NAME.sub(broken, html)
+
+
+def traced() -> str:
+    """Make the page of a call of the shipped pair, which `how_it_works.md` shows."""
+    target, processor = load_target()
+    draft = MSDDraftModel.from_pretrained(DRAFT_CHECKPOINT, dtype=torch.float32)
+    prompt = next(prompt for prompt in evaluation_prompts() if prompt["group"] == "image")
+    inputs = encode_prompts(processor, [prompt])
+    target.generate(**inputs, max_new_tokens=8, assistant_model=draft)  # so that the first round is as the others
+    with speculative_trace(processor) as trace:
+        target.generate(**inputs, max_new_tokens=100, assistant_model=draft)
+    return trace.to_html()
 
 
 def target_of(path: str, files: Files) -> str | None:

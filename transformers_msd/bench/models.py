@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from transformers_msd.drafters.vlm import VLMDrafter
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.trainer.loading import auto_class, is_multimodal
@@ -39,6 +41,12 @@ def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     """Load a target or a draft by what its config says it is."""
     config = AutoConfig.from_pretrained(name)
     return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
+
+
+def load_assistant(name: str, dtype: str, device: str) -> FeatureDraftModel | VLMDrafter:
+    """Load a draft as `generate` takes it, one of ours or a model of the target's tokens."""
+    draft = load_model(name, dtype, device)
+    return draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)
 
 
 def outline_model(name: str, dtype: str) -> PreTrainedModel:

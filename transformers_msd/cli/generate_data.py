@@ -5,9 +5,8 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from transformers_msd import VLMDrafter, attach
+from transformers_msd import attach
 from transformers_msd.cli.options import positive
-from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 
 
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Generate and save."""
     from accelerate import PartialState
 
-    from transformers_msd.bench.models import load_model
+    from transformers_msd.bench.models import load_assistant
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
     from transformers_msd.trainer.loading import device_of
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
@@ -72,8 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         rows = rows.select(range(min(arguments.num_rows, len(rows))))
     target = target.to(device).eval()
     if arguments.draft_model is not None:
-        draft = load_model(arguments.draft_model, arguments.dtype, device)
-        attach(target, draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft))
+        attach(target, load_assistant(arguments.draft_model, arguments.dtype, device))
     dataset = generate_data(target, processor, rows, arguments.output, settings)
     if dataset is not None:
         print(f"Wrote {len(dataset):,} rows to {arguments.output}.")

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from transformers_msd import NgramDrafter, VLMDrafter, speculative_trace
+from transformers_msd import NgramDrafter, speculative_trace
 from transformers_msd.cli.options import positive
-from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.traits.support import is_multimodal
 
@@ -45,7 +44,7 @@ def _temperature(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer, write, and print."""
-    from transformers_msd.bench.models import load_model
+    from transformers_msd.bench.models import load_assistant, load_model
     from transformers_msd.trainer.loading import check_dtype, device_of, encode_prompts, load_processor
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
 
@@ -64,8 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     target = load_model(arguments.target_model, arguments.dtype, device)
     assistant = NgramDrafter()
     if arguments.draft_model is not None:
-        draft = load_model(arguments.draft_model, arguments.dtype, device)
-        assistant = draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)
+        assistant = load_assistant(arguments.draft_model, arguments.dtype, device)
     settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if arguments.temperature:
         settings |= {"temperature": arguments.temperature, "top_k": 0, "top_p": 1.0}
