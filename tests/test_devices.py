@@ -24,9 +24,9 @@ pytestmark = [
 ]
 
 
-def run(program: str, **environment: str) -> Any:
+def run(program: str, *arguments: str, **environment: str) -> Any:
     """Run a program with the second device, and return what it prints last."""
-    command = [sys.executable, "-W", "ignore", str(TESTS / program), str(SECOND_DEVICE)]
+    command = [sys.executable, "-W", "ignore", str(TESTS / program), str(SECOND_DEVICE), *arguments]
     # Built once for each torch; whoever was killed while it built has left a lock that nobody would ever open.
     folder = Path(tempfile.gettempdir(), f"second_device_{torch.__version__}")
     folder.mkdir(exist_ok=True)
@@ -39,9 +39,12 @@ def run(program: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_tokens_on_other_devices_equal_plain_generate() -> None:
-    result = run("other_devices.py")
-    assert result["num_cases"] > 100
+@pytest.mark.parametrize(
+    ("arguments", "num_cases"), [((), 130), pytest.param(("all",), 190, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_tokens_on_other_devices_equal_plain_generate(arguments: tuple[str, ...], num_cases: int) -> None:
+    result = run("other_devices.py", *arguments)
+    assert result["num_cases"] > num_cases
     assert result["faults"] == {}
 
 

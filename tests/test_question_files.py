@@ -138,7 +138,7 @@ def test_what_is_no_question_is_told(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"Row 0 of .* must hold `messages`"):
             said_in(path)
     path.write_text('{"question": "what"}\n')
-    with pytest.raises(ValueError, match="must have a column `messages`, .* or `text`"):
+    with pytest.raises(ValueError, match="must have a column `messages`, `conversations` or `prompt`, or"):
         load_rows(DraftArguments(target_model="a/b", datasets=[str(path)]), is_multimodal=False)
 
 

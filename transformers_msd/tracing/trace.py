@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from transformers import PreTrainedModel
 
 from transformers_msd.tracing.call import TracedCall, Untraced
@@ -47,6 +46,8 @@ class SpeculativeTrace:
                 f"{type(processor).__name__}. Load it by `AutoProcessor`, or leave it out."
             )
         if images is not None:
+            from PIL.Image import Image
+
             images = list(images) if isinstance(images, Iterable) else [images]
             if wrong := [type(image).__name__ for image in images if not isinstance(image, Image)]:
                 raise ValueError(

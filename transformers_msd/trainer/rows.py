@@ -14,8 +14,8 @@ from transformers_msd.trainer.recipe import DraftArguments
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 # What rows may have their turns in. The last two are files of questions: Spec-Bench's, MT-Bench's and MMSpec's, and
-# LLaVA-Bench's.
-_LAYOUTS = ("messages", "conversations", "prompt", "turns", "text")
+# with `text`, which alone is no question, LLaVA-Bench's.
+_LAYOUTS = ("messages", "conversations", "prompt", "turns", "question_id")
 _PARTS = [{"type": Value("string"), "text": Value("string")}]
 
 
@@ -60,7 +60,7 @@ def _load_one(name: str, arguments: DraftArguments, is_multimodal: bool) -> Data
     names = set(dataset.column_names)
     if not names & set(_LAYOUTS):
         raise ValueError(
-            f"{name} must have a column `messages`, `conversations`, `prompt`, `turns` or `text`, got "
+            f"{name} must have a column `messages`, `conversations` or `prompt`, or questions as `turns`, got "
             f"{sorted(names)}. Rename one."
         )
     if not is_multimodal and names & {"images", "image"}:
@@ -131,7 +131,7 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     if row.get("conversations"):
         said = row["conversations"]
         return [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in said]
-    asked = row.get("turns") or row.get("text")
+    asked = row.get("turns") or ("question_id" in row and row.get("text"))
     # Beside a prompt, `text` is often the whole of it and the answer.
     if row.get("prompt") is None and asked:
         questions = [str.strip(question) for question in ([asked] if isinstance(asked, str) else asked)]
