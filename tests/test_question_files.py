@@ -131,13 +131,14 @@ def test_what_is_no_question_is_told(tmp_path: Path) -> None:
         '{"turns": [{"a": 1}]}',
         '{"turns": [" "]}',
         '{"turns": [null, "a"]}',
-        '{"text": "\\n"}',
-        '{"text": 5}',
+        '{"question_id": 1, "text": "\\n"}',
+        '{"question_id": 1, "text": 5}',
     ):
         path.write_text(f"{row}\n")
         with pytest.raises(ValueError, match=r"Row 0 of .* must hold `messages`"):
             said_in(path)
-    path.write_text('{"question": "what"}\n')
+    # A corpus is no list of questions.
+    path.write_text('{"text": "Once upon a time."}\n')
     with pytest.raises(ValueError, match="must have a column `messages`, `conversations` or `prompt`, or"):
         load_rows(DraftArguments(target_model="a/b", datasets=[str(path)]), is_multimodal=False)
 

@@ -46,10 +46,8 @@ class SpeculativeTrace:
                 f"{type(processor).__name__}. Load it by `AutoProcessor`, or leave it out."
             )
         if images is not None:
-            from PIL.Image import Image
-
             images = list(images) if isinstance(images, Iterable) else [images]
-            if wrong := [type(image).__name__ for image in images if not isinstance(image, Image)]:
+            if wrong := [type(image).__name__ for image in images if not hasattr(image, "convert")]:
                 raise ValueError(
                     f"`images` must be a list of PIL's pictures, got {', '.join(wrong)}. Open files by "
                     "`PIL.Image.open`."
