@@ -67,12 +67,15 @@ class SpeculativeTrace:
         Raises:
             ValueError: If no call was traced.
         """
+        return render(self._filled())
+
+    def _filled(self) -> dict[str, Any]:
         if not self.calls:
             raise ValueError(
                 "A trace must hold a call at least, got none. Call `generate` with an `assistant_model` of this "
                 "package inside `with speculative_trace(processor) as trace:`, in the same thread."
             )
-        return render(self.to_dict())
+        return self.to_dict()
 
     def save(self, path: str | PathLike[str]) -> None:
         """
@@ -85,9 +88,8 @@ class SpeculativeTrace:
         Raises:
             ValueError: If no call was traced.
         """
-        text = self.to_html()
-        if Path(path).suffix == ".json":
-            text = json.dumps(self.to_dict(), ensure_ascii=False)
+        is_data = Path(path).suffix == ".json"
+        text = json.dumps(self._filled(), ensure_ascii=False) if is_data else self.to_html()
         Path(path).write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
