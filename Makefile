@@ -6,8 +6,10 @@ PIP = pip install --quiet --disable-pip-version-check --no-compile
 .PHONY: demo test test-lowest test-release test-slow evaluate targets docs docs-serve style quality types dist
 
 # The environment of all commands, its versions those of constraints.txt. torch first: any other order fetches CUDA.
+# Before it pip: the one that comes with Python 3.11 thinks twice as long.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/$(PIP) --upgrade pip
 	$(VENV)/bin/$(PIP) --constraint constraints.txt torch
 	$(VENV)/bin/$(PIP) --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
@@ -15,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # The lowest versions that pyproject.toml allows.
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/$(PIP) --upgrade pip
 	$(VENV)-lowest/bin/$(PIP) --constraint constraints-lowest.txt torch
 	$(VENV)-lowest/bin/$(PIP) --constraint constraints-lowest.txt --editable ".[dev]"
 	touch $@
@@ -25,21 +28,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
-# What depends on the versions: of the tables of equality batches, one of several cases that differ in what is ours alone,
-# and nothing that torch, the same in both environments, compiles for itself.
+# What depends on the versions, and of each table a share; nothing that torch, the same in both environments, compiles.
 test-lowest: $(VENV)-lowest/.installed
-	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet \
-		-k "not (test_tokens_equal_plain_generate and (eager or -1] or vlm- or views-)) \
-		and not (test_all_that_a_call_returns and single) and not (test_tokens_on_fixed_shapes and -one-) \
-		and not (test_proposals_are_those_of_the_published and False]) and not (test_memory_savers_train and True-) \
-		and not (test_command_launches_a_run and vlm_recipe) and not (test_bench and (every_method or of_a_report \
-		or where_they_are_the_same_draws or test_reports_are_written)) \
-		and not inductor and not (test_tokens_and_generator and runtime) and not simulated_acceptance and not compiled_methods" \
+	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet --every 4 \
+		-k "not (compil or inductor or generates_data or canary or deprecated or stranger)" \
 		tests/test_compat.py tests/test_hook.py tests/test_equality.py tests/test_generate.py tests/test_static.py \
 		tests/test_msd_drafter.py tests/test_vlm_drafter.py tests/test_ensemble_drafter.py tests/test_convert.py \
-		tests/test_parity.py tests/test_trainer.py tests/test_training_data.py tests/test_recipes.py tests/test_bench.py \
-		tests/test_states.py tests/test_mechanisms.py tests/test_draft_layers.py tests/test_attending.py \
-		tests/test_eagle3.py tests/test_sharing.py tests/test_sampling.py tests/test_attach.py
+		tests/test_parity.py tests/test_trainer.py tests/test_training_data.py tests/test_recipes.py \
+		tests/test_bench_parts.py tests/test_states.py tests/test_windows.py tests/test_mechanisms.py \
+		tests/test_support.py tests/test_draft_layers.py tests/test_attending.py tests/test_eagle3.py \
+		tests/test_block_drafts.py tests/test_visual_drafts.py tests/test_visual_rows.py tests/test_odd_pictures.py \
+		tests/test_sharing.py tests/test_sampling.py tests/test_attach.py tests/test_serve.py
 
 # A release beyond the ranges: make test-release RELEASE="transformers==5.25.0"
 test-release:

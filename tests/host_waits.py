@@ -139,7 +139,7 @@ def waits(
     kind = target.config.model_type if hasattr(target.config, "vision_config") else "llama"
     inputs = make_inputs(kind, (1, 0, 2)[:batch_size])
     inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
-    settings = {"max_new_tokens": 24, "return_dict_in_generate": True, "do_sample": False} | call
+    settings = {"max_new_tokens": 16, "return_dict_in_generate": True, "do_sample": False} | call
     settings["suppress_tokens"] = [IMAGE_ID, VIDEO_ID]  # there is no picture for what a random target says
     asked = (target, batch_size, repr(call))
     if asked not in known:

@@ -47,7 +47,7 @@ def bench(output: Path, *options: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def report(folder) -> dict[str, Any]:
     options = "--trees 8,3,2 --views multimodal,text_only --simulate_acceptance 0.5 --batch_sizes 1 2 --num_rows 2"
-    options += " --repeats 2 --max_new_tokens 10 --num_divergences 3 --draft_models"
+    options += " --repeats 2 --max_new_tokens 6 --num_divergences 3 --draft_models"
     drafts = [str(folder / "draft"), str(folder / "draft_vlm")]
     return bench(folder / "output", "--target_model", str(folder / "target"), *options.split(), *drafts)
 

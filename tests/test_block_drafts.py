@@ -207,7 +207,7 @@ class Independent:
         return self.normed(hidden, "norm")[0 if self.shifted else 1 :]
 
 
-@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("with_picture", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", [*LAYOUTS, *DESIGNS])
 @torch.no_grad()
 def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bool, tmp_path: Path) -> None:
@@ -257,21 +257,31 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
     assert drafted.speculative_stats.num_accepted > 0
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
+ARCHITECTURE_OF = {
+    "DFlash": "llava",
+    "JetSpec": "qwen2_5_vl",
+    "ours": "qwen2_5_vl",
+    "two layers, edges": "llava",
+    "fewer tokens, a whole block": "gemma3",
+    "decoupled": "qwen2_5_vl",
+    "dropped": "llava",
+    "rows that read the feature": "llava",
+}
+
+
+# Each is compiled, some of them for sampling; the others sampled, or greedy, are slow and not compiled.
 @pytest.mark.parametrize(
-    ("name", "architecture"),
+    ("name", "architecture", "do_sample", "is_compiled"),
     [
-        ("DFlash", "llava"),
-        ("JetSpec", "qwen2_5_vl"),
-        ("ours", "qwen2_5_vl"),
-        ("two layers, edges", "llava"),
-        ("fewer tokens, a whole block", "gemma3"),
-        ("decoupled", "qwen2_5_vl"),
-        ("dropped", "llava"),
-        ("rows that read the feature", "llava"),
+        pytest.param(*case, do_sample, is_compiled, marks=() if is_compiled else pytest.mark.slow)
+        for case in ARCHITECTURE_OF.items()
+        for do_sample in (False, True)
+        for is_compiled in (do_sample == (case[0] in SAMPLED_IF_CAPTURED),)
     ],
 )
-def test_batches_and_turns_equal_plain_ones(name: str, architecture: str, do_sample: bool, tmp_path: Path) -> None:
+def test_batches_and_turns_equal_plain_ones(
+    name: str, architecture: str, do_sample: bool, is_compiled: bool, tmp_path: Path
+) -> None:
     target = make_target(architecture) if name in DESIGNS else make_deep_target(architecture)
     draft = make_any(name, target, tmp_path / "published")
     draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False, ngrams=False)
@@ -286,7 +296,7 @@ def test_batches_and_turns_equal_plain_ones(name: str, architecture: str, do_sam
         "plain": {},
         "eager": {"assistant_model": Spy(again)},
     }
-    if do_sample == (name in SAMPLED_IF_CAPTURED):  # each is compiled, half of them greedily
+    if is_compiled:
         settings["captured"] = {"assistant_model": StaticRuntime(again), "compile_config": compiled}
     outputs = []
     for assisted in settings.values():

@@ -334,7 +334,7 @@ def test_hidden_states_are_those_of_the_published_forward(name: str, tmp_path: P
     torch.testing.assert_close(outputs.last_hidden_state[0], expected[-1:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("with_picture", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
 def test_proposals_are_those_of_the_published_forward(name: str, with_picture: bool, tmp_path: Path) -> None:
@@ -367,11 +367,19 @@ def test_proposals_are_those_of_the_published_forward(name: str, with_picture: b
     assert drafted.speculative_stats.num_accepted > 0
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
+# Each is compiled, half of them for sampling; the others sampled, or greedy, are slow and not compiled.
 @pytest.mark.parametrize(
-    "name", ["SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL", "SpecForge, narrower"]
+    ("name", "do_sample", "is_compiled"),
+    [
+        pytest.param(name, do_sample, is_compiled, marks=() if is_compiled else pytest.mark.slow)
+        for place, name in enumerate(
+            ("SafeAILab", "speculators, Qwen3-VL", "SpecForge, Qwen2.5-VL", "SpecForge, narrower")
+        )
+        for do_sample in (False, True)
+        for is_compiled in (do_sample == place % 2,)
+    ],
 )
-def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path: Path) -> None:
+def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, is_compiled: bool, tmp_path: Path) -> None:
     target = make_deep_target(architecture_of(name))
     draft = AutoDraftModel.from_pretrained(write(tmp_path / "published", name), target)
     draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False)
@@ -382,8 +390,6 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, tmp_path
     call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
     compiled = {"compile_config": CompileConfig(backend="eager", mode=None), "assistant_model": StaticRuntime(again)}
     inputs = make_inputs(architecture_of(name), (2, 0, 1))
-    # Each is compiled, half of them greedily.
-    is_compiled = do_sample == (name in ("speculators, Qwen3-VL", "SpecForge, narrower"))
     outputs = []
     for assisted in ({}, {"assistant_model": again}, *([compiled] if is_compiled else [])):
         torch.manual_seed(2)

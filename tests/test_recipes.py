@@ -570,7 +570,8 @@ def test_a_readme_of_ones_own_stays(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("make_recipe", "draft_class"), [(recipe, MSDDraftModel), (vlm_recipe, LlavaForConditionalGeneration)]
+    ("make_recipe", "draft_class"),
+    [(recipe, MSDDraftModel), pytest.param(vlm_recipe, LlavaForConditionalGeneration, marks=pytest.mark.slow)],
 )
 def test_command_launches_a_run(world, make_recipe, draft_class, monkeypatch, capfd):
     name = draft_class.__name__

@@ -216,16 +216,22 @@ def test_quantised_target_trains(processor, rows, tmp_path):
     assert losses[-1] < losses[0]
 
 
+MEMORY_SAVERS = [
+    ({"activation_checkpointing": True}, torch.float32),
+    ({"bf16": True}, torch.float32),
+    ({"bf16": True}, torch.bfloat16),
+    ({}, torch.bfloat16),
+]
+
+
 @pytest.mark.parametrize(
-    ("settings", "dtype"),
+    ("settings", "dtype", "is_vlm"),
     [
-        ({"activation_checkpointing": True}, torch.float32),
-        ({"bf16": True}, torch.float32),
-        ({"bf16": True}, torch.bfloat16),
-        ({}, torch.bfloat16),
+        pytest.param(*case, is_vlm, marks=pytest.mark.slow if (place + is_vlm) % 2 else ())
+        for place, case in enumerate(MEMORY_SAVERS)
+        for is_vlm in (False, True)
     ],
 )
-@pytest.mark.parametrize("is_vlm", [False, True])
 def test_memory_savers_train(processor, rows, tmp_path, settings, dtype, is_vlm):
     torch.manual_seed(1)
     target = build_model(processor, num_layers=1).to(dtype)
