@@ -17,7 +17,15 @@ from zoo import make_target
 from training.tiny_world.build.target import CHECKPOINT, encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts, training_dataset
-from transformers_msd import HiViSDraftModel, MSDDraftModel, ViSpecDraftModel, convert_msd_checkpoint
+from transformers_msd import (
+    BlockDraftModel,
+    Eagle3Config,
+    Eagle3DraftModel,
+    HiViSDraftModel,
+    MSDDraftModel,
+    ViSpecDraftModel,
+    convert_msd_checkpoint,
+)
 from transformers_msd.cli import main
 from transformers_msd.costs.floors import VocabularyCut
 from transformers_msd.models.weights import read_embeddings, read_head
@@ -51,18 +59,22 @@ def draft() -> MSDDraftModel:
     ],
 )
 def test_what_is_lost_and_gained_at_published_sizes(pair, tokens, width, tau, outside, loss, gain):
-    cut = VocabularyCut(**pair, own_head=2 * tokens * width, depth=6, acceptance_length=tau, share_outside=outside)
+    cut = VocabularyCut(
+        **pair, own_head=2 * tokens * width, depth=6, num_forwards=6, acceptance_length=tau, share_outside=outside
+    )
     assert 1 - cut.cut_acceptance_length / tau == pytest.approx(loss, abs=1e-3)
     assert cut.gain == pytest.approx(gain, abs=5e-3)
 
 
 def test_a_cut_by_hand():
     # 4 tokens a round and one of 12 accepted tokens outside: 4 rounds of 16 tokens become 5.
-    cut = VocabularyCut(100, 10, 40, 15, depth=3, acceptance_length=4, share_outside=1 / 12)
+    cut = VocabularyCut(100, 10, 40, 15, depth=3, num_forwards=3, acceptance_length=4, share_outside=1 / 12)
     assert (cut.full_cost, cut.cut_cost) == pytest.approx((2.5, 1.75))
     assert cut.cut_acceptance_length == pytest.approx(16 / 5)
     assert cut.gain == pytest.approx(0.8 * 2.5 / 1.75)
-    assert VocabularyCut(100, 10, 40, 40, 2, 3, 0.0).gain == 1
+    block = VocabularyCut(100, 10, 40, 15, depth=3, num_forwards=1, acceptance_length=4, share_outside=1 / 12)
+    assert (block.full_cost, block.cut_cost) == pytest.approx((1.5, 1.25))
+    assert VocabularyCut(100, 10, 40, 40, 2, 2, 3, 0.0).gain == 1
 
 
 def write_target(
@@ -213,12 +225,16 @@ def test_the_share_outside_is_counted_on_rows_that_chose_no_token(draft):
         assert cut.share_outside == share
 
 
-@pytest.mark.parametrize("draft_class", [HiViSDraftModel, ViSpecDraftModel])
-def test_drafts_that_others_trained_are_cut(draft_class, rows):
+@pytest.mark.parametrize(
+    ("draft_class", "settings"),
+    [(HiViSDraftModel, {}), (ViSpecDraftModel, {}), (BlockDraftModel, {"edge_rank": 4, "block_size": 6})],
+)
+def test_drafts_of_other_kinds_are_cut(draft_class, settings, rows):
     target, processor = load_target()
-    draft = draft_class(draft_class.config_class.from_target(target.config))
-    smaller, _ = cut_vocabulary(draft, str(CHECKPOINT), rows, 256, force=True)
+    draft = draft_class(draft_class.config_class.from_target(target.config, **settings))
+    smaller, cut = cut_vocabulary(draft, str(CHECKPOINT), rows, 256, force=True)
     assert type(smaller) is draft_class
+    assert cut.num_forwards == (1 if draft_class is BlockDraftModel else cut.depth)
     assert all(torch.equal(smaller.state_dict()[name], weight) for name, weight in draft.state_dict().items())
     inputs = encode_prompts(processor, evaluation_prompts(1)[:1])
     plain, drafted = (target.generate(**inputs, max_new_tokens=8, assistant_model=own) for own in (None, smaller))
@@ -233,8 +249,13 @@ def own_head(draft: MSDDraftModel) -> MSDDraftModel:
     return MSDDraftModel(type(draft.config).from_dict(draft.config.to_dict() | {"draft_vocab_size": 100}))
 
 
+def with_every_token(draft: MSDDraftModel) -> Eagle3DraftModel:
+    return Eagle3DraftModel(Eagle3Config.from_target(load_target()[0].config))
+
+
 REFUSED = {
     "a head of its own": ({"draft": own_head}, "got one with a head of its own for 100 tokens"),
+    "a head of its own for all": ({"draft": with_every_token}, "got one with a head of its own for 1024 tokens"),
     "all tokens": ({"draft_vocab_size": 1024}, "must be below the target's 1024 tokens, got 1024"),
     "more tokens": ({"draft_vocab_size": 1025}, "must be between 1 and the target's 1024 tokens, got 1025"),
     "no token": ({"draft_vocab_size": 0}, "must be between 1 and the target's 1024 tokens, got 0"),

@@ -8,7 +8,6 @@ from transformers_msd.cli.options import positive
 from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.exporting import LAYOUTS, export_draft
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.places import check_place
 
 
@@ -54,18 +53,17 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"Wrote a draft of {draft.num_parameters():,} parameters to {arguments.output}.")
 
 
-def _cut(draft: FeatureDraftModel, target_config: PreTrainedConfig, arguments: argparse.Namespace) -> MSDDraftModel:
+def _cut(
+    draft: FeatureDraftModel, target_config: PreTrainedConfig, arguments: argparse.Namespace
+) -> FeatureDraftModel:
     """Choose tokens and say what they gain."""
-    if not isinstance(draft, MSDDraftModel):
-        raise ValueError(
-            f"`draft_vocab_size` cuts drafts of MSD, HiViS and ViSpec, got {type(draft).__name__}. Leave it out."
-        )
     from transformers_msd.trainer.loading import is_multimodal
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
     from transformers_msd.trainer.recipe import DraftArguments
     from transformers_msd.trainer.rows import load_rows
-    from transformers_msd.trainer.vocabulary import cut_vocabulary
+    from transformers_msd.trainer.vocabulary import check_uses_head, cut_vocabulary
 
+    check_uses_head(draft)
     keep_bars_out_of_logs()
     recipe = DraftArguments(
         target_model=arguments.target_model, datasets=arguments.counts_from, dataset_split=arguments.dataset_split

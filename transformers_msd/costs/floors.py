@@ -30,6 +30,8 @@ class VocabularyCut:
             Bytes of the target's head, which the draft uses now, and of the head it would have.
         depth (`int`):
             Levels of its trees.
+        num_forwards (`int`):
+            Forwards of the draft in a round: one for each level, or one for all of them.
         acceptance_length (`float`):
             Tokens of a round with the full head, the bonus token included.
         share_outside (`float`):
@@ -41,6 +43,7 @@ class VocabularyCut:
     full_head: int
     own_head: int
     depth: int
+    num_forwards: int
     acceptance_length: float
     share_outside: float
 
@@ -54,12 +57,12 @@ class VocabularyCut:
     @property
     def full_cost(self) -> float:
         """Least cost of a round with the full head, in plain steps."""
-        return round_floor(self.step, self.depth * (self.layers + self.full_head))
+        return round_floor(self.step, self.num_forwards * (self.layers + self.full_head))
 
     @property
     def cut_cost(self) -> float:
         """Least cost of a round with the smaller head, in plain steps."""
-        return round_floor(self.step, self.depth * (self.layers + self.own_head))
+        return round_floor(self.step, self.num_forwards * (self.layers + self.own_head))
 
     @property
     def cut_acceptance_length(self) -> float:
@@ -74,7 +77,7 @@ class VocabularyCut:
 
     def __str__(self) -> str:
         return (
-            f"a round costs {self.cut_cost:.2f} plain steps in place of {self.full_cost:.2f}, by the weights that its "
-            f"{self.depth} levels read; {self.share_outside:.2%} of the tokens are outside, so that its "
-            f"{self.acceptance_length:g} tokens become {self.cut_acceptance_length:.2f}; gain {self.gain:.3f}"
+            f"a round costs {self.cut_cost:.2f} plain steps in place of {self.full_cost:.2f}, by the weights that the "
+            f"draft reads in {self.num_forwards} forwards; {self.share_outside:.2%} of the tokens are outside, so "
+            f"that its {self.acceptance_length:g} tokens become {self.cut_acceptance_length:.2f}; gain {self.gain:.3f}"
         )

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_msd.costs.floors import VocabularyCut
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.weights import read_head, shapes_of
 from transformers_msd.trainer.dataset import answer_counts, check_messages, with_ends
 from transformers_msd.trainer.loading import load_processor
@@ -15,23 +15,24 @@ from transformers_msd.traits.sizes import num_bytes_per_step
 
 
 def cut_vocabulary(
-    draft: MSDDraftModel,
+    draft: FeatureDraftModel,
     target_model: str,
     dataset: Dataset,
     draft_vocab_size: int,
     acceptance_length: float = 4.0,
     force: bool = False,
-) -> tuple[MSDDraftModel, VocabularyCut]:
+) -> tuple[FeatureDraftModel, VocabularyCut]:
     """
     Give a trained draft a head of its own, the rows of the target's for the tokens that answers hold most (FR-Spec,
     arXiv 2502.14856). Nothing is trained.
 
-    Cost is counted by the weights that are read, experts that no token is sent to among them. What is lost is measured
+    Cost is counted by the weights that are read, experts that no token is sent to among them; of the edges of a block
+    a few rows are. What is lost is measured
     on one half of the rows with tokens chosen by the other, both ways: a little more than tokens chosen by all rows
     lose.
 
     Args:
-        draft ([`MSDDraftModel`]):
+        draft ([`MSDDraftModel`], [`BlockDraftModel`] or one of a published kind that uses its target's head):
             The draft, which stays as it is.
         target_model (`str`):
             Folder or Hub repository of the target, of which config, processor and head are read.
@@ -45,7 +46,7 @@ def cut_vocabulary(
             Whether to cut where a round loses more than it saves.
 
     Returns:
-        `tuple[MSDDraftModel, VocabularyCut]`: The smaller draft, and what it gains.
+        `tuple[FeatureDraftModel, VocabularyCut]`: The smaller draft, and what it gains.
 
     Raises:
         ValueError: If the draft has a head of its own, the answers do not hold so many tokens, the target's head can't
@@ -53,11 +54,7 @@ def cut_vocabulary(
     """
     config = type(draft.config).from_dict(draft.config.to_dict() | {"draft_vocab_size": draft_vocab_size})
     text_config = config.get_text_config()
-    if draft.head is not None:
-        raise ValueError(
-            f"The draft must use the target's head, got one with a head of its own for "
-            f"{draft.config.draft_vocab_size} tokens. Cut the draft it was made of, or train another."
-        )
+    check_uses_head(draft)
     if draft_vocab_size == text_config.vocab_size:
         raise ValueError(
             f"`draft_vocab_size` must be below the target's {text_config.vocab_size} tokens, got {draft_vocab_size}. "
@@ -74,10 +71,11 @@ def cut_vocabulary(
         )
     cut = VocabularyCut(
         step=num_bytes_per_step(target),
-        layers=sum(weight.nbytes for weight in draft.parameters()),
+        layers=sum(weight.nbytes for name, weight in draft.named_parameters() if not name.startswith("edge_")),
         full_head=target.get_output_embeddings().weight.nbytes,
         own_head=draft_vocab_size * text_config.hidden_size * draft.dtype.itemsize,
         depth=draft.tree_config.depth,
+        num_forwards=1 if draft.most_levels else draft.tree_config.depth,
         acceptance_length=acceptance_length,
         share_outside=_share_outside(halves, text_config, draft_vocab_size),
     )
@@ -94,6 +92,15 @@ def cut_vocabulary(
     }
     smaller.load_state_dict(weights, assign=True)
     return smaller.eval(), cut
+
+
+def check_uses_head(draft: FeatureDraftModel) -> None:
+    """Refuse a draft that has no use for another head."""
+    if draft.head is not None:
+        raise ValueError(
+            f"The draft must use the target's head, got one with a head of its own for "
+            f"{draft.head.out_features} tokens. Cut the draft it was made of, or train another."
+        )
 
 
 def _count_halves(dataset: Dataset, target_model: str, vocab_size: int) -> list[torch.Tensor]:
@@ -127,4 +134,4 @@ def _most_frequent(counts: torch.Tensor, number: int) -> torch.Tensor:
     return counts.topk(number).indices.sort().values
 
 
-__all__ = ["cut_vocabulary"]
+__all__ = ["check_uses_head", "cut_vocabulary"]
