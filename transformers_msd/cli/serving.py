@@ -175,7 +175,13 @@ def serve(arguments: argparse.Namespace) -> None:
     logging.get_logger("transformers").setLevel(logging.log_levels[arguments.log_level])
     if arguments.default_seed is not None:
         torch.manual_seed(arguments.default_seed)
-    template = json.loads(arguments.chat_template_kwargs or "{}")
+    try:
+        template = json.loads(arguments.chat_template_kwargs or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`chat_template_kwargs` must be JSON, as '{{\"enable_thinking\": false}}', got "
+            f"{arguments.chat_template_kwargs!r}: {error}."
+        ) from None
     if arguments.reasoning != "auto":
         template["enable_thinking"] = arguments.reasoning == "on"
     models = DraftedModels(

@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("target_model", "draft_model"):
         if getattr(arguments, name) is not None:
             check_place(getattr(arguments, name), name)
+    if arguments.image is not None and not arguments.image.is_file():
+        raise ValueError(f"`image` must be a picture's file, got {str(arguments.image)!r}, where nothing is.")
     if not arguments.output.absolute().parent.is_dir():
         raise ValueError(f"`output` must be a file in a folder that exists, got {arguments.output}. Make the folder.")
     keep_bars_out_of_logs()
