@@ -42,6 +42,7 @@ test-lowest: $(VENV)-lowest/.installed
 
 # A release beyond the ranges: make test-release RELEASE="transformers==5.25.0"
 test-release:
+	@test -n "$(RELEASE)" || { echo 'Say which: make test-release RELEASE="transformers==5.25.0"'; exit 2; }
 	$(PYTHON) -m venv $(VENV)-release
 	$(VENV)-release/bin/$(PIP) --constraint constraints.txt torch
 	$(VENV)-release/bin/$(PIP) --constraint constraints.txt --editable ".[dev]"

@@ -78,6 +78,13 @@ def test_shipped_recipes_can_be_read(path):
         assert (args.feature_loss_weight, args.token_loss_weight, args.unroll_decay) == (0, 1, 0.8)
 
 
+def test_fields_of_a_draft_may_stand_on_the_command_line():
+    options = ["--target_model", "a/b", "--datasets", "c/d", "--output_dir", "e", "--use_cpu", "--bf16", "false"]
+    fields = "{draft_vocab_size: 256, tree_config: {depth: 3}}"
+    given = make_parser().parse_args_and_config([*options, "--draft_config", fields])[0]
+    assert given.draft_config == {"draft_vocab_size": 256, "tree_config": {"depth": 3}}
+
+
 def test_plan_tells_what_a_run_will_do(world, capsys):
     path = write_recipe(world, "planned", num_eval_prompts=2, stage="multimodal", num_train_epochs=2)
     main(["train", "--config", str(path), "--dry_run"])

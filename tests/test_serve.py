@@ -26,13 +26,14 @@ pytest.importorskip("openai")
 
 import openai
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import GenerateManager
 
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import MSDDraftModel, NgramDrafter, StaticRuntime
+from transformers_msd import MSDConfig, MSDDraftModel, NgramDrafter, SpeculativeStats, StaticRuntime, VLMDrafter
+from transformers_msd.call.stats import observer
 from transformers_msd.cli import main
 from transformers_msd.cli.serving import DraftedModels
 from transformers_msd.drafters.attached import attachment_of
@@ -40,7 +41,7 @@ from transformers_msd.drafters.attached import attachment_of
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "training/tiny_world/checkpoints"
-TARGET, DRAFT = str(CHECKPOINTS / "target"), str(CHECKPOINTS / "draft")
+TARGET, DRAFT, DRAFT_VLM = (str(CHECKPOINTS / name) for name in ("target", "draft", "draft_vlm"))
 NUM_TOKENS = 16
 # Two of each group: without a picture, with one, with several, and second turns.
 PROMPTS = evaluation_prompts(2)
@@ -254,7 +255,8 @@ def test_every_option_of_transformers_serve_is_taken(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("draft_model", "is_compiled", "drafts"), [(None, False, NgramDrafter), (DRAFT, True, StaticRuntime)]
+    ("draft_model", "is_compiled", "drafts"),
+    [(None, False, NgramDrafter), (DRAFT, True, StaticRuntime), (DRAFT_VLM, False, VLMDrafter)],
 )
 def test_without_a_draft_ngrams_draft_and_what_drafts_may_be_compiled(
     draft_model: str | None, is_compiled: bool, drafts: type
@@ -268,9 +270,22 @@ def test_without_a_draft_ngrams_draft_and_what_drafts_may_be_compiled(
     assert attachment_of(model) is attached  # once, not with every request
 
 
-def test_what_does_not_fit_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_vlm_drafts_what_is_served(target: Any) -> None:
+    models = DraftedModels(DRAFT_VLM, False, device="cpu", dtype="float32", force_model=TARGET)
+    served = models.load_model_and_processor(models.process_model_name(TARGET))
+    prompt = next(prompt for prompt in PROMPTS if prompt["images"])
+    said: list[SpeculativeStats] = []
+    token = observer.set(said.append)
+    answer = say(served, prompt)
+    observer.reset(token)
+    assert answer == say(target, prompt)
+    assert said[0].mean_acceptance_length > 2
+
+
+def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MSDDraftModel(MSDConfig.from_target(AutoConfig.from_pretrained(DRAFT_VLM))).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"^transformers-msd: .*draft") as error:
-        main(["serve", TARGET, "--draft_model", TARGET, "--device", "cpu"])
+        main(["serve", TARGET, "--draft_model", str(tmp_path), "--device", "cpu"])
     assert "\n" not in str(error.value)
     monkeypatch.delattr(GenerateManager, "async_submit")
     with pytest.raises(SystemExit, match=r"^transformers-msd: .*lacks .*GenerateManager\.async_submit"):

@@ -32,7 +32,7 @@ from transformers_msd import (
 )
 from transformers_msd.bench.models import named_config
 from transformers_msd.costs.floors import round_floor
-from transformers_msd.trainer.loading import auto_class
+from transformers_msd.drafters.loading import auto_class
 from transformers_msd.traits.sizes import num_bytes_per_step
 
 

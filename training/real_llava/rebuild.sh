@@ -2,11 +2,13 @@
 # Make the real LLaVA and all its drafts again, in a night of two CPU cores. What is there already is kept, and a
 # training that was broken off goes on.
 #
-#   training/real_llava/rebuild.sh conversations.jsonl [language model]
+#   PROMPTS=folder training/real_llava/rebuild.sh conversations.jsonl [language model]
 set -euo pipefail
-texts=$1
+texts=${1:?must be a JSONL file of conversations, as training/real_llava/README.md says}
+prompts=${PROMPTS:?must be a folder of mt_bench.jsonl, gsm8k.jsonl and the other prompts to measure on}
 language_model=${2:-HuggingFaceTB/SmolLM2-135M-Instruct}
 cd "$(dirname "$0")/../.."
+ls "$prompts" > /dev/null # or is told here, and not after a night
 work=/tmp/real_llava # as the recipes have it
 here=training/real_llava
 
@@ -27,4 +29,4 @@ done
 [ -e $work/msd_8k_long/config.json ] || transformers-msd train --config $here/msd_8k.yaml --datasets $work/rows_long \
     --output_dir $work/msd_8k_long --max_steps 1000
 python -m training.real_llava.measure --target $work/target \
-    --drafts $work/msd $work/msd_8k $work/draft_vlm --prompts "${PROMPTS:?a folder of mt_bench.jsonl, gsm8k.jsonl, ...}"
+    --drafts $work/msd $work/msd_8k $work/draft_vlm --prompts "$prompts"

@@ -13,11 +13,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.drafters.loading import auto_class
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.trainer.loading import auto_class, is_multimodal
+from transformers_msd.traits.support import is_multimodal
 
 
 # Text shapes of llava-hf/llava-1.5-7b-hf and llava-1.5-13b-hf.
@@ -41,12 +40,6 @@ def load_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     """Load a target or a draft by what its config says it is."""
     config = AutoConfig.from_pretrained(name)
     return auto_class(config).from_pretrained(name, dtype=dtype).to(device).eval()
-
-
-def load_assistant(name: str, dtype: str, device: str) -> FeatureDraftModel | VLMDrafter:
-    """Load a draft as `generate` takes it, one of ours or a model of the target's tokens."""
-    draft = load_model(name, dtype, device)
-    return draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)
 
 
 def outline_model(name: str, dtype: str) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.settling import TOLERANCE, Settling, unsettled
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import attention_of
+from transformers_msd.drafters.loading import load_draft
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import encode_prompts, load_processor
 from transformers_msd.traits.sizes import num_bytes_per_step
@@ -178,10 +179,7 @@ def _prepare(
     processor = load_processor(arguments.target_model)
     prompts = load_prompts(arguments, AutoConfig.from_pretrained(arguments.target_model))
     target = load_model(arguments.target_model, arguments.dtype, device)
-    drafts = {
-        name: load_model(path, arguments.dtype, device)
-        for name, path in zip(names, arguments.draft_models, strict=True)
-    }
+    drafts = {name: load_draft(path, target) for name, path in zip(names, arguments.draft_models, strict=True)}
 
     def make_batches(batch_size: int) -> list[Inputs]:
         return [encode_prompts(processor, rows).to(device) for rows in batched(prompts, batch_size)]

@@ -23,7 +23,8 @@ class BenchArguments:
         target_model (`str`, *optional*):
             Folder or Hub repository of the target.
         draft_models (`list[str]`, *optional*):
-            Folders or Hub repositories of drafts: MSD drafts, or VLMs and language models of the target's tokens.
+            Folders or Hub repositories of drafts: trained ones, ours or as others published them, or VLMs and
+            language models of the target's tokens.
         trees (`list[str]`, *optional*):
             Trees to draft, each `num_nodes,depth,top_k`, `num_nodes,depth,top_k,min_probability`, or `eagle` for the
             static tree of EAGLE (arXiv 2401.15077); by default each draft's own.
@@ -85,7 +86,7 @@ class BenchArguments:
     """
 
     target_model: str | None = field(default=None, metadata={"help": "Folder or Hub repository of the target."})
-    draft_models: list[str] = field(default_factory=list, metadata={"help": "MSD drafts, VLMs or language models."})
+    draft_models: list[str] = field(default_factory=list, metadata={"help": "Drafts, VLMs or language models."})
     trees: list[str] = field(default_factory=list, metadata={"help": "Each `num_nodes,depth,top_k`, or `eagle`."})
     views: list[str] = field(default_factory=list, metadata={"help": "Ensembles, as `multimodal,text_only`."})
     runtimes: list[str] = field(

@@ -7,6 +7,7 @@ from transformers import ProcessorMixin
 
 from transformers_msd import attach
 from transformers_msd.cli.options import positive
+from transformers_msd.drafters.loading import load_assistant
 from transformers_msd.models.places import check_place
 
 
@@ -19,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "under `accelerate launch -m transformers_msd.cli generate-data ...` the processes share the rows.",
     )
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
-    parser.add_argument("--draft_model", help="draft that answers come sooner with; the tokens are the same")
+    parser.add_argument("--draft_model", help="draft of any kind, or a VLM or language model: sooner, the same")
     parser.add_argument("--datasets", nargs="+", required=True, help="as in recipes: folders, files or Hub datasets")
     parser.add_argument("--dataset_split", default="train", help="split of Hub datasets")
     parser.add_argument("--image_folder", help="folder that paths of pictures are relative to")
@@ -39,7 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Generate and save."""
     from accelerate import PartialState
 
-    from transformers_msd.bench.models import load_assistant
     from transformers_msd.trainer.generation import GenerationSettings, generate_data
     from transformers_msd.trainer.loading import device_of
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         rows = rows.select(range(min(arguments.num_rows, len(rows))))
     target = target.to(device).eval()
     if arguments.draft_model is not None:
-        attach(target, load_assistant(arguments.draft_model, arguments.dtype, device))
+        attach(target, load_assistant(arguments.draft_model, target))
     dataset = generate_data(target, processor, rows, arguments.output, settings)
     if dataset is not None:
         print(f"Wrote {len(dataset):,} rows to {arguments.output}.")

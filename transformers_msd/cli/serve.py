@@ -52,7 +52,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "answered one after the other.",
     )
     parser.add_argument("target_model", help="folder or Hub repository of the model to serve")
-    parser.add_argument("--draft_model", help="folder or Hub repository of its draft; by default n-grams draft")
+    parser.add_argument("--draft_model", help="draft of any kind, or a VLM or language model; n-grams without one")
     parser.add_argument("--device", default="auto", help="device of the model, `auto` spreads it over all there are")
     parser.add_argument("--dtype", default="auto", help="dtype of the model and of its draft")
     parser.add_argument("--attn_implementation", help="implementation of attention, as `sdpa`")

@@ -29,8 +29,9 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 from transformers.utils import logging
 
-from transformers_msd import AutoDraftModel, NgramDrafter, SpeculativeStats, StaticRuntime, attach
+from transformers_msd import NgramDrafter, SpeculativeStats, StaticRuntime, attach
 from transformers_msd.call.stats import observer
+from transformers_msd.drafters.loading import load_assistant
 
 
 # The seed of the request that is being read.
@@ -70,9 +71,7 @@ class DraftedModels(ModelManager):
         model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
         with self.lock:
             if model not in self.drafted:
-                drafts = NgramDrafter()
-                if self.draft_model is not None:
-                    drafts = AutoDraftModel.from_pretrained(self.draft_model, target=model)
+                drafts = NgramDrafter() if self.draft_model is None else load_assistant(self.draft_model, model)
                 attach(model, StaticRuntime(drafts) if self.is_compiled else drafts)
                 self.drafted.add(model)
         return model, processor
@@ -176,7 +175,13 @@ def serve(arguments: argparse.Namespace) -> None:
     logging.get_logger("transformers").setLevel(logging.log_levels[arguments.log_level])
     if arguments.default_seed is not None:
         torch.manual_seed(arguments.default_seed)
-    template = json.loads(arguments.chat_template_kwargs or "{}")
+    try:
+        template = json.loads(arguments.chat_template_kwargs or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`chat_template_kwargs` must be JSON, as '{{\"enable_thinking\": false}}', got "
+            f"{arguments.chat_template_kwargs!r}: {error}."
+        ) from None
     if arguments.reasoning != "auto":
         template["enable_thinking"] = arguments.reasoning == "on"
     models = DraftedModels(

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from transformers_msd import NgramDrafter, speculative_trace
 from transformers_msd.cli.options import positive
+from transformers_msd.drafters.loading import load_assistant
 from transformers_msd.models.places import check_place
 from transformers_msd.traits.support import is_multimodal
 
@@ -23,7 +24,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "that was drafted, which of its tokens the target took, and where the time went.",
     )
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
-    parser.add_argument("--draft_model", help="an MSD draft, or a VLM or language model; n-grams without one")
+    parser.add_argument("--draft_model", help="draft of any kind, or a VLM or language model; n-grams without one")
     parser.add_argument("--image", type=Path, help="a picture to ask about")
     parser.add_argument("--prompt", help="what is asked; without it and a picture, one is drawn where the target sees")
     parser.add_argument("--output", type=Path, default=Path("trace.html"), help="the page, or its data as .json")
@@ -44,7 +45,7 @@ def _temperature(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer, write, and print."""
-    from transformers_msd.bench.models import load_assistant, load_model
+    from transformers_msd.bench.models import load_model
     from transformers_msd.trainer.loading import check_dtype, device_of, encode_prompts, load_processor
     from transformers_msd.trainer.progress import keep_bars_out_of_logs
 
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("target_model", "draft_model"):
         if getattr(arguments, name) is not None:
             check_place(getattr(arguments, name), name)
+    if arguments.image is not None and not arguments.image.is_file():
+        raise ValueError(f"`image` must be a picture's file, got {str(arguments.image)!r}, where nothing is.")
     if not arguments.output.absolute().parent.is_dir():
         raise ValueError(f"`output` must be a file in a folder that exists, got {arguments.output}. Make the folder.")
     keep_bars_out_of_logs()
@@ -63,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     target = load_model(arguments.target_model, arguments.dtype, device)
     assistant = NgramDrafter()
     if arguments.draft_model is not None:
-        assistant = load_assistant(arguments.draft_model, arguments.dtype, device)
+        assistant = load_assistant(arguments.draft_model, target)
     settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if arguments.temperature:
         settings |= {"temperature": arguments.temperature, "top_k": 0, "top_p": 1.0}

@@ -6,11 +6,11 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_msd.drafters.loading import auto_class
 from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.models.configuration import DraftConfig
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.trainer.configuration import MSDTrainingConfig
-from transformers_msd.trainer.loading import auto_class
 
 
 def without_weights(config: PreTrainedConfig) -> PreTrainedModel:

@@ -5,20 +5,15 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     BatchEncoding,
     BatchFeature,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from transformers_msd.models.configuration import DraftConfig
 from transformers_msd.traits.support import is_multimodal
 
 
@@ -43,13 +38,6 @@ def check_dtype(name: str, field: str) -> None:
     dtype = getattr(torch, name, None)
     if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`{field}` must be `auto` or a floating-point dtype of torch, as `bfloat16`, got {name!r}.")
-
-
-def auto_class(config: PreTrainedConfig) -> type:
-    """Return the auto class that makes the model of a config: a target, a draft VLM, or a draft on features."""
-    if isinstance(config, DraftConfig):
-        return AutoModel
-    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
 
 
 def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:

@@ -11,13 +11,15 @@ import yaml
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from transformers_msd.drafters.loading import auto_class
 from transformers_msd.drafters.model import MOST_PADDING
 from transformers_msd.models.auto import OURS
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.fields import check_types
-from transformers_msd.trainer.loading import auto_class, check_dtype, is_multimodal, load_processor
+from transformers_msd.trainer.loading import check_dtype, load_processor
+from transformers_msd.traits.support import is_multimodal
 
 
 DEFAULT_RECIPE = "recipe.yaml"

@@ -1,5 +1,6 @@
 """One process of a training run, as `transformers-msd train` launches it: `python -m transformers_msd.trainer.run`."""
 
+import argparse
 import logging
 import os
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from transformers import AutoConfig, PrinterCallback, ProcessorMixin
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import TrlParser
@@ -32,8 +34,26 @@ from transformers_msd.trainer.trainer import MSDTrainer
 from transformers_msd.trainer.vlm import VLMDraftTrainer, check_settings
 
 
+def _mapping(text: str) -> dict[str, Any] | None:
+    if text.lower() == "none":
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be fields and values, as '{{draft_vocab_size: 32000}}', got {text!r}")
+    return value
+
+
 class RecipeParser(TrlParser):
     """Parses command lines and recipes; a recipe says what to train, and sets nothing else ([`read_recipe`])."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "draft_config":  # argparse reads no mappings
+                action.type = _mapping
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}, on the command line or in `--config`. `--help` lists all options.\n")

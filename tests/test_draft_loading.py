@@ -1,0 +1,73 @@
+"""Any name of a draft gives what `generate` takes: one on features by its kind, a model of its own in a drafter."""
+
+import copy
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import test_block_drafts
+import test_convert
+import test_eagle3
+import test_visual_drafts
+import torch
+from safetensors.torch import load_file, save_file
+from test_eagle3 import architecture_of, make_deep_target
+from transformers import LlavaForConditionalGeneration
+from zoo import make_draft_model, make_target
+
+from transformers_msd import (
+    BlockDraftModel,
+    Eagle3DraftModel,
+    HiViSDraftModel,
+    MSDConfig,
+    MSDDraftModel,
+    ViSpecDraftModel,
+    VLMDrafter,
+)
+from transformers_msd.drafters.loading import load_assistant
+
+
+@pytest.mark.parametrize(
+    ("layouts", "name", "kind"),
+    [
+        *((test_eagle3, name, Eagle3DraftModel) for name in test_eagle3.LAYOUTS),
+        *((test_block_drafts, name, BlockDraftModel) for name in test_block_drafts.LAYOUTS),
+        (test_visual_drafts, "HiViS, LLaVA", HiViSDraftModel),
+        (test_visual_drafts, "ViSpec, LLaVA", ViSpecDraftModel),
+    ],
+)
+def test_drafts_of_others_are_told_by_weights(layouts: ModuleType, name: str, kind: type, tmp_path: Path) -> None:
+    target = make_target("llava")
+    if layouts is not test_visual_drafts:  # several layers are read
+        target = make_deep_target(architecture_of(name))
+    assert type(load_assistant(str(layouts.write(tmp_path / "draft", name)), target)) is kind
+
+
+@pytest.mark.parametrize("file_name", ["pytorch_model.bin", "model.safetensors"])
+def test_published_msd_that_calls_itself_a_llava_is_none(file_name: str, tmp_path: Path) -> None:
+    test_convert.write_checkpoint(tmp_path, test_convert.published_weights(), file_name)
+    target = LlavaForConditionalGeneration(test_convert.llava_config())
+    assert type(load_assistant(str(tmp_path), target)) is MSDDraftModel
+
+
+@pytest.mark.parametrize("architecture", ["llava", "llama"])
+def test_models_of_their_own_draft_in_the_dtype_of_the_target(architecture: str, tmp_path: Path) -> None:
+    make_draft_model(architecture).save_pretrained(tmp_path)
+    target = copy.deepcopy(make_target("llava")).to(torch.bfloat16)
+    assistant = load_assistant(str(tmp_path), target)
+    assert type(assistant) is VLMDrafter
+    assert {model.dtype for model in assistant.models} == {torch.bfloat16}
+
+
+def test_drafts_of_ours_need_no_look_at_their_weights(tmp_path: Path) -> None:
+    target = make_target("llava")
+    MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(tmp_path)
+    assert type(load_assistant(str(tmp_path), target)) is MSDDraftModel
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    make_draft_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "q_proj" not in name}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="must be those of its config, got none for .*q_proj"):
+        load_assistant(str(tmp_path), make_target("llama"))

@@ -1,0 +1,60 @@
+"""Drafts by their names, as `generate` takes them."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from transformers_msd.drafters.vlm import VLMDrafter
+from transformers_msd.models.auto import OURS, AutoDraftModel
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.configuration import DraftConfig
+from transformers_msd.models.published import find_folder, read_config, read_weights
+from transformers_msd.traits.support import dtype_of, is_multimodal
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Return the auto class that makes the model of a config: a target, a draft VLM, or a draft on features."""
+    if isinstance(config, DraftConfig):
+        return AutoModel
+    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+
+
+def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
+    """
+    Load a draft for a target, in its dtype and on its device: one that reads its features, whoever published it, or a
+    model of its tokens.
+
+    Args:
+        name (`str`):
+            Folder, or repository on the Hub.
+        target (`PreTrainedModel`):
+            The target.
+
+    Raises:
+        ValueError: If it does not fit the target, or lacks weights.
+    """
+    folder = find_folder(name)
+    # What reads features joins them with something else, which no model of its own does by this name.
+    if read_config(folder).get("model_type") in OURS or any(
+        key.removeprefix("model.") == "fc.weight" for key in read_weights(folder)
+    ):
+        return AutoDraftModel.from_pretrained(name, target=target)
+    model_class = auto_class(AutoConfig.from_pretrained(name))
+    model, found = model_class.from_pretrained(name, dtype=dtype_of(target), output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"The weights in {name} must be those of its config, got none for {sorted(found['missing_keys'])[:3]}. "
+            "Copy the folder again, or pass a draft."
+        )
+    return model.to(target.device).eval()
+
+
+def load_assistant(name: str, target: PreTrainedModel) -> FeatureDraftModel | VLMDrafter:
+    """Load such a draft as `generate` takes it."""
+    draft = load_draft(name, target)
+    return draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)
