@@ -14,6 +14,11 @@ def swap_pictures(questions: list[dict]) -> list[dict]:
     swapped = []
     for i, question in enumerate(questions):
         others = [other for other in questions[i + 1 :] + questions[:i] if other["kind"] == question["kind"]]
+        if not others:
+            raise ValueError(
+                f"Each question must have another of its kind, to swap pictures with, got one of {question['kind']!r} "
+                f"among {len(questions)}. Ask more."
+            )
         swapped.append(question | {"images": others[0]["images"]})
     return swapped
 

@@ -14,7 +14,10 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=CHECKPOINT)
     parser.add_argument("--num-questions", type=int, default=400)
     arguments = parser.parse_args()
-    figures = evaluate(*load_target(arguments.target), arguments.num_questions)
+    try:
+        figures = evaluate(*load_target(arguments.target), arguments.num_questions)
+    except ValueError as error:
+        parser.error(str(error))
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 

@@ -54,7 +54,7 @@ HOSTILE = {
 
 def spread(values: list[float]) -> dict[str, float]:
     """Return the median and the quartiles."""
-    low, _, high = quantiles(values, n=4)
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median": median(values), "low": low, "high": high}
 
 
