@@ -6,7 +6,8 @@ What a round of several drafts costs beside a plain step, eager and compiled, an
 The drafts are folders, as `training.evidence.looking` leaves them. All of them and plain `generate` take turns, prompt
 after prompt and pass after pass, in trees of the same size, greedily and at T = 1. Shown are the acceptance length τ,
 the share of rounds that accept a token at each depth, tokens per second as the median of the passes with their range,
-the speed-up over plain `generate` eager, and the cost of a round in its steps, which is τ over the speed-up. Every answer is compared with plain decoding's. On a machine that does nothing else.
+the speed-up over plain `generate` eager, and the cost of a round in its steps, which is τ over the speed-up. Every
+answer is compared with plain decoding's. On a machine that does nothing else.
 """
 
 import argparse
@@ -28,9 +29,8 @@ from transformers_msd import AutoDraftModel, StaticRuntime, TreeConfig
 
 TREE = TreeConfig(24, 6, 4, gate=False, ngrams=False)
 SETTINGS = {"greedy": {"do_sample": False}, "T = 1": {"do_sample": True, "top_k": 0}}
-STATIC = {
-    "cache_implementation": "static"
-}  # a `StaticRuntime` compiles target and draft, plain `generate` not on a CPU
+# With it a `StaticRuntime` compiles target and draft; plain `generate` compiles nothing on a CPU.
+STATIC = {"cache_implementation": "static"}
 NUM_TOKENS = 100
 NUM_WARM = 2  # passes that compile, and are not counted
 
