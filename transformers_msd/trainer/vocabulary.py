@@ -26,10 +26,9 @@ def cut_vocabulary(
     Give a trained draft a head of its own, the rows of the target's for the tokens that answers hold most (FR-Spec,
     arXiv 2502.14856). Nothing is trained.
 
-    Cost is counted by the weights that are read, experts that no token is sent to among them; of the edges of a block
-    a few rows are. What is lost is measured
-    on one half of the rows with tokens chosen by the other, both ways: a little more than tokens chosen by all rows
-    lose.
+    Cost is counted by the weights that are read, experts that no token is sent to among them, and of the edges of a
+    block, of which a few rows are read, none. What is lost is measured on one half of the rows with tokens chosen by
+    the other, both ways: a little more than tokens chosen by all rows lose.
 
     Args:
         draft ([`MSDDraftModel`], [`BlockDraftModel`] or one of a published kind that uses its target's head):
