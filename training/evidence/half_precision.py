@@ -18,14 +18,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from training.evidence.runs import collect
 from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig
 from transformers_msd.bench.assistants import Simulated
 from transformers_msd.bench.divergence import find_divergences
+from transformers_msd.bench.models import load_model
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.trainer.loading import load_processor
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -88,6 +90,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.target, padding_side="left")
+    # A target that sees pictures is asked in text alone.
+    tokenizer.chat_template = load_processor(arguments.target).chat_template
     asked = [json.loads(line)["turns"][0] for line in arguments.prompts.read_text().splitlines()]
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False)
@@ -97,10 +101,7 @@ def main() -> None:
     prompts = [dict(tokenizer(text, return_tensors="pt")) for text in texts[:-1]]
     pairs = [dict(tokenizer(texts[i : i + 2], return_tensors="pt", padding=True)) for i in range(len(prompts))]
     call = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, "disable_compile": True}
-    targets = {
-        dtype: AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype)).eval()
-        for dtype in DTYPES
-    }
+    targets = {dtype: load_model(arguments.target, dtype, "cpu") for dtype in DTYPES}
 
     def run(dtype: str, number: str) -> dict[str, list[dict[str, Any]]]:
         i = int(number)
