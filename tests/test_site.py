@@ -57,6 +57,12 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     assert [name for name in sorted(names) if pages.count(f'id="{name}"') != 1] == []
 
 
+def test_no_markup_is_left_in_the_reference(site: Path) -> None:
+    for name in ("calls", "drafters", "models", "trainer"):
+        shown = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / f"{name}.html").read_text()))
+        assert re.findall(r".*`.*", shown) == [], name
+
+
 def test_every_command_and_field_is_in_the_reference(site: Path) -> None:
     commands, recipes = ((site / f"reference/{name}.html").read_text() for name in ("command_line", "recipes"))
     for name in ("train", "generate-data", "check-parity", "convert", "tune", "bench"):

@@ -14,9 +14,11 @@ PUBLIC = {name: f"transformers_msd.{name}" for name in transformers_msd.__all__}
 }
 PUBLIC["DraftTrainer"] = "transformers_msd.trainer.base.DraftTrainer"
 # ``name (`type` of shape `(rows, columns)`, *optional*, defaults to 1):``
-ARGUMENT = re.compile(r"^(    \*{0,2}\w+) \((.+)\):$", re.MULTILINE)
+ARGUMENT = re.compile(r"^(    \*{0,2}\w+(?:, \w+)*) \((.+)\):$", re.MULTILINE)
 SHAPE = re.compile(r"of shape `[^`]+`")
 DEFAULT = re.compile(r"defaults to (.+)$")
+# ``    `type` of shape `(rows, columns)`: words``, or without a shape
+RETURNED = re.compile(r"^(Returns:\n +)\[?`~?([^`]+)`\]?( of shape `[^`]+`)?: ", re.MULTILINE)
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?!\[)")
 
 
@@ -29,6 +31,12 @@ def argument(match: re.Match[str], with_default: bool) -> str:
         default = DEFAULT.search(said)
         notes.append(f"Optional, defaults to {default[1]}." if default else "Optional.")
     return f"{name} ({' | '.join(re.findall('`~?([^`]+)`', kinds))}): {' '.join(notes)}".rstrip()
+
+
+def returned(match: re.Match[str]) -> str:
+    """Write what is returned as Google's style has it."""
+    start, kind, shape = match.groups()
+    return f"{start}{kind}: {'' if shape is None else f'O{shape[2:]}. '}"
 
 
 def link(match: re.Match[str]) -> str:
@@ -55,4 +63,5 @@ class TransformersStyle(griffe.Extension):
 def rewrite(docstring: griffe.Docstring, with_defaults: bool) -> None:
     """Rewrite a docstring in place."""
     text = ARGUMENT.sub(lambda match: argument(match, with_defaults), docstring.value)
+    text = RETURNED.sub(returned, text)
     docstring.value = REFERENCE.sub(link, text)

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from training.evidence.runs import collect
 from training.tiny_world.build.target import encode_prompts
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import MSDDraftModel, VLMDrafter
+from transformers_msd import VLMDrafter
 from transformers_msd.bench.measure import Runs, run_method
 from transformers_msd.bench.methods import Method, make_methods
 from transformers_msd.bench.models import load_model
@@ -36,6 +36,7 @@ from transformers_msd.costs.floors import round_floor
 from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.base import models_of
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer.loading import load_processor
 from transformers_msd.traits.sizes import num_bytes_per_step
 
@@ -129,14 +130,19 @@ def forward_seconds(target: PreTrainedModel, num_cached: int = 200, repeats: int
 
 
 def floor(target: PreTrainedModel, drafter: MSDDrafter | VLMDrafter) -> float:
-    """Steps that a round takes at least where reading weights takes all the time: a draft is read at each level."""
+    """
+    Steps that a round takes at least where reading weights takes all the time: a draft is read at each level, a block
+    once.
+    """
     (draft,) = models_of(drafter)
-    if isinstance(draft, MSDDraftModel):
-        read = sum(weight.nbytes for weight in draft.parameters())
+    num_forwards = drafter.tree_config.depth
+    if isinstance(draft, FeatureDraftModel):
+        read = sum(weight.nbytes for name, weight in draft.named_parameters() if not name.startswith("edge_"))
         read += 0 if draft.config.draft_vocab_size else target.get_output_embeddings().weight.nbytes
+        num_forwards = 1 if draft.most_levels else num_forwards
     else:
         read = num_bytes_per_step(draft)
-    return round_floor(num_bytes_per_step(target), drafter.tree_config.depth * read)
+    return round_floor(num_bytes_per_step(target), num_forwards * read)
 
 
 def table(results: dict[str, Any], mode: str, kinds: list[str], cell: str) -> str:

@@ -18,7 +18,7 @@ fi
 [ -e $work/rows ] || python -m training.real_llava.rows unpack --texts "$texts" --target $work/target --output $work/rows
 [ -e $work/first_layers ] ||
     python -m training.real_llava.first_layers --target $work/target --output $work/first_layers
-for draft in msd_8k draft_vlm msd; do
+for draft in msd_8k draft_vlm msd eagle3_8k eagle3 block_8k; do
     resume=$(compgen -G "$work/$draft/checkpoint-*" > /dev/null && echo --resume_from_checkpoint true || true)
     # shellcheck disable=SC2086
     [ -e $work/$draft/config.json ] || transformers-msd train --config $here/$draft.yaml $resume
@@ -29,4 +29,4 @@ done
 [ -e $work/msd_8k_long/config.json ] || transformers-msd train --config $here/msd_8k.yaml --datasets $work/rows_long \
     --output_dir $work/msd_8k_long --max_steps 1000
 python -m training.real_llava.measure --target $work/target \
-    --drafts $work/msd $work/msd_8k $work/draft_vlm --prompts "$prompts"
+    --drafts $work/msd $work/msd_8k $work/draft_vlm $work/eagle3 $work/eagle3_8k $work/block_8k --prompts "$prompts"
