@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_eagle3
 import torch
 from transformers import PreTrainedModel
 from zoo import make_draft_model, make_inputs, make_target
 
 from transformers_msd import (
+    AutoDraftModel,
     Committed,
     EnsembleDrafter,
     MSDConfig,
@@ -255,6 +257,20 @@ def test_command_measures_and_saves(pair, capsys, few_rounds):
     assert load_sizing([draft], target).measured == [Costs(**each) for each in saved]
     assert [each["batch_size"] for each in saved] == [1, 4, 16]
     assert saved[2]["step"] > 0
+
+
+def test_command_measures_a_draft_as_others_published_it(tmp_path, capsys, few_rounds):
+    name = next(iter(test_eagle3.LAYOUTS))
+    test_eagle3.make_deep_target(test_eagle3.architecture_of(name)).save_pretrained(tmp_path / "target")
+    test_eagle3.write(tmp_path / "draft", name)
+    models = ["--target_model", str(tmp_path / "target"), "--draft_model", str(tmp_path / "draft")]
+    main(["tune", *models, "--prompt_length", "16", "--tolerance", "inf"])
+    written = capsys.readouterr().out.splitlines()[-1]
+    main(["tune", *models, "--show"])
+    assert written.replace("Written to", "Stored in") in capsys.readouterr().out
+    target = load_model(str(tmp_path / "target"), "auto", "cpu")
+    draft = AutoDraftModel.from_pretrained(tmp_path / "draft", target=target)
+    assert load_sizing([draft], target) is not None
 
 
 CHECKPOINTS = Path(__file__).parents[1] / "training/tiny_world/checkpoints"

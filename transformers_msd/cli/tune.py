@@ -9,6 +9,7 @@ from transformers_msd import VLMDrafter
 from transformers_msd.cli.options import positive
 from transformers_msd.costs.calibration import conditions, costs_path, read_costs, save_costs
 from transformers_msd.costs.rounds import Costs
+from transformers_msd.drafters.loading import is_published, load_draft
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.tuning import MAX_PASSES, NUM_PASSES, SIZES, TOLERANCE, measure_costs, num_calls
@@ -26,8 +27,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "number, is at most `--tolerance` of its median. Where that is not reached, nothing is stored.",
     )
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")
-    parser.add_argument("--draft_model", required=True, help="an MSD draft, or a VLM or language model")
-    parser.add_argument("--dtype", default="auto", help="dtype both are loaded in")
+    parser.add_argument("--draft_model", required=True, help="a draft, whoever published it, or a small model")
+    parser.add_argument("--dtype", default="auto", help="dtype both are loaded in, the target's by default")
     parser.add_argument("--device", help="device both run on, CUDA by default if there is one")
     parser.add_argument("--prompt_length", type=positive, default=256, help="tokens of the prompt")
     parser.add_argument("--tolerance", type=_share, default=TOLERANCE, help="share by which ratios may be uncertain")
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         _look(arguments, torch.device(device))
         return
     target = load_model(arguments.target_model, arguments.dtype, device)
-    draft = load_model(arguments.draft_model, arguments.dtype, device)
+    draft = load_draft(arguments.draft_model, target)
     assistant = draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)
     measured: list[Costs] = []
     ends = list(accumulate(map(num_calls, SIZES), initial=0))
@@ -82,7 +83,8 @@ def _look(arguments: argparse.Namespace, device: torch.device) -> None:
     from transformers_msd.bench.models import outline_model
 
     target = outline_model(arguments.target_model, arguments.dtype)
-    draft = outline_model(arguments.draft_model, arguments.dtype)
+    name = arguments.draft_model
+    draft = load_draft(name, target) if is_published(name) else outline_model(name, arguments.dtype)
     path = costs_path([draft], target, device)
     pair = f"{arguments.draft_model} and {arguments.target_model}, {', '.join(conditions(target, device))}"
     if not path.exists():

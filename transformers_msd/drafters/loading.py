@@ -13,7 +13,7 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.auto import OURS, AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.configuration import DraftConfig
-from transformers_msd.models.published import find_folder, read_config, read_weights
+from transformers_msd.models.published import find_folder, read_config, read_names
 from transformers_msd.traits.support import dtype_of, is_multimodal
 
 
@@ -22,6 +22,15 @@ def auto_class(config: PreTrainedConfig) -> type:
     if isinstance(config, DraftConfig):
         return AutoModel
     return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+
+
+def is_published(name: str) -> bool:
+    """Whether this is a draft that reads a target's features, as others published it."""
+    folder = find_folder(name)
+    # It joins them with something else, which no model of its own does by this name.
+    return read_config(folder).get("model_type") not in OURS and any(
+        key.removeprefix("model.") == "fc.weight" for key in read_names(folder)
+    )
 
 
 def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
@@ -38,11 +47,7 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If it does not fit the target, or lacks weights.
     """
-    folder = find_folder(name)
-    # What reads features joins them with something else, which no model of its own does by this name.
-    if read_config(folder).get("model_type") in OURS or any(
-        key.removeprefix("model.") == "fc.weight" for key in read_weights(folder)
-    ):
+    if read_config(find_folder(name)).get("model_type") in OURS or is_published(name):
         return AutoDraftModel.from_pretrained(name, target=target)
     model_class = auto_class(AutoConfig.from_pretrained(name))
     model, found = model_class.from_pretrained(name, dtype=dtype_of(target), output_loading_info=True)

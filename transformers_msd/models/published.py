@@ -2,12 +2,13 @@
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,19 +60,34 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read all weights of a draft, from safetensors or else from pickles of nothing but tensors."""
-    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
+    return _read(folder, load_file)
+
+
+def read_names(folder: Path) -> set[str]:
+    """Read what the weights of a draft are called; of safetensors no weight is read."""
+    return set(_read(folder, _names_of))
+
+
+def _read(folder: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Read all files of a draft's weights, safetensors as told."""
+    for name, load_one in (("model.safetensors", load), ("pytorch_model.bin", _load_pickle)):
         files, index = [folder / name], folder / f"{name}.index.json"
         if index.exists():
             files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
         if files[0].exists():
             try:
-                return {key: value for file in files for key, value in load(file).items()}
+                return {key: value for file in files for key, value in load_one(file).items()}
             except (OSError, SafetensorError, zipfile.BadZipFile) as error:
                 raise ValueError(f"The weights in {folder} can't be read: {error}. Copy the folder again.") from None
     raise ValueError(
         f"Expected `model.safetensors` or `pytorch_model.bin` in {folder}, got "
         f"{sorted(file.name for file in folder.iterdir())}. Point to the folder of a published draft."
     )
+
+
+def _names_of(file: Path) -> dict[str, None]:
+    with safe_open(file, framework="pt") as weights:
+        return dict.fromkeys(weights.keys())
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
