@@ -1,4 +1,9 @@
-"""Train the tiny world's draft, on text and then on all rows: `python -m training.tiny_world.build.train_draft`."""
+"""
+Train the tiny world's draft, on text and then on all rows: `python -m training.tiny_world.build.train_draft`.
+
+`--draft block --output FOLDER` trains a block on the same rows in its place: two layers whose rows read the feature,
+and edges.
+"""
 
 import argparse
 import logging
@@ -12,8 +17,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerC
 
 from training.tiny_world.build.target import CHECKPOINT, answer_prompts, load_target
 from training.tiny_world.world.rows import FEATURES, evaluation_prompts, training_rows
-from transformers_msd.models.msd.configuration_msd import MSDConfig
-from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd import BlockDraftConfig, BlockDraftModel, MSDConfig, MSDDraftModel
 from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 
 
@@ -22,6 +26,12 @@ DRAFT_CHECKPOINT = CHECKPOINT.parent / "draft"
 TREE = {"num_nodes": 24, "depth": 6, "top_k": 4}
 NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
+# A block says all levels in one forward, and learns from tokens alone.
+BLOCK = {"block_size": 8, "num_hidden_layers": 2, "edge_rank": 32, "reads_feature": True}
+TRAINING = {
+    "msd": {"num_unroll_steps": NUM_UNROLL_STEPS},
+    "block": {"num_unroll_steps": 1, "unroll_decay": 0.8, "feature_loss_weight": 0.0},
+}
 # Of all trainings of drafts in the tiny world.
 COMMON_SETTINGS = {
     "max_grad_norm": 1.0,
@@ -80,8 +90,9 @@ def row_length(row: dict) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=CHECKPOINT)
+    parser.add_argument("--draft", choices=list(TRAINING), default="msd")
     parser.add_argument("--output", type=Path, default=DRAFT_CHECKPOINT)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world/draft"), help="checkpoints and log")
     parser.add_argument("--text-steps", type=int, default=200)
@@ -96,7 +107,10 @@ def main() -> None:
     torch.set_num_threads(arguments.num_threads)
     torch.manual_seed(0)
     target, processor = load_target(arguments.target)
-    draft = MSDDraftModel(MSDConfig.from_target(target.config, tree_config=TREE))
+    if arguments.draft == "block":
+        draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, tree_config=TREE, **BLOCK))
+    else:
+        draft = MSDDraftModel(MSDConfig.from_target(target.config, tree_config=TREE))
     logger.info("draft of %d parameters", draft.num_parameters())
     eval_dataset = answered_prompts(target, processor)
     for stage, num_steps, schedule in (
@@ -116,13 +130,13 @@ def main() -> None:
             lr_scheduler_type=schedule,
             warmup_steps=50,
             feature_noise=0.0,  # short rows need none
-            num_unroll_steps=NUM_UNROLL_STEPS,
             logging_steps=25,
             eval_strategy="steps",
             eval_steps=150,
             save_steps=150,
             save_only_model=True,
             save_total_limit=2,
+            **TRAINING[arguments.draft],
             **COMMON_SETTINGS,
         )
         trainer = MSDTrainer(
