@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("datasets")
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from training.evidence.full_size import INDEX, published_name
@@ -31,10 +31,11 @@ from training.glyph_world.world import (
 )
 from training.real_llava.first_layers import first_layers
 from training.real_llava.measure import floor
+from training.real_llava.rows import main as unpack_rows
 from training.real_llava.rows import pack, unpack
 from training.tiny_world.build.target import load_target
 from training.tiny_world.world.rows import FEATURES
-from transformers_msd import MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import BlockDraftConfig, BlockDraftModel, MSDConfig, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.traits.sizes import num_bytes_per_step
 from transformers_msd.trees.topology import EAGLE
@@ -94,6 +95,22 @@ def test_answers_kept_as_token_ids_are_read_back():
     assert [row["messages"][1]["content"][0]["text"] for row in unpacked] == answers
 
 
+@pytest.mark.parametrize("num_conversations", [0, 2])
+def test_rows_are_unpacked_by_command(num_conversations, tmp_path, monkeypatch):
+    texts = [[{"role": "user", "content": f"go on from {name} ."}] for name in ("ba", "be") * 60]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in texts))
+    build_processor().tokenizer.save_pretrained(tmp_path / "target")
+    answered = {"token_ids": np.array([5, 6, 7], np.uint16), "lengths": np.array([1, 2], np.uint16)}
+    np.savez(tmp_path / "answers.npz", **answered)
+    monkeypatch.setattr("training.real_llava.rows.ANSWERS", tmp_path / "answers.npz")
+    command = f"rows unpack --texts {tmp_path}/texts.jsonl --target {tmp_path}/target --output {tmp_path}/rows"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--num_conversations", str(num_conversations)])
+    unpack_rows()
+    unpacked = load_from_disk(tmp_path / "rows")
+    assert [len(messages) for messages in unpacked["messages"]] == [2, 2] + [1] * num_conversations
+    assert [len(images) for images in unpacked["images"]][:2] == [0, 1]
+
+
 def test_the_tree_of_eagle_is_the_published_one():
     by_level = torch.tensor([len(path) for path in EAGLE]).bincount().tolist()
     assert by_level == [0, 4, 8, 8, 3, 2]
@@ -120,6 +137,15 @@ def test_a_floor_reads_a_draft_once_a_level(depth):
     drafter = MSDDrafter(msd, TreeConfig(8, depth, 1))
     own = sum(weight.nbytes for weight in msd.parameters()) + target.get_output_embeddings().weight.nbytes
     assert floor(target, drafter) == pytest.approx(1 + depth * own / num_bytes_per_step(target))
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_floor_reads_a_block_once(depth):
+    target = load_target()[0]
+    block = BlockDraftModel(BlockDraftConfig.from_target(target.config, block_size=8, draft_vocab_size=64))
+    drafter = MSDDrafter(block, TreeConfig(8, depth, 1))
+    own = sum(weight.nbytes for weight in block.parameters())
+    assert floor(target, drafter) == pytest.approx(1 + own / num_bytes_per_step(target))
 
 
 def test_the_weights_of_a_full_size_checkpoint_are_named_as_published():

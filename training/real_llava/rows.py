@@ -94,7 +94,8 @@ def main() -> None:
         texts = load_texts(arguments.texts)
         prompts = make_prompts(texts, len(answers["lengths"]))
         rows = unpack(answers, prompts, AutoTokenizer.from_pretrained(arguments.target))
-        rows = concatenate_datasets([rows, conversations(texts, arguments.num_conversations)])
+        if arguments.num_conversations:
+            rows = concatenate_datasets([rows, conversations(texts, arguments.num_conversations)])
     rows.save_to_disk(arguments.output)
     print(f"{len(rows):,} rows in {arguments.output}")
 
