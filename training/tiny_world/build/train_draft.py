@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--num-threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.draft == "block" and arguments.output == DRAFT_CHECKPOINT:
+        parser.error("`--output` must be given for a block: without it the shipped draft would be replaced")
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", filename=arguments.work / "log.txt", force=True
