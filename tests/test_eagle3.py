@@ -415,8 +415,8 @@ def test_a_turn_on_a_kept_cache_drafts_as_the_whole_conversation(
     name: str, with_picture: bool, new_tokens: tuple[int, ...], tmp_path: Path
 ) -> None:
     architecture = architecture_of(name)
-    target = make_deep_target(architecture)
-    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target)
+    target = copy.deepcopy(make_deep_target(architecture)).double()
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", name), target, dtype=torch.float64)
     draft.tree_config = TreeConfig(num_nodes=12, depth=3, top_k=3, gate=False, ngrams=False)
     call = {"do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
     # Transformers takes a picture in one of the turns: the last, or the first.
