@@ -58,12 +58,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
 }
 # Drafts of ours.
 DESIGNS: dict[str, dict[str, Any]] = {
-    "ours": {},
+    "embeddings alone": {"reads_feature": False},
     "two layers, edges": {"num_hidden_layers": 2, "edge_rank": 5},
     "fewer tokens, a whole block": {"draft_vocab_size": 40, "causal": False},
     "decoupled": {"visual_rows": "decoupled", "predicts_next": False},
     "dropped": {"visual_rows": "dropped", "mask_token_id": MASK_ID},
-    "rows that read the feature": {"reads_feature": True, "mask_token_id": MASK_ID},
+    "a token as mask": {"mask_token_id": MASK_ID},
 }
 SAMPLED_IF_CAPTURED = ("JetSpec", "two layers, edges", "dropped")
 
@@ -260,12 +260,12 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
 ARCHITECTURE_OF = {
     "DFlash": "llava",
     "JetSpec": "qwen2_5_vl",
-    "ours": "qwen2_5_vl",
+    "embeddings alone": "qwen2_5_vl",
     "two layers, edges": "llava",
     "fewer tokens, a whole block": "gemma3",
     "decoupled": "qwen2_5_vl",
     "dropped": "llava",
-    "rows that read the feature": "llava",
+    "a token as mask": "llava",
 }
 
 
@@ -348,7 +348,7 @@ def test_trees_of_known_tokens_are_those_of_all_tokens(topology: list[list[int]]
 @torch.no_grad()
 def test_a_shallow_tree_needs_no_whole_block_where_rows_see_those_before_them() -> None:
     target = make_target("llava")
-    for name, number in (("ours", 2), ("fewer tokens, a whole block", BLOCK_SIZE), ("decoupled", 3)):
+    for name, number in (("embeddings alone", 2), ("fewer tokens, a whole block", BLOCK_SIZE), ("decoupled", 3)):
         draft, widths = make_draft(target, name), []
         draft.tree_config = TreeConfig(num_nodes=4, depth=2, top_k=2, gate=False)
         draft.register_forward_pre_hook(
@@ -482,7 +482,7 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             BlockDraftConfig.from_target(target.config, **wrong)
-    draft = make_draft(target, "ours")
+    draft = make_draft(target, "embeddings alone")
     assert draft.tree_config.depth == BLOCK_SIZE
     draft.tree_config = TreeConfig(depth=BLOCK_SIZE + 1)
     with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .* got {BLOCK_SIZE + 1}"):

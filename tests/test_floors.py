@@ -55,9 +55,10 @@ def test_bytes_of_qwen_by_hand(rows):
     eagle3, attention = row["EAGLE-3"], 2 * width**2 + 2 * 512 * width
     wider = attention + width * (width + 1024) + 3 * width * inner + 4 * width
     assert (eagle3["once"], eagle3["level"]) == (2 * 3 * width**2, 2 * (wider + tokens * width))
-    # A block's layers have norms of queries and keys; the fusion and a last norm beside them, and a mask.
+    # A block's layers have norms of queries and keys; beside them are two fusions, of hidden states and of what a row
+    # reads, a last norm and a mask.
     block, of_layer = row["a block, 4 layers"], attention + 3 * width * inner + 2 * width + 2 * 128
-    assert (block["once"], block["level"]) == (2 * (4 * of_layer + 3 * width**2 + 3 * width + tokens * width), 0)
+    assert (block["once"], block["level"]) == (2 * (4 * of_layer + (3 + 2) * width**2 + 3 * width + tokens * width), 0)
     assert block["floor"] == 1 + block["once"] / row["step"]
 
 

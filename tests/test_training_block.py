@@ -30,12 +30,12 @@ from transformers_msd.trainer.run import make_parser
 BLOCK_SIZE = 4
 LOSSES = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0, "feature_noise": 0.0, "unroll_decay": 0.8}
 DESIGNS = {
-    "causal": {},
-    "whole blocks, in place": {"causal": False, "predicts_next": False},
+    "rows that read the feature": {},
+    "embeddings alone": {"reads_feature": False},
+    "whole blocks, in place": {"causal": False, "predicts_next": False, "reads_feature": False},
     "decoupled, edges": {"visual_rows": "decoupled", "edge_rank": 3},
     "dropped, fewer tokens, edges": {"visual_rows": "dropped", "draft_vocab_size": 96, "edge_rank": 3},
     "a token as mask": {"mask_token_id": 7, "num_hidden_layers": 2},
-    "rows that read the feature": {"reads_feature": True},
 }
 
 
@@ -147,7 +147,7 @@ def test_blocks_begun_at_some_tokens_stand_for_all(target, dataset, processor, t
 
 
 def test_a_draft_learns_and_drafts(target, dataset, processor, tmp_path):
-    draft = make_block(target, edge_rank=4, draft_vocab_size=96, visual_rows="decoupled", reads_feature=True)
+    draft = make_block(target, edge_rank=4, draft_vocab_size=96, visual_rows="decoupled")
     settings = {"stage": "multimodal", "max_steps": 6, "num_blocks": 8, **LOSSES}
     trainer = make_trainer(target, dataset.select(range(12)), processor, tmp_path, draft=draft, **settings)
     before = copy.deepcopy(draft.state_dict())

@@ -30,7 +30,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 # Those that read several layers of the target learn from its tokens alone.
 ON_TOKENS = {"feature_loss_weight": 0.0, "unroll_decay": 0.8}
 IN_ONE_FORWARD = ON_TOKENS | {"num_unroll_steps": 1}
-BLOCK = {"block_size": 10}
+BLOCK = {"block_size": 10, "reads_feature": False}
 # The draft's class, its config and its training.
 Design = tuple[type[FeatureDraftModel], dict[str, Any], dict[str, Any]]
 DESIGNS: dict[str, Design] = {

@@ -1,8 +1,7 @@
 """
 Train the tiny world's draft, on text and then on all rows: `python -m training.tiny_world.build.train_draft`.
 
-`--draft block --output FOLDER` trains a block on the same rows in its place: two layers whose rows read the feature,
-and edges.
+`--draft block --learning-rate 2e-3` trains a block of two layers on the same rows.
 """
 
 import argparse
@@ -22,12 +21,13 @@ from transformers_msd.trainer import MSDTrainer, MSDTrainingConfig
 
 
 logger = logging.getLogger(__name__)
-DRAFT_CHECKPOINT = CHECKPOINT.parent / "draft"
+DRAFT_CHECKPOINT, BLOCK_CHECKPOINT = CHECKPOINT.parent / "draft", CHECKPOINT.parent / "block"
+SHIPPED = {"msd": DRAFT_CHECKPOINT, "block": BLOCK_CHECKPOINT}
 TREE = {"num_nodes": 24, "depth": 6, "top_k": 4}
 NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
 # A block says all levels in one forward, and learns from tokens alone.
-BLOCK = {"block_size": 8, "num_hidden_layers": 2, "edge_rank": 32, "reads_feature": True}
+BLOCK = {"block_size": 8, "num_hidden_layers": 2, "edge_rank": 32}
 TRAINING = {
     "msd": {"num_unroll_steps": NUM_UNROLL_STEPS},
     "block": {"num_unroll_steps": 1, "unroll_decay": 0.8, "feature_loss_weight": 0.0},
@@ -93,15 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=CHECKPOINT)
     parser.add_argument("--draft", choices=list(TRAINING), default="msd")
-    parser.add_argument("--output", type=Path, default=DRAFT_CHECKPOINT)
+    parser.add_argument("--output", type=Path, help="the shipped draft's folder by default")
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world/draft"), help="checkpoints and log")
     parser.add_argument("--text-steps", type=int, default=200)
     parser.add_argument("--multimodal-steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--num-threads", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.draft == "block" and arguments.output == DRAFT_CHECKPOINT:
-        parser.error("`--output` must be given for a block: without it the shipped draft would be replaced")
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", filename=arguments.work / "log.txt", force=True
@@ -152,7 +150,7 @@ def main() -> None:
         )
         trainer.train()
         logger.info("%s done", stage)
-    draft.to(torch.bfloat16).save_pretrained(arguments.output)
+    draft.to(torch.bfloat16).save_pretrained(arguments.output or SHIPPED[arguments.draft])
 
 
 if __name__ == "__main__":

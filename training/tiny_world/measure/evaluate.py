@@ -23,8 +23,9 @@ from transformers.utils import ModelOutput, logging
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import CallInputs, Committed, MSDDraftModel, Target, TreeCandidateGenerator, TreeConfig
+from transformers_msd import AutoDraftModel, CallInputs, Committed, Target, TreeCandidateGenerator, TreeConfig
 from transformers_msd.drafters.wrapped import Ungated
+from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer import AcceptanceLength, ExactMatch
 
 
@@ -37,13 +38,13 @@ class Blinkered(Ungated):
     A draft that is shown other visual rows, embeddings and features, than the target's.
 
     Args:
-        draft ([`MSDDraftModel`]):
+        draft ([`FeatureDraftModel`]):
             The draft.
         picture (`str`):
             One of `PICTURES`.
     """
 
-    def __init__(self, draft: MSDDraftModel, picture: str) -> None:
+    def __init__(self, draft: FeatureDraftModel, picture: str) -> None:
         super().__init__(draft)
         self.picture = picture
         # Visual rows of earlier prompts by their number, from which the next prompt gets its other picture.
@@ -95,7 +96,7 @@ def timed(target: LlavaForConditionalGeneration, seed: int, **call: Any) -> tupl
 
 def compare(
     target: LlavaForConditionalGeneration,
-    assistant: MSDDraftModel | Blinkered,
+    assistant: FeatureDraftModel | Blinkered,
     processor: LlavaProcessor,
     prompts: list[tuple[dict, BatchFeature]],
     settings: dict[str, Any],
@@ -189,7 +190,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     target, processor = load_target()
-    draft = MSDDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
+    draft = AutoDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
     if arguments.tree:
         draft.tree_config = TreeConfig(*arguments.tree)
     prompts = evaluation_prompts(arguments.num_per_group)

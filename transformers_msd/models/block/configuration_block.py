@@ -35,7 +35,8 @@ class BlockDraftConfig(DraftConfig):
             2607.05147), and not the one in its place, one less (DFlash).
         reads_feature (`bool`, *optional*, defaults to `False`):
             Whether each row of a block is the fusion of its embedding with what is known of the target at the token
-            before the block, as the rows of MSD (arXiv 2505.14260) are, and not its embedding alone.
+            before the block, as the rows of MSD (arXiv 2505.14260) are, and not its embedding alone. No
+            published block does; those that [`BlockDraftConfig.from_target`] makes do.
         mask_token_id (`int`, *optional*):
             Token of the target whose embedding stands where a token is not known. A vector of the draft's own does,
             where it is `None`.
@@ -102,7 +103,7 @@ class BlockDraftConfig(DraftConfig):
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "BlockDraftConfig":
         """
         Make the config of a draft for a target: one Qwen3 layer of the target's text shape on the hidden states 2,
-        L // 2 and L - 3 of L layers.
+        L // 2 and L - 3 of L layers, whose rows read the feature.
 
         Args:
             target_config (`PreTrainedConfig`):
@@ -120,11 +121,12 @@ class BlockDraftConfig(DraftConfig):
         own = {
             "visual_token_ids": visual_token_ids(target_config),
             "feature_layers": sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)}),
+            "reads_feature": True,
         }
         names = (
             *own,
             *("block_size", "causal", "draft_vocab_size", "edge_rank", "mask_token_id", "predicts_next"),
-            *("reads_feature", "tree_config", "visual_rows"),
+            *("tree_config", "visual_rows"),
         )
         return make_draft_config(cls, target_config, Qwen3Config, fields, own, names, overrides)
 
