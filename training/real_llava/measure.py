@@ -7,7 +7,8 @@ FOLDER holds prompts as EAGLE and Spec-Bench have them, JSONL files of `turns`: 
 Beside these stand prompts of the tiny world with one picture and with two, and second turns of both. Each prompt is
 answered in turn by plain `generate`, prompt lookup, Transformers' assisted generation and every draft, greedily and at
 temperature 1. Trees are of 16 nodes, or as `--trees` says, and drafted in every round, so that τ is the draft's: with
-a gate drafting rests where it does not pay. A run that is broken off goes on where it stopped.
+a gate drafting rests where it does not pay. `--ngrams` grafts n-gram branches into them. A run that is broken off goes
+on where it stopped.
 """
 
 import argparse
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--trees", nargs="+", default=[TREE], help="nodes,depth,top_k")
+    parser.add_argument("--ngrams", action="store_true", help="graft n-gram branches into the trees")
     parser.add_argument("--kinds", nargs="+", default=[*TEXTS, SECOND_TURN, *PICTURES])
     parser.add_argument("--modes", nargs="+", default=[*MODES])
     parser.add_argument("--output", type=Path, help="docs/real_llava_DTYPE.json by default")
@@ -182,7 +184,7 @@ def main() -> None:
     drafts = {Path(path).name: load_model(path, arguments.dtype, "cpu") for path in arguments.drafts}
     methods, _ = make_methods(settings, target, drafts)
     for assistant in (method.call["assistant_model"] for method in methods if method.drafts_trees):
-        assistant.tree_config = replace(assistant.tree_config, gate=False, ngrams=False)
+        assistant.tree_config = replace(assistant.tree_config, gate=False, ngrams=arguments.ngrams)
 
     def run(mode: str, kind: str) -> dict[str, Any]:
         prompts = prompts_of(
