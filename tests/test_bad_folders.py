@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import TEXT_CONFIG, llava_config, published_weights, write_checkpoint
-from transformers import AutoModel
+from transformers import AutoModel, BartConfig, PreTrainedConfig, T5Config
 from zoo import make_target
 
-from transformers_msd import MSDConfig, MSDDraftModel, convert_msd_checkpoint
+from transformers_msd import BlockDraftConfig, Eagle3Config, MSDConfig, MSDDraftModel, convert_msd_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +176,10 @@ def test_a_checkpoint_is_converted_for_a_config(wrong: Any, tmp_path: Path) -> N
     write_checkpoint(tmp_path, published_weights(), rope_theta=1e4)
     with pytest.raises(ValueError, match="`target_config` must be the config of a target"):
         convert_msd_checkpoint(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("config_class", [MSDConfig, Eagle3Config, BlockDraftConfig])
+@pytest.mark.parametrize("target_config", [T5Config(), BartConfig()], ids=["T5", "BART"])
+def test_no_draft_is_made_for_a_target_with_an_encoder(config_class: type, target_config: PreTrainedConfig) -> None:
+    with pytest.raises(ValueError, match="a decoder alone, got .*which has an encoder"):
+        config_class.from_target(target_config)

@@ -382,8 +382,8 @@ def test_every_file_of_the_package_is_in_the_wheel() -> None:
 def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("trl")
     models = f"--target_model {CHECKPOINTS}/target --draft_model {CHECKPOINTS}/draft".split()
-    main(["trace", *models, "--output", str(tmp_path / "trace.json"), "--max_new_tokens", "24"])
-    (call,) = json.loads((tmp_path / "trace.json").read_text())["calls"]
+    main(["trace", *models, "--output", str(tmp_path / "trace.JSON"), "--max_new_tokens", "24"])
+    (call,) = json.loads((tmp_path / "trace.JSON").read_text())["calls"]
     answer = "".join(piece for each in call["rounds"] for piece in each["rows"][0]["pieces"])
     said = capsys.readouterr().out
     assert answer.replace("</s>", "").strip() in said

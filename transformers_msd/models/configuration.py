@@ -140,3 +140,8 @@ def check_target_config(target_config: Any) -> None:
             f"`target_config` must be the config of a target, got {type(target_config).__name__}. Pass "
             "`target.config`, or what `AutoConfig.from_pretrained` gives."
         )
+    if target_config.is_encoder_decoder:
+        raise ValueError(
+            "`target_config` must be the config of a target that is a decoder alone, got "
+            f"{type(target_config).__name__}, which has an encoder, too: drafting does not serve such models."
+        )

@@ -88,7 +88,7 @@ class SpeculativeTrace:
         Raises:
             ValueError: If no call was traced.
         """
-        is_data = Path(path).suffix == ".json"
+        is_data = Path(path).suffix.lower() == ".json"
         text = json.dumps(self._filled(), ensure_ascii=False) if is_data else self.to_html()
         Path(path).write_text(text, encoding="utf-8")
 
