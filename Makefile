@@ -53,7 +53,9 @@ test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m slow
 
 evaluate: $(VENV)/.installed
-	$(VENV)/bin/python -m training.tiny_world.measure.evaluate
+	for draft in draft block; do \
+		$(VENV)/bin/python -m training.tiny_world.measure.evaluate --draft training/tiny_world/checkpoints/$$draft || exit; \
+	done
 
 # Every architecture of the lowest and of the newest Transformers, into docs/targets.md: a quarter of an hour.
 targets: $(VENV)/.installed $(VENV)-lowest/.installed

@@ -13,11 +13,11 @@ from transformers import LlavaForConditionalGeneration
 pytest.importorskip("datasets")
 from training.tiny_world import demo
 from training.tiny_world.build.target import encode_prompts, load_target
-from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.build.train_draft import BLOCK_CHECKPOINT, DRAFT_CHECKPOINT
 from training.tiny_world.build.train_draft_vlm import DRAFT_VLM_CHECKPOINT
 from training.tiny_world.measure.evaluate import Blinkered, acceptance_length, blinker, compare, plain_answers
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import EnsembleDrafter, MSDDraftModel, TreeConfig, VLMDrafter
+from transformers_msd import AutoDraftModel, EnsembleDrafter, MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.compat import CACHE
 from transformers_msd.drafters.msd import MSDDrafter
 
@@ -49,9 +49,11 @@ def next_turn(processor: Any, sequences: torch.Tensor, text: str) -> dict[str, t
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
+@pytest.mark.parametrize("checkpoint", [DRAFT_CHECKPOINT, BLOCK_CHECKPOINT], ids=["MSD", "block"])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_tokens_are_equal_and_many_are_accepted(pair: tuple, encoded: list, do_sample: bool) -> None:
-    target, processor, draft = pair
+def test_tokens_are_equal_and_many_are_accepted(pair: tuple, encoded: list, do_sample: bool, checkpoint: Path) -> None:
+    target, processor, _ = pair
+    draft = AutoDraftModel.from_pretrained(checkpoint, dtype=torch.float32)
     figures = compare(target, draft, processor, encoded, {"do_sample": do_sample, "max_new_tokens": 100})
     for row in figures.values():
         assert row["equal"] == row["prompts"]

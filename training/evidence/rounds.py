@@ -27,7 +27,7 @@ from training.tiny_world.build.target import CHECKPOINT, encode_prompts, load_ta
 from transformers_msd import AutoDraftModel, StaticRuntime, TreeConfig
 
 
-TREE = TreeConfig(24, 6, 4, gate=False, ngrams=False)
+TREE = (24, 6, 4)  # nodes, depth, top_k
 SETTINGS = {"greedy": {"do_sample": False}, "T = 1": {"do_sample": True, "top_k": 0}}
 # With it a `StaticRuntime` compiles target and draft; plain `generate` compiles nothing on a CPU.
 STATIC = {"cache_implementation": "static"}
@@ -49,7 +49,7 @@ def run_call(
 
 
 def compare(
-    target: PreTrainedModel, drafts: dict[str, Any], prompts: list[BatchFeature], num_passes: int
+    target: PreTrainedModel, drafts: dict[str, Any], prompts: list[BatchFeature], num_passes: int, depth: int
 ) -> dict[str, dict[str, Any]]:
     """Answer all prompts in all ways in turn; return the figures of each."""
     ways: dict[str, tuple[Any, dict[str, Any]]] = {"plain": (None, {}), "plain, static cache": (None, STATIC)}
@@ -79,9 +79,7 @@ def compare(
             tau = sum(taken) / len(taken) if taken else 1.0
             figures[f"{way} | {mode}"] = {
                 "tau": tau,
-                "by_depth": [
-                    sum(n > depth for n in taken) / len(taken) for depth in range(1, TREE.depth + 1) if taken
-                ],
+                "by_depth": [sum(n > level for n in taken) / len(taken) for level in range(1, depth + 1) if taken],
                 "tokens_per_second": [median(own), min(own), max(own)],
                 "speed_up": median(own) / median(rates["plain"]),
                 "round": tau * median(rates["plain"]) / median(own),
@@ -91,7 +89,7 @@ def compare(
 
 def write_table(figures: dict[str, dict[str, Any]]) -> str:
     """Write the figures as Markdown."""
-    lines = ["| | τ | accepted at depth 1 to 6 | tokens/s | speed-up | round |", "|---|---|---|---|---|---|"]
+    lines = ["| | τ | accepted at depth 1, 2 ... | tokens/s | speed-up | round |", "|---|---|---|---|---|---|"]
     for name, own in figures.items():
         rate, low, high = own["tokens_per_second"]
         depths = " ".join(f"{share:.2f}" for share in own["by_depth"])
@@ -108,18 +106,19 @@ def main() -> None:
     parser.add_argument("--target", type=Path, help="of the glyph world; the tiny world's by default")
     parser.add_argument("--num_prompts", type=int, default=3, help="of a kind")
     parser.add_argument("--num_passes", type=int, default=5)
+    parser.add_argument("--tree", type=int, nargs=3, default=TREE, metavar=("NUM_NODES", "DEPTH", "TOP_K"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     target, processor = load_target(arguments.target or CHECKPOINT)
     kinds = tiny_prompts() if arguments.target is None else prompts_by_kind(arguments.num_prompts)
     prompts = [encode_prompts(processor, [row]) for rows in kinds.values() for row in rows[: arguments.num_prompts]]
-    drafts = {}
+    drafts, tree = {}, TreeConfig(*arguments.tree, gate=False, ngrams=False)
     for folder in arguments.drafts:
         draft = AutoDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
-        draft.tree_config = TREE
+        draft.tree_config = tree
         drafts[folder.name] = draft
-    figures = compare(target, drafts, prompts, arguments.num_passes)
+    figures = compare(target, drafts, prompts, arguments.num_passes, tree.depth)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
     print(write_table(figures))

@@ -9,16 +9,20 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, TextStream
 from transformers.utils import logging
 
 from training.tiny_world.build.target import encode_prompts, load_target
-from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
+from training.tiny_world.build.train_draft import BLOCK_CHECKPOINT
 from training.tiny_world.world.rows import evaluation_prompts
-from transformers_msd import MSDDraftModel, SpeculativeDecoderOnlyOutput, speculative_trace
+from transformers_msd import AutoDraftModel, SpeculativeDecoderOnlyOutput, speculative_trace
+from transformers_msd.models.base import FeatureDraftModel
 
 
 MAX_NEW_TOKENS = 160
 
 
 def answer(
-    target: LlavaForConditionalGeneration, inputs: BatchFeature, streamer: TextStreamer, draft: MSDDraftModel | None
+    target: LlavaForConditionalGeneration,
+    inputs: BatchFeature,
+    streamer: TextStreamer,
+    draft: FeatureDraftModel | None,
 ) -> tuple[SpeculativeDecoderOnlyOutput, float]:
     """Stream an answer; return the output of `generate` and the seconds it took."""
     start = time.perf_counter()
@@ -35,13 +39,14 @@ def answer(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=0, help="which of the held-out pictures")
+    parser.add_argument("--draft", type=Path, default=BLOCK_CHECKPOINT)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="where the picture is saved")
     parser.add_argument("--trace", type=Path, default=Path("outputs/trace.html"), help="where the rounds are shown")
     arguments = parser.parse_args()
 
     logging.disable_progress_bar()
     target, processor = load_target()
-    draft = MSDDraftModel.from_pretrained(DRAFT_CHECKPOINT, dtype=torch.float32)
+    draft = AutoDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
     prompts = [prompt for prompt in evaluation_prompts() if prompt["group"] == "image"]
     prompt = prompts[arguments.prompt % len(prompts)]
     inputs = encode_prompts(processor, [prompt])

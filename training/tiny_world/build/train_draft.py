@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 DRAFT_CHECKPOINT, BLOCK_CHECKPOINT = CHECKPOINT.parent / "draft", CHECKPOINT.parent / "block"
 SHIPPED = {"msd": DRAFT_CHECKPOINT, "block": BLOCK_CHECKPOINT}
 TREE = {"num_nodes": 24, "depth": 6, "top_k": 4}
+BLOCK_TREE = TREE | {"depth": 8}  # a block says all levels in one forward
 NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
-# A block says all levels in one forward, and learns from tokens alone.
 BLOCK = {"block_size": 8, "num_hidden_layers": 2, "edge_rank": 32}
 TRAINING = {
     "msd": {"num_unroll_steps": NUM_UNROLL_STEPS},
+    # A block learns from tokens alone.
     "block": {"num_unroll_steps": 1, "unroll_decay": 0.8, "feature_loss_weight": 0.0},
 }
 # Of all trainings of drafts in the tiny world.
@@ -108,7 +109,7 @@ def main() -> None:
     torch.manual_seed(0)
     target, processor = load_target(arguments.target)
     if arguments.draft == "block":
-        draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, tree_config=TREE, **BLOCK))
+        draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, tree_config=BLOCK_TREE, **BLOCK))
     else:
         draft = MSDDraftModel(MSDConfig.from_target(target.config, tree_config=TREE))
     logger.info("draft of %d parameters", draft.num_parameters())
