@@ -39,7 +39,7 @@ def answer(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=0, help="which of the held-out pictures")
-    parser.add_argument("--draft", type=Path, default=BLOCK_CHECKPOINT)
+    parser.add_argument("--draft", type=Path, default=BLOCK_CHECKPOINT, help="folder of a draft")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="where the picture is saved")
     parser.add_argument("--trace", type=Path, default=Path("outputs/trace.html"), help="where the rounds are shown")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """
 Train the tiny world's draft, on text and then on all rows: `python -m training.tiny_world.build.train_draft`.
 
-`--draft block --learning-rate 2e-3` trains a block of two layers on the same rows.
+`--draft block` trains a block of two layers on the same rows.
 """
 
 import argparse
@@ -29,9 +29,9 @@ NUM_UNROLL_STEPS = 4
 BATCH_SIZE = 16
 BLOCK = {"block_size": 8, "num_hidden_layers": 2, "edge_rank": 32}
 TRAINING = {
-    "msd": {"num_unroll_steps": NUM_UNROLL_STEPS},
+    "msd": {"learning_rate": 4e-3, "num_unroll_steps": NUM_UNROLL_STEPS},
     # A block learns from tokens alone.
-    "block": {"num_unroll_steps": 1, "unroll_decay": 0.8, "feature_loss_weight": 0.0},
+    "block": {"learning_rate": 2e-3, "num_unroll_steps": 1, "unroll_decay": 0.8, "feature_loss_weight": 0.0},
 }
 # Of all trainings of drafts in the tiny world.
 COMMON_SETTINGS = {
@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_world/draft"), help="checkpoints and log")
     parser.add_argument("--text-steps", type=int, default=200)
     parser.add_argument("--multimodal-steps", type=int, default=1000)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--num-threads", type=int, default=2)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,6 @@ def main() -> None:
             train_sampling_strategy="sequential",
             per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=BATCH_SIZE,
-            learning_rate=arguments.learning_rate,
             lr_scheduler_type=schedule,
             warmup_steps=50,
             feature_noise=0.0,  # short rows need none

@@ -35,8 +35,8 @@ class BlockDraftConfig(DraftConfig):
             2607.05147), and not the one in its place, one less (DFlash).
         reads_feature (`bool`, *optional*, defaults to `False`):
             Whether each row of a block is the fusion of its embedding with what is known of the target at the token
-            before the block, as the rows of MSD (arXiv 2505.14260) are, and not its embedding alone. No
-            published block does; those that [`BlockDraftConfig.from_target`] makes do.
+            before the block, as the rows of MSD (arXiv 2505.14260) are, and not its embedding alone. No published
+            block does; those that [`BlockDraftConfig.from_target`] makes do.
         mask_token_id (`int`, *optional*):
             Token of the target whose embedding stands where a token is not known. A vector of the draft's own does,
             where it is `None`.
