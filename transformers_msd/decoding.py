@@ -141,7 +141,9 @@ def tree_decoding(
                 committed = committed.keep_sequences(kept)
             if noise is not None:
                 noise.free(min(emission.lengths))
-            tree = candidates.draft(committed).with_roots(committed.root_token_ids, unfit, vocab_size)
+            tree = candidates.draft(committed)
+            if not candidates.is_resting:
+                tree = tree.with_roots(committed.root_token_ids, unfit, vocab_size)
             trace.drafted(tree, candidates.is_resting)
             if branches is not None:
                 tree = branches.graft(tree, candidates.forward_cost)

@@ -127,9 +127,10 @@ class GrowingLayer(DynamicLayer):
         start, num_rows = self.length - self.first, key_states.shape[2]
         self.length += num_rows
         self.block.reserve(self.length)
-        self.block.keys[self._index].narrow(2, start, num_rows).copy_(key_states)
-        self.block.values[self._index].narrow(2, start, num_rows).copy_(value_states)
-        return self.keys, self.values
+        keys, values = self.block.keys[self._index], self.block.values[self._index]
+        keys.narrow(2, start, num_rows).copy_(key_states)
+        values.narrow(2, start, num_rows).copy_(value_states)
+        return keys.narrow(2, 0, start + num_rows), values.narrow(2, 0, start + num_rows)
 
 
 class GrowingHybridLayer(GrowingLayer, LinearAttentionLayer):

@@ -193,11 +193,14 @@ class Emission:
         """Take over the tokens of a round, cut where their row ends, and complete the steps that all rows reached."""
         starts = self.lengths
         self._tail, self._verdicts = None, []
-        num_ngrams = torch.zeros_like(acceptance.num_accepted)
-        if tree.is_ngram is not None:
-            num_ngrams = tree.is_ngram.gather(1, acceptance.path).sum(-1)
-        thousandths = (tree.num_expected * 1000).long()
-        counts = torch.stack([acceptance.num_accepted, num_ngrams, thousandths], dim=1)
+        if tree.num_nodes == 1:
+            counts = acceptance.path.new_zeros(len(acceptance.path), 3)
+        else:
+            num_ngrams = torch.zeros_like(acceptance.num_accepted)
+            if tree.is_ngram is not None:
+                num_ngrams = tree.is_ngram.gather(1, acceptance.path).sum(-1)
+            thousandths = (tree.num_expected * 1000).long()
+            counts = torch.stack([acceptance.num_accepted, num_ngrams, thousandths], dim=1)
         found = torch.cat([counts, acceptance.token_ids], dim=1).tolist()
         for row, (num_accepted, num_ngrams, thousandths, *token_ids) in zip(self.rows, found, strict=True):
             self.num_ngrams[row], self.num_expected[row] = num_ngrams, thousandths / 1000

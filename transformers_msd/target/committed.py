@@ -1,6 +1,7 @@
 """What came to stand in a round, as the target hands it to a draft."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import compress
 
 import torch
@@ -120,7 +121,9 @@ class Committed:
         }
         return Committed(**rows, lengths=keep_rows(self.lengths, kept), host_lengths=host_lengths)
 
-    @property
+    @cached_property
     def root_token_ids(self) -> torch.Tensor:
         """Tokens emitted last, of shape `(batch_size,)`."""
+        if self.token_ids.shape[1] == 1:
+            return self.token_ids[:, 0]
         return self.token_ids.gather(1, self.last_rows[:, None])[:, 0]

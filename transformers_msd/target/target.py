@@ -52,7 +52,7 @@ class Target:
         feature_layers: tuple[int, ...] = (-1,),
     ) -> None:
         self.model, self.feature_layers = model, feature_layers
-        self.cache = model_kwargs[CACHE]
+        self.cache, self._table = model_kwargs[CACHE], model.get_input_embeddings()
         self._dtype = dtype_of(model)
         # What it does to embeddings and to logits. Kept here: compiled code must not look into a table of all models.
         self.scales = scales_of(model)
@@ -67,7 +67,7 @@ class Target:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of tokens as the target's layers read them, on the device of its features."""
-        return self.scales.of_embeddings(self.model.get_input_embeddings()(token_ids).to(self.device))
+        return self.scales.of_embeddings(self._table(token_ids).to(self.device))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features, of shape `(..., vocab_size)`, on the device of the target's features."""
@@ -129,7 +129,7 @@ class Target:
     ) -> Committed:
         """Pack the real rows of the prompt to the left, each still paired with its own token."""
         batch_size, num_rows, _ = features.shape
-        table, given = self.model.get_input_embeddings(), self._model_kwargs.get("inputs_embeds")
+        table, given = self._table, self._model_kwargs.get("inputs_embeds")
         table_rows = None if given is None else given[:, -num_rows:].to(self.device)
         real = self._prompt_mask[:, -num_rows:]
         if input_ids.shape[1] >= num_rows:
@@ -240,21 +240,22 @@ class Target:
         # Counted on the host, where the tokens are: the device is told once, and not asked.
         host_lengths = [self._prompt_length - 1 + len(row) for row in tokens]
         new = [max(now - before, 0) for now, before in zip(host_lengths, self.host_lengths, strict=True)]
-        device = self.lengths.device
-        roots, lengths, counts = to_device([[row[-1] for row in tokens], host_lengths, new], device)
+        roots, lengths, counts = to_device([[row[-1] for row in tokens], host_lengths, new], self.device)
         if self._prompt is not None:
             # Not kept: the embeddings and features of a long prompt are large.
             prompt, self._prompt = self._prompt, None
             return prompt.before(roots, self.embed(roots))
         path = acceptance.path[:, : max(*new, 1)]
-        states = [outputs.hidden_states[layer].to(device) for layer in (0, *self.feature_layers)]
+        token_ids, position_ids = tree.token_ids, self.num_real_rows[:, None]
+        states = [outputs.hidden_states[layer].to(self.device) for layer in (0, *self.feature_layers)]
         if tree.num_nodes > 1:
-            states = [take_rows(rows, path) for rows in states]
+            token_ids, *states = token_ids.gather(1, path), *(take_rows(rows, path) for rows in states)
+            position_ids = position_ids + torch.arange(path.shape[1], device=self.device)
         rows = Committed(
-            token_ids=tree.token_ids.gather(1, path),
+            token_ids=token_ids,
             inputs_embeds=states[0],
             features=side_by_side(states[1:]),
-            position_ids=self.num_real_rows[:, None] + torch.arange(path.shape[1], device=device),
+            position_ids=position_ids,
             visual_mask=torch.zeros_like(path, dtype=torch.bool),
             lengths=counts,
             host_lengths=new,
