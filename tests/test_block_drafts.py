@@ -39,6 +39,16 @@ SIZES = {
     "num_target_layers": NUM_LAYERS,
 }
 NORMS = ("q_norm", "k_norm")
+NUM_KNOWN = 40
+OF_SPECULATORS = {
+    "transformer_layer_config": {
+        key: value for key, value in SIZES.items() if key not in ("architectures", "block_size")
+    }
+    | {"num_target_layers": NUM_LAYERS},
+    "block_size": BLOCK_SIZE,
+    "mask_token_id": MASK_ID,
+    "aux_hidden_state_layer_ids": [2, 4, 5],
+}
 # Of each layout: its config, how many layers it has, norms of these besides, and the hidden states that it reads.
 LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
     "DFlash": (SIZES | {"dflash_config": {"mask_token_id": MASK_ID}}, 2, NORMS, [2, 4, 6]),
@@ -54,6 +64,45 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
         2,
         (),
         [2, 4, 6],
+    ),
+    "DSpark": (
+        SIZES
+        | {"architectures": ["Qwen3DSparkModel"], "mask_token_id": MASK_ID, "target_layer_ids": [-1, 3, 6]}
+        | {"markov_rank": 5, "markov_head_type": "vanilla", "enable_confidence_head": True},
+        2,
+        NORMS,
+        [0, 4, 7],
+    ),
+    "DSpark of Liquid": (
+        SIZES
+        | {"architectures": ["Lfm2DSparkModel"]}
+        | {"dflash_config": {"projector_type": "dspark", "mask_token_id": MASK_ID, "markov_rank": 5}},
+        1,
+        NORMS,
+        [2, 4, 6],
+    ),
+    "DFlash of speculators": (
+        OF_SPECULATORS
+        | {"architectures": ["DFlashDraftModel"], "speculators_model_type": "dflash", "draft_vocab_size": NUM_KNOWN},
+        2,
+        NORMS,
+        [2, 4, 5],
+    ),
+    "DSpark of speculators": (
+        OF_SPECULATORS
+        | {"architectures": ["DSparkDraftModel"], "speculators_model_type": "dspark", "draft_vocab_size": NUM_KNOWN}
+        | {"markov_rank": 5, "markov_head_type": "vanilla"},
+        2,
+        NORMS,
+        [2, 4, 5],
+    ),
+    "DSpark of speculators, all tokens": (
+        OF_SPECULATORS
+        | {"architectures": ["DSparkDraftModel"], "speculators_model_type": "dspark", "draft_vocab_size": VOCAB_SIZE}
+        | {"markov_rank": 5, "sample_from_anchor": False},
+        1,
+        NORMS,
+        [2, 4, 5],
     ),
 }
 # Drafts of ours.
@@ -90,14 +139,37 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
             f"layers.{layer}.post_attention_layernorm.weight": (HIDDEN,),
         }
         shapes |= {f"layers.{layer}.self_attn.{norm}.weight": (HEAD_DIM,) for norm in norms}
+    published = LAYOUTS[name][0]
+    num_known, rank = published.get("draft_vocab_size", VOCAB_SIZE), 5 if "DSpark" in name else 0
+    if rank:
+        shapes |= {
+            "markov_head.markov_w1.weight": (VOCAB_SIZE, rank),
+            "markov_head.markov_w2.weight": (num_known, rank),
+            "confidence_head.proj.weight": (1, HIDDEN + rank),
+        }
+    if rank or num_known != VOCAB_SIZE:
+        shapes |= {"embed_tokens.weight": (VOCAB_SIZE, HIDDEN), "lm_head.weight": (num_known, HIDDEN)}
     drawn = {key: random_weights(generator, *shape) for key, shape in shapes.items()}
-    return {key: value + 1 if value.ndim == 1 else value for key, value in drawn.items()}
+    weights = {key: value + 1 if value.ndim == 1 else value for key, value in drawn.items()}
+    if rank:
+        weights["markov_head.markov_w2.weight"] *= 10  # what a parent adds is as large as what a block says
+    if num_known != VOCAB_SIZE:
+        weights["d2t"] = known_tokens(num_known) - torch.arange(num_known)
+        weights["t2d"] = torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill(0, known_tokens(num_known), True)
+    return weights
+
+
+def known_tokens(number: int) -> torch.Tensor:
+    """Tokens of the target that a smaller head knows."""
+    return (torch.arange(number) * VOCAB_SIZE / number).long()
 
 
 def write(folder: Path, name: str, weights: dict[str, torch.Tensor] | None = None, **changed: Any) -> Path:
     folder.mkdir(exist_ok=True)
     published, num_layers, norms, _ = LAYOUTS[name]
     kind = {"model_type": "qwen3" if norms else "llama", "num_hidden_layers": num_layers}
+    if "transformer_layer_config" in published:
+        kind = {"transformer_layer_config": published["transformer_layer_config"] | kind}
     (folder / "config.json").write_text(json.dumps(published | kind | changed))
     save_file(make_weights(name) if weights is None else weights, folder / "model.safetensors")
     return folder
@@ -137,9 +209,10 @@ class Independent:
         self.config, self.name = draft.config, name
         if name in LAYOUTS:
             published, self.num_layers, norms, _ = LAYOUTS[name]
-            self.weights, own = make_weights(name), published["dflash_config"]
+            self.weights, own = make_weights(name), published.get("dflash_config", {})
             self.causal = own.get("causal_head") or own.get("causal") or False
-            self.shifted, self.eps, self.theta = False, 1e-5, published["rope_theta"] or 1e4
+            self.shifted = published.get("sample_from_anchor", "DSpark" in name)
+            self.eps, self.theta = 1e-5, 1e4 if name == "DFlash of a Llama" else 2e4
             self.heads, self.has_norms = (NUM_HEADS, NUM_SHARED, HEAD_DIM), bool(norms)
         else:
             text, settings = draft.config.text_config, DESIGNS[name]
@@ -147,6 +220,19 @@ class Independent:
             self.causal, self.shifted = settings.get("causal", True), settings.get("predicts_next", True)
             self.num_layers, self.eps, self.theta = settings.get("num_hidden_layers", 1), text.rms_norm_eps, 1e4
             self.heads, self.has_norms = (4, 2, text.head_dim), True
+
+        # Tokens that a head knows, and what a token adds to the scores of these.
+        self.tokens, self.head, self.edges = torch.arange(VOCAB_SIZE), None, None
+        if name in LAYOUTS:
+            if (num_known := published.get("draft_vocab_size", VOCAB_SIZE)) != VOCAB_SIZE:
+                self.tokens, self.head = known_tokens(num_known), self.weights["lm_head.weight"]
+            if "DSpark" in name:
+                self.edges = [self.weights[f"markov_head.markov_w{number}.weight"] for number in (1, 2)]
+        else:
+            if draft.head is not None:
+                self.tokens, self.head = draft.draft_token_ids, draft.head.weight
+            if draft.edge_to is not None:
+                self.edges = [draft.edge_from.weight, draft.edge_to.weight[self.tokens]]
 
     def normed(self, rows: torch.Tensor, key: str) -> torch.Tensor:
         return rows * (rows.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weights[f"{key}.weight"]
@@ -161,9 +247,13 @@ class Independent:
             if self.has_norms:
                 found = self.normed(found, f"layers.{layer}.self_attn.{kind}_norm")
             angles = places[:, None] * self.theta ** (-torch.arange(0, head_dim, 2) / head_dim)
-            first, second = found.chunk(2, dim=-1)
             cos, sin = angles.cos(), angles.sin()
-            found = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+            if "Liquid" in self.name:  # two values side by side
+                first, second = found[..., ::2], found[..., 1::2]
+                found = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+            else:
+                first, second = found.chunk(2, dim=-1)
+                found = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return found.repeat_interleave(num_heads // number, 0)
 
     def context(
@@ -231,22 +321,20 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
     independent, is_visual = Independent(draft, name), ids == IMAGE_ID
     mask_id = draft.config.mask_token_id
     mask = independent.weights["mask_embedding"] if mask_id is None else table(torch.tensor(mask_id))
-    head = target.get_output_embeddings() if draft.head is None else draft.head
-    tokens = torch.arange(VOCAB_SIZE) if draft.head is None else draft.draft_token_ids
+    head = target.get_output_embeddings().weight if independent.head is None else independent.head
 
     def children(logits: torch.Tensor, parent: int) -> list[int]:
         """The best tokens of a level: among the best of all, after what the parent adds."""
         best = logits.topk(4 * width)
         scores = best.values
-        if draft.edge_to is not None:
-            chosen = independent.weights["edge_to.weight"][tokens[best.indices]]
-            scores = scores + chosen @ independent.weights["edge_from.weight"][parent]
-        return tokens[best.indices[scores.topk(width).indices]].tolist()
+        if independent.edges is not None:
+            scores = scores + independent.edges[1][best.indices] @ independent.edges[0][parent]
+        return independent.tokens[best.indices[scores.topk(width).indices]].tolist()
 
     place, lengths = inputs["input_ids"].shape[1], []
     while place + 1 < len(ids):
         known = independent.context(taps[:place], states[0][:place], is_visual[:place])
-        logits = head(independent(known, table(ids[place]), mask, place))
+        logits = independent(known, table(ids[place]), mask, place) @ head.T
         following = ids[place + 1 : place + 3].tolist()
         accepted = int(following[0] in children(logits[0], int(ids[place])))
         if accepted and len(following) == 2:
@@ -259,6 +347,8 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
 
 ARCHITECTURE_OF = {
     "DFlash": "llava",
+    "DSpark of Liquid": "gemma3",
+    "DSpark of speculators": "qwen2_5_vl",
     "JetSpec": "qwen2_5_vl",
     "embeddings alone": "qwen2_5_vl",
     "two layers, edges": "llava",
@@ -433,7 +523,6 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
         "must do without conv_kernel_size",
     ),
     "axes": (None, {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}, "must do without mrope_section"),
-    "pairs that are rotated": (None, {"rope_is_neox_style": False}, "must do without rope_is_neox_style=false"),
     "a rotation that nobody knows": (None, {"rope_scaling": {"type": "spiral"}}, "got what makes none: .*spiral"),
     "a text for a number": (None, {"block_size": "6"}, "got what makes none: .*'block_size' expected int"),
     "a list for settings": (None, {"dflash_config": [1]}, "got what makes none: "),
@@ -460,13 +549,134 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+# Of the other layouts.
+OTHERS: dict[str, tuple[str, dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
+    "a head that reads more": (
+        "DSpark",
+        None,
+        {"markov_head_type": "gated"},
+        "must do without markov_head_type=gated",
+    ),
+    "edges that are not there": (
+        "DSpark",
+        broken("DSpark", **{"markov_head.markov_w1.weight": None, "markov_head.markov_w2.weight": None}),
+        {},
+        "missing .'edge_from.weight', 'edge_to.weight'",
+    ),
+    "a block that counts its anchor": ("DSpark", None, {"dspark_bonus_anchor": True}, "without dspark_bonus_anchor"),
+    "layers that nobody named": (
+        "DFlash of speculators",
+        None,
+        {"aux_hidden_state_layer_ids": None},
+        "must say aux_hidden_state_layer_ids, got nothing",
+    ),
+    "behind the last norm": (
+        "DFlash of speculators",
+        None,
+        {"aux_hidden_state_layer_ids": [2, 4, 8]},
+        "reads layers .2, 4, 8. of its target, got one of 8",
+    ),
+    "no map": ("DFlash of speculators", broken("DFlash of speculators", d2t=None), {}, "must say by `d2t`"),
+    "a map as a look-up": (
+        "DFlash of speculators",
+        broken("DFlash of speculators", d2t=known_tokens(NUM_KNOWN)),
+        {},
+        "must hold offsets that lead to ascending tokens",
+    ),
+    "no head": (
+        "DSpark of speculators",
+        broken("DSpark of speculators", **{"lm_head.weight": None}),
+        {},
+        "must hold a head of its own",
+    ),
+    "a head of other tokens": ("DFlash of speculators", None, {"draft_vocab_size": 39}, "do not have the sizes"),
+    "a head of which nothing is said": (
+        "DFlash of speculators",
+        None,
+        {"draft_vocab_size": VOCAB_SIZE},
+        "unexpected .'head.weight'",
+    ),
+    "a recurrent head": (
+        "DSpark of speculators",
+        broken("DSpark of speculators", **{"markov_head.joint_proj.weight": torch.zeros(15, 42)}),
+        {"markov_head_type": "rnn"},
+        "must do without markov_head_type=rnn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, *OTHERS])
 def test_what_would_draft_badly_in_silence_is_refused(name: str, tmp_path: Path) -> None:
-    weights, changed, message = BAD[name]
+    layout, weights, changed, message = ("DFlash", *BAD[name]) if name in BAD else OTHERS[name]
     with pytest.raises(ValueError, match=message):
         AutoDraftModel.from_pretrained(
-            write(tmp_path / "draft", "DFlash", weights, **changed), make_deep_target("llava")
+            write(tmp_path / "draft", layout, weights, **changed), make_deep_target("llava")
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+@pytest.mark.parametrize("num_known", [NUM_KNOWN, VOCAB_SIZE])
+def test_drafts_that_speculators_saved_are_read_as_by_itself(kind: str, num_known: int, tmp_path: Path) -> None:
+    speculators = pytest.importorskip("speculators")
+    from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.dspark import DSparkSpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    target = make_deep_target("llava")
+    layers = OF_SPECULATORS["transformer_layer_config"] | {"model_type": "qwen3", "num_hidden_layers": 2}
+    config = {"dflash": DFlashSpeculatorConfig, "dspark": DSparkSpeculatorConfig}[kind](
+        transformer_layer_config=layers | {"vocab_size": VOCAB_SIZE, "attn_implementation": "eager"},
+        draft_vocab_size=num_known,
+        block_size=BLOCK_SIZE,
+        mask_token_id=MASK_ID,
+        aux_hidden_state_layer_ids=[2, 4, 5],
+        speculators_config=speculators.SpeculatorsConfig(
+            algorithm=kind,
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=BLOCK_SIZE - 1)],
+            default_proposal_method="greedy",
+            verifier=speculators.VerifierConfig(name_or_path=None, architectures=[]),
+        ),
+    )
+    theirs = speculators.SpeculatorModel.registered_model_class_from_config(config)(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    for weight in theirs.parameters():
+        weight.copy_(random_weights(generator, *weight.shape) + (weight.ndim == 1))
+    for own in (theirs.lm_head, theirs.embed_tokens):
+        of_target = target.get_output_embeddings() if own is theirs.lm_head else target.get_input_embeddings()
+        if own.weight.shape == of_target.weight.shape:
+            own.weight.copy_(of_target.weight)
+    if num_known != VOCAB_SIZE:
+        known = known_tokens(num_known)
+        theirs.d2t.copy_(known - torch.arange(num_known))
+        theirs.t2d.copy_(torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill(0, known, True))
+    theirs.save_pretrained(tmp_path / "draft")
+    ours = AutoDraftModel.from_pretrained(tmp_path / "draft", target)
+    assert ours.config.predicts_next == (kind == "dspark")
+
+    place, states = 9, random_weights(generator, 1, 9, 3 * HIDDEN)
+    ids = torch.full((1, BLOCK_SIZE), MASK_ID).index_fill(1, torch.tensor([0]), 7)
+    rows, read = theirs.embed_tokens(ids), theirs.hidden_norm(theirs.fc(states))
+    rotation = theirs.rotary_emb(rows, torch.arange(place + BLOCK_SIZE)[None])
+    for layer in theirs.layers:
+        rows = layer(hidden_states=rows, target_hidden=read, attention_mask=None, position_embeddings=rotation)
+    expected = theirs.lm_head(theirs.norm(rows))
+    sees = torch.zeros(1, 1, BLOCK_SIZE, place + BLOCK_SIZE)
+    block = ours.block(
+        theirs.embed_tokens.weight[7][None],
+        ours.fuse(states[:, -1]),
+        ours.most_levels,
+        theirs.embed_tokens.weight[MASK_ID],
+    )
+    found = ours(
+        block, sees, torch.arange(place, place + BLOCK_SIZE)[None], ours.fuse(states), torch.arange(place)[None]
+    ).last_hidden_state
+    own = ours.own_logits(found) if ours.head is not None else found @ target.get_output_embeddings().weight.T
+    torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
+    if kind == "dspark":
+        bias = theirs.markov_head.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=rows[:, :1])[0]
+        tokens = ours.draft_token_ids if ours.head is not None else torch.arange(VOCAB_SIZE)
+        torch.testing.assert_close(ours.edge_scores(torch.tensor([[7]]), tokens[None])[0], bias)
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:

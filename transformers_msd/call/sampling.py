@@ -120,7 +120,11 @@ class Sampler:
     def _sorts_in_vain(self, tree: TokenTree, logits: torch.Tensor) -> bool:
         """Tell whether it takes less time to walk down a tree than to sort the scores of all of its nodes."""
         num_others = tree.num_nodes - tree.depth - 1
-        if not num_others or has_to_wait(logits.device) or not any(type(own) in SORTING_PROCESSORS for own in self._processors):
+        if (
+            not num_others
+            or has_to_wait(logits.device)
+            or not any(type(own) in SORTING_PROCESSORS for own in self._processors)
+        ):
             return False
         return num_others * logits.shape[-1] > MOST_SORTED
 

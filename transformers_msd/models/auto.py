@@ -60,8 +60,8 @@ class AutoDraftModel:
 
         Args:
             path_or_repo_id (`str` or `Path`):
-                Folder, or repository on the Hub: a draft of ours, of MSD, EAGLE-3, HiViS, ViSpec or DFlash as
-                published.
+                Folder, or repository on the Hub: a draft of ours, of MSD, EAGLE-3, HiViS, ViSpec, DFlash or DSpark
+                as published.
             target (`PreTrainedModel` or `PreTrainedConfig`, *optional*):
                 The target or its config, which drafts of ours do not need.
             dtype (`torch.dtype`, *optional*):

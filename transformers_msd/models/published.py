@@ -123,6 +123,33 @@ def fill_draft(draft: PreTrainedModel, weights: dict[str, torch.Tensor], folder:
     return draft.eval()
 
 
+def draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """Ids of the target that the rows of the draft's head stand for: `d2t` holds how much larger they are."""
+    if "lm_head.weight" not in weights:
+        raise ValueError(
+            f"The draft in {folder} must hold a head of its own, got no `lm_head.weight`. Copy the folder again."
+        )
+    num_tokens = len(weights["lm_head.weight"])
+    offsets, known = weights.get("d2t"), weights.get("t2d")
+    if offsets is None and num_tokens == vocab_size:
+        return torch.arange(vocab_size)
+    if offsets is None or len(offsets) != num_tokens:
+        raise ValueError(
+            f"The draft in {folder} must say by `d2t` which of the target's {vocab_size} tokens the {num_tokens} rows "
+            f"of its head are, got {'none' if offsets is None else f'{len(offsets)} of them'}. Pass the target it is "
+            "for, or copy the folder again."
+        )
+    token_ids = torch.arange(num_tokens) + offsets.long()
+    is_ordered = bool((token_ids[1:] > token_ids[:-1]).all())
+    agrees = known is None or torch.equal(known.nonzero()[:, 0], token_ids)
+    if not is_ordered or not agrees or not 0 <= int(token_ids[0]) <= int(token_ids[-1]) < vocab_size:
+        raise ValueError(
+            f"`d2t` in {folder} must hold offsets that lead to ascending tokens of the target, those of `t2d`, got "
+            f"{token_ids[:3].tolist()} to {int(token_ids[-1])} of {vocab_size}. Copy the folder again."
+        )
+    return token_ids
+
+
 def cast_weights(draft: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Give a draft's weights a dtype, and leave the frequencies of its positions as precise as they are."""
     for weight in draft.parameters():

@@ -1,5 +1,6 @@
-"""Turns published block drafts of DFlash's layout into ours."""
+"""Turns published block drafts, of DFlash's and of DSpark's layouts, into ours."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.configuration import check_target_config
-from transformers_msd.models.published import fill_draft, find_folder, read_config, read_weights, renamed
+from transformers_msd.models.published import (
+    draft_token_ids,
+    fill_draft,
+    find_folder,
+    read_config,
+    read_weights,
+    renamed,
+)
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
@@ -26,8 +34,22 @@ _TEXT_FIELDS = (
     "attention_bias",
 )
 # Settings of drafts of this family that compute something else.
-_NOT_READ = ("draft_shift", "mrope_section", "conv_kernel_size", "selector_rank")
-_WANTED = ("rope_is_neox_style",)  # or what is rotated lies in pairs
+_NOT_READ = (
+    *("attention_sink_bias", "conv_kernel_size", "draft_shift", "dspark_bonus_anchor", "enable_qwen35_gated_q_proj"),
+    *("log_snr_conditioning", "mrope_section", "selector_rank"),
+)
+# Embeddings are the target's, rotary frequencies follow from the config, what the maps say is kept as ids, and how
+# sure a draft is of each token its trees tell by their scores.
+_DROPPED = re.compile(
+    r"embed_tokens\.weight|verifier_(lm_head|norm)\.weight|confidence_head\..*|(.*\.)?rotary_emb\.inv_freq|d2t|t2d"
+)
+_NAMES = {
+    "layers.": "model.layers.",
+    "lm_head.": "head.",
+    "markov_head.markov_w1.": "edge_from.",
+    "markov_head.markov_w2.": "edge_to.",
+}
+_ROTATED = re.compile(r"layers\.\d+\.self_attn\.[qk]_(proj|norm)\.(weight|bias)")
 
 
 def is_dflash(weights: dict[str, torch.Tensor]) -> bool:
@@ -39,7 +61,11 @@ def load_dflash_checkpoint(
     path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
 ) -> BlockDraftModel:
     """
-    Load a block draft of DFlash's layout (arXiv 2602.06036), JetSpec's among them, as a draft for a target.
+    Load a block draft as a draft for a target: of the layout of DFlash (arXiv 2602.06036), JetSpec's among them, or of
+    DSpark (arXiv 2607.05147), as their makers published them or in the format of speculators.
+
+    Copies of the target's embeddings and head are dropped, and so is DSpark's confidence head; a head of fewer tokens
+    is kept. Every other tensor must have its place.
 
     Args:
         path_or_repo_id (`str` or `Path`):
@@ -51,7 +77,8 @@ def load_dflash_checkpoint(
 
     Raises:
         ValueError: If it is no such checkpoint, belongs to another target, or computes what is not supported: another
-            width than the target's, layers that see a window, convolutions or candidate selectors (DFlash 2).
+            width than the target's, layers that see a window, convolutions or candidate selectors (DFlash 2), Markov
+            heads that read more than the token before.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
@@ -63,65 +90,120 @@ def load_dflash_checkpoint(
             f"The weights in {folder} must be those of a block draft, got none named `fc` and `hidden_norm`. Load "
             "other drafts by `AutoDraftModel`."
         )
-    draft = BlockDraftModel(_draft_config(folder, published, weights, target_config))
-    return fill_draft(draft, renamed(weights, {"layers.": "model.layers."}), folder)
+    settings = _settings(published, weights)
+    draft = BlockDraftModel(_draft_config(folder, settings, weights, target_config))
+    own = {key: value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
+    vocab_size = target_config.get_text_config().vocab_size
+    if draft.head is not None:
+        own["draft_token_ids"] = token_ids = draft_token_ids(folder, weights, vocab_size)
+        if (edges := own.get("markov_head.markov_w2.weight")) is not None and len(edges) == len(token_ids):
+            own["markov_head.markov_w2.weight"] = edges.new_zeros(vocab_size, edges.shape[1])
+            own["markov_head.markov_w2.weight"][token_ids] = edges
+    elif len(own.get("lm_head.weight", ())) == vocab_size:
+        del own["lm_head.weight"]
+    if settings["rotates_pairs"]:
+        head_dim = draft.config.get_text_config().head_dim
+        own = {key: _halved(value, head_dim) if _ROTATED.fullmatch(key) else value for key, value in own.items()}
+    return fill_draft(draft, renamed(own, _NAMES), folder)
+
+
+def _halved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Put what is rotated together, two values side by side, into the two halves of each head."""
+    return torch.cat([weight.unflatten(0, (-1, head_dim))[:, start::2] for start in (0, 1)], dim=1).flatten(0, 1)
+
+
+def _settings(published: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a config says, wherever it says it, and what it leaves to its reader."""
+    own = published.get("dflash_config") or {}
+    layers = published.get("transformer_layer_config") or {}
+    settings = published | layers | own
+    scaling = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
+    scaling["rope_theta"] = scaling.get("rope_theta") or settings.get("rope_theta") or 10000.0
+    edges = weights.get("markov_head.markov_w1.weight")
+    makers = [*(published.get("architectures") or ()), settings.get("projector_type")]
+    names = " ".join(map(str, [*makers, published.get("speculators_model_type")])).lower()
+    return (
+        scaling
+        | settings
+        | {
+            "edge_rank": settings.get("markov_rank", 0 if edges is None else edges.shape[-1]),
+            "causal": any(settings.get(name) for name in ("causal_head", "causal", "dflash_query_causal")),
+            "predicts_next": bool(settings.get("sample_from_anchor", "dspark" in names or edges is not None)),
+            # Liquid's drafts do, whether their configs say it or not.
+            "rotates_pairs": not settings.get("rope_is_neox_style", "lfm" not in names),
+            "is_of_speculators": bool(layers),
+            "rope_parameters": scaling,
+        }
+    )
 
 
 def _draft_config(
-    folder: Path, published: dict[str, Any], weights: dict[str, torch.Tensor], target_config: PreTrainedConfig
+    folder: Path, settings: dict[str, Any], weights: dict[str, torch.Tensor], target_config: PreTrainedConfig
 ) -> BlockDraftConfig:
-    own, target_text = published.get("dflash_config") or {}, target_config.get_text_config()
-    size, num_layers = target_text.hidden_size, target_text.num_hidden_layers
+    target_text = target_config.get_text_config()
+    size, num_layers, vocab_size = target_text.hidden_size, target_text.num_hidden_layers, target_text.vocab_size
     theirs = {
-        "hidden_size": published.get("hidden_size"),
-        "target_hidden_size": own.get("target_hidden_size", size),
-        "num_target_layers": published.get("num_target_layers", num_layers),
+        "hidden_size": settings.get("hidden_size"),
+        "target_hidden_size": settings.get("target_hidden_size") or size,
+        "num_target_layers": settings.get("num_target_layers", num_layers),
     }
     if theirs != {"hidden_size": size, "target_hidden_size": size, "num_target_layers": num_layers}:
         raise ValueError(
             f"The draft in {folder} must be as wide as its target and made for one of as many layers, {size} and "
             f"{num_layers}, got {theirs}. Pass the target that it was trained for."
         )
-    scaling = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
-    settings = published | scaling | own
     unknown = [name for name in _NOT_READ if settings.get(name)]
-    unknown += [f"{name}=false" for name in _WANTED if not settings.get(name, True)]
+    if settings["edge_rank"] and (kind := settings.get("markov_head_type", "vanilla")) != "vanilla":
+        unknown.append(f"markov_head_type={kind}")
     if unknown:
         raise ValueError(f"A block draft must do without {', '.join(unknown)}, got {folder}, which is not supported.")
-    missing = [name for name, place in (("block_size", published), ("mask_token_id", own)) if name not in place]
+    needed = ["block_size", "mask_token_id"]
+    if settings["is_of_speculators"]:
+        needed.append("aux_hidden_state_layer_ids")
+    missing = [name for name in needed if settings.get(name) is None]
     if missing:
         raise ValueError(f"{folder / 'config.json'} must say {' and '.join(missing)}, got nothing. Copy it again.")
-    num_read = weights["fc.weight"].shape[1] // size
-    outputs = own.get("target_layer_ids")
-    if outputs is None:
-        outputs = [round(1 + place * (num_layers - 4) / max(num_read - 1, 1)) for place in range(num_read)]
-    if not all(isinstance(layer, int) and 0 <= layer < num_layers for layer in outputs):
-        raise ValueError(
-            f"The draft reads layers {outputs} of its target, got one of {num_layers}. Pass the target that it was "
-            "trained for."
-        )
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    scaling["rope_theta"] = scaling.get("rope_theta") or published.get("rope_theta") or 10000.0
     # Qwen3's layer has norms of queries and keys besides.
-    has_norms = any(key.endswith("q_norm.weight") for key in weights)
-    windows = ("layer_types", "sliding_window", "use_sliding_window") if has_norms else ()
-    text_config = (Qwen3Config if has_norms else LlamaConfig)(
-        **{name: published[name] for name in (*_TEXT_FIELDS, *windows) if published.get(name) is not None},
+    norm = next((value for key, value in weights.items() if key.endswith("q_norm.weight")), None)
+    fields = {name: settings[name] for name in _TEXT_FIELDS if settings.get(name) is not None}
+    if norm is not None:
+        windows = ("layer_types", "sliding_window", "use_sliding_window")
+        fields |= {name: settings[name] for name in windows if settings.get(name) is not None}
+        fields["head_dim"] = len(norm)
+    text_config = (LlamaConfig if norm is None else Qwen3Config)(
+        **fields,
         **special_token_ids(target_config),
-        vocab_size=target_text.vocab_size,
-        rope_parameters=scaling,
+        vocab_size=vocab_size,
+        rope_parameters=settings["rope_parameters"],
         tie_word_embeddings=False,
     )
+    known = settings.get("draft_vocab_size") or vocab_size
     return BlockDraftConfig(
         text_config=text_config,
-        # They name outputs of layers, one less.
-        feature_layers=[layer + 1 for layer in outputs],
-        block_size=published["block_size"],
-        causal=bool(own.get("causal_head") or own.get("causal")),
-        predicts_next=False,
-        mask_token_id=own["mask_token_id"],
+        feature_layers=_feature_layers(settings, weights["fc.weight"].shape[1] // size, num_layers),
+        block_size=settings["block_size"],
+        causal=settings["causal"],
+        predicts_next=settings["predicts_next"],
+        mask_token_id=settings["mask_token_id"],
+        draft_vocab_size=None if known == vocab_size else known,
+        edge_rank=settings["edge_rank"],
         visual_token_ids=visual_token_ids(target_config),
     )
+
+
+def _feature_layers(settings: dict[str, Any], num_read: int, num_layers: int) -> list[int]:
+    """Layers as `output_hidden_states` numbers them; but for speculators, configs name outputs of layers, one less."""
+    given = settings.get("aux_hidden_state_layer_ids" if settings["is_of_speculators"] else "target_layer_ids")
+    if given is None:
+        given = [round(1 + place * (num_layers - 4) / max(num_read - 1, 1)) for place in range(num_read)]
+    first = 0 if settings["is_of_speculators"] else -1  # the embeddings
+    if not all(isinstance(layer, int) and first <= layer < num_layers for layer in given):
+        raise ValueError(
+            f"The draft reads layers {given} of its target, got one of {num_layers}. Pass the target that it was "
+            "trained for."
+        )
+    return [layer - first for layer in given]
 
 
 __all__ = ["is_dflash", "load_dflash_checkpoint"]

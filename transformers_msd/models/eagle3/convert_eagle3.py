@@ -12,6 +12,7 @@ from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.published import (
     EXPORTER,
+    draft_token_ids,
     fill_draft,
     find_folder,
     read_config,
@@ -73,7 +74,7 @@ def load_eagle3_checkpoint(
             f"The weights in {folder} must be those of an EAGLE-3 draft, got none named `hidden_norm`. Load other "
             "drafts by `AutoDraftModel`."
         )
-    token_ids = _draft_token_ids(folder, weights, target_config.get_text_config().vocab_size)
+    token_ids = draft_token_ids(folder, weights, target_config.get_text_config().vocab_size)
     config = _draft_config(folder, published, weights, target_config, token_ids)
     own = {key: value for key, value in weights.items() if not _DROPPED.fullmatch(key)}
     own["draft_token_ids"] = token_ids
@@ -179,31 +180,6 @@ def _rope_parameters(published: dict[str, Any], text: dict[str, Any]) -> dict[st
         scaling["mrope_interleaved"] = trainer == ["Eagle3LlamaForCausalLM"]
         theta = theta if scaling["mrope_interleaved"] and has_axes else 10000.0
     return scaling | {"rope_theta": theta}
-
-
-def _draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """Ids of the target that the rows of the draft's head stand for: `d2t` holds how much larger they are."""
-    if "lm_head.weight" not in weights:
-        raise ValueError(f"A head of its own is needed of an EAGLE-3 draft, got no `lm_head.weight` in {folder}.")
-    num_tokens = len(weights["lm_head.weight"])
-    offsets, known = weights.get("d2t"), weights.get("t2d")
-    if offsets is None and num_tokens == vocab_size:
-        return torch.arange(vocab_size)
-    if offsets is None or len(offsets) != num_tokens:
-        raise ValueError(
-            f"The draft in {folder} must say by `d2t` which of the target's {vocab_size} tokens the {num_tokens} rows "
-            f"of its head are, got {'none' if offsets is None else f'{len(offsets)} of them'}. Pass the target it is "
-            "for, or copy the folder again."
-        )
-    token_ids = torch.arange(num_tokens) + offsets.long()
-    is_ordered = bool((token_ids[1:] > token_ids[:-1]).all())
-    agrees = known is None or torch.equal(known.nonzero()[:, 0], token_ids)
-    if not is_ordered or not agrees or not 0 <= int(token_ids[0]) <= int(token_ids[-1]) < vocab_size:
-        raise ValueError(
-            f"`d2t` in {folder} must hold offsets that lead to ascending tokens of the target, those of `t2d`, got "
-            f"{token_ids[:3].tolist()} to {int(token_ids[-1])} of {vocab_size}. Copy the folder again."
-        )
-    return token_ids
 
 
 __all__ = ["is_eagle3", "load_eagle3_checkpoint"]
