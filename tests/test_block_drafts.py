@@ -175,10 +175,10 @@ def write(folder: Path, name: str, weights: dict[str, torch.Tensor] | None = Non
     return folder
 
 
-def make_draft(target: torch.nn.Module, name: str) -> BlockDraftModel:
+def make_draft(target: torch.nn.Module, name: str, **settings: Any) -> BlockDraftModel:
     """Make a draft of ours of random weights."""
-    overrides = {"block_size": BLOCK_SIZE, "intermediate_size": INTERMEDIATE, "feature_layers": [1, -1]}
-    draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, **overrides | DESIGNS[name])).eval()
+    overrides = {"block_size": BLOCK_SIZE, "intermediate_size": INTERMEDIATE, "feature_layers": [1, -1]} | settings
+    draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, **overrides | DESIGNS.get(name, {}))).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in draft.parameters():
@@ -614,6 +614,50 @@ def test_what_would_draft_badly_in_silence_is_refused(name: str, tmp_path: Path)
         )
 
 
+ENGINES: dict[str, dict[str, Any]] = {
+    "DFlash": {"predicts_next": False},
+    "a row says the next": {},
+    "edges": {"edge_rank": 5, "num_hidden_layers": 2},
+    "edges, fewer tokens": {"edge_rank": 5, "draft_vocab_size": 40, "predicts_next": False},
+    "other layers, another base": {
+        "feature_layers": [0, -3],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e4},
+    },
+}
+
+
+def make_for_engines(name: str, target: torch.nn.Module, folder: Path) -> tuple[BlockDraftModel, Path]:
+    """Make a draft that engines can run, and write it for them; return it and where it was written."""
+    settings = {"causal": False, "reads_feature": False, "mask_token_id": MASK_ID, "feature_layers": [1, 4, 6]}
+    draft = make_draft(target, "", **settings | ENGINES[name])
+    if draft.head is not None and draft.edge_to is not None:
+        unknown = [token for token in range(VOCAB_SIZE) if token not in draft.draft_token_ids]
+        draft.edge_to.weight.data[unknown] = 0.0  # as training leaves them
+    target.save_pretrained(folder / "target")
+    export_draft(draft, "speculators", str(folder / "target"), folder / "out")
+    return draft, folder / "out"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_engines_get_is_what_was_there(name: str, tmp_path: Path) -> None:
+    target = make_deep_target("llava")
+    draft, folder = make_for_engines(name, target, tmp_path)
+    again = AutoDraftModel.from_pretrained(folder, target)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in draft.state_dict().items())
+    published = json.loads((folder / "config.json").read_text())
+    kind = "dflash" if name == "DFlash" else "dspark"
+    assert published["speculators_model_type"] == published["speculators_config"]["algorithm"] == kind
+    assert published["sample_from_anchor"] == draft.config.predicts_next
+    (proposal,) = published["speculators_config"]["proposal_methods"]
+    assert proposal["speculative_tokens"] == draft.most_levels
+    draft.tree_config = again.tree_config = TreeConfig(num_nodes=10, depth=3, top_k=3, gate=False, ngrams=False)
+    spies = [Spy(own) for own in (draft, again)]
+    for spy in spies:
+        target.generate(**make_inputs("llava", (1,)), assistant_model=spy, max_new_tokens=12, do_sample=False)
+    for ours, theirs in zip(*(spy.trees for spy in spies), strict=True):
+        assert_same_trees(ours, theirs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dflash", "dspark"])
 @pytest.mark.parametrize("num_known", [NUM_KNOWN, VOCAB_SIZE])
@@ -654,27 +698,45 @@ def test_drafts_that_speculators_saved_are_read_as_by_itself(kind: str, num_know
     ours = AutoDraftModel.from_pretrained(tmp_path / "draft", target)
     assert ours.config.predicts_next == (kind == "dspark")
 
-    place, states = 9, random_weights(generator, 1, 9, 3 * HIDDEN)
+    assert_same_as_of_speculators(theirs, ours, target)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_speculators_own_reader_sees_the_same_block(name: str, tmp_path: Path) -> None:
+    speculators = pytest.importorskip("speculators")
+    target = make_deep_target("llava")
+    draft, folder = make_for_engines(name, target, tmp_path)
+    config = speculators.SpeculatorModelConfig.from_pretrained(folder)
+    config.transformer_layer_config._attn_implementation = "eager"
+    theirs = speculators.SpeculatorModel.from_pretrained(folder, config=config).eval()
+    assert theirs.target_layer_ids == [layer % (NUM_LAYERS + 1) for layer in draft.feature_layers]
+    assert_same_as_of_speculators(theirs, draft, target)
+
+
+@torch.no_grad()
+def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: torch.nn.Module) -> None:
+    """Compare what two drafts say of a block, one of them speculators' own model."""
+    place, states = 9, random_weights(torch.Generator().manual_seed(3), 1, 9, theirs.fc.in_features)
     ids = torch.full((1, BLOCK_SIZE), MASK_ID).index_fill(1, torch.tensor([0]), 7)
     rows, read = theirs.embed_tokens(ids), theirs.hidden_norm(theirs.fc(states))
     rotation = theirs.rotary_emb(rows, torch.arange(place + BLOCK_SIZE)[None])
+    table = target.get_input_embeddings().weight
+    block = ours.block(table[7][None], ours.fuse(states[:, -1]), ours.most_levels, table[MASK_ID])
     for layer in theirs.layers:
         rows = layer(hidden_states=rows, target_hidden=read, attention_mask=None, position_embeddings=rotation)
-    expected = theirs.lm_head(theirs.norm(rows))
-    sees = torch.zeros(1, 1, BLOCK_SIZE, place + BLOCK_SIZE)
-    block = ours.block(
-        theirs.embed_tokens.weight[7][None],
-        ours.fuse(states[:, -1]),
-        ours.most_levels,
-        theirs.embed_tokens.weight[MASK_ID],
-    )
     found = ours(
-        block, sees, torch.arange(place, place + BLOCK_SIZE)[None], ours.fuse(states), torch.arange(place)[None]
+        block,
+        torch.zeros(1, 1, BLOCK_SIZE, place + BLOCK_SIZE),
+        torch.arange(place, place + BLOCK_SIZE)[None],
+        ours.fuse(states),
+        torch.arange(place)[None],
     ).last_hidden_state
     own = ours.own_logits(found) if ours.head is not None else found @ target.get_output_embeddings().weight.T
-    torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
-    if kind == "dspark":
-        bias = theirs.markov_head.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=rows[:, :1])[0]
+    torch.testing.assert_close(own, theirs.lm_head(theirs.norm(rows)), atol=1e-4, rtol=1e-4)
+    markov = getattr(theirs, "markov_head", None)
+    assert (markov is None) == (ours.edge_to is None)
+    if markov is not None:
+        bias = markov.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=rows[:, :1])[0]
         tokens = ours.draft_token_ids if ours.head is not None else torch.arange(VOCAB_SIZE)
         torch.testing.assert_close(ours.edge_scores(torch.tensor([[7]]), tokens[None])[0], bias)
 
@@ -705,7 +767,11 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
         draft.check_target(target)
     target.save_pretrained(tmp_path / "target")
     draft.config.feature_layers = [1, -1]
-    with pytest.raises(ValueError, match="got BlockDraftModel, which is not written for engines"):
-        export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
+    of_its_own = "rows that read the feature .*, rows that see those before them alone .*, a mask of its own"
+    for layout, lost in (("speculators", f"lose {of_its_own}"), ("sglang", "of EAGLE-3 or MSD, got a block")):
+        draft.config.reads_feature = True
+        with pytest.raises(ValueError, match=lost):
+            export_draft(draft, layout, str(tmp_path / "target"), tmp_path / "out")
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     with pytest.raises(ValueError, match="`inputs_embeds` must have shape"):
         draft(torch.zeros(1, 2, 5), torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, dtype=torch.long))

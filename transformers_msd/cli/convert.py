@@ -19,8 +19,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Turn a published checkpoint of MSD, EAGLE-3, HiViS, ViSpec, DFlash or DSpark, or a draft folder, "
         "into a draft folder. With --draft_vocab_size one that uses the target's head gets a head of its own for the "
         "tokens that the target says most, where that pays. With --to it is written as an engine reads it: "
-        "`speculators` (vLLM) takes EAGLE-3; `sglang` takes EAGLE-3, and MSD for targets without pictures. What would "
-        "be lost is told, and then nothing is written.",
+        "`speculators` (vLLM) takes EAGLE-3 and blocks as others publish them; `sglang` takes EAGLE-3, and MSD for "
+        "targets without pictures. What would be lost is told, and then nothing is written.",
     )
     parser.add_argument("checkpoint", help="folder or Hub repository of the published checkpoint, or of a draft")
     parser.add_argument("--target_model", required=True, help="folder or Hub repository of the target")

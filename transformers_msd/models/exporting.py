@@ -11,18 +11,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.models.block.export_block import block_config, block_weights
 from transformers_msd.models.block.modeling_block import BlockDraftModel
-from transformers_msd.models.eagle3.export_eagle3 import (
-    eagle3_weights,
-    layers_read,
-    sglang_config,
-    speculators_config,
-)
+from transformers_msd.models.eagle3.export_eagle3 import eagle3_weights, sglang_config, speculators_config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.export_msd import msd_config, msd_weights
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.published import EXPORTER, check_kept
+from transformers_msd.models.published import EXPORTER, check_kept, layers_read
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.models.weights import read_embeddings, shapes_of
 from transformers_msd.traits.scales import scales_embeddings, wants_scales
@@ -46,7 +42,7 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
     Write a draft in a layout that engines read. It is loaded again before anything is left in `output`.
 
     Args:
-        draft ([`MSDDraftModel`] or [`Eagle3DraftModel`]):
+        draft ([`MSDDraftModel`], [`Eagle3DraftModel`] or [`BlockDraftModel`]):
             The draft.
         layout (`str`):
             `"speculators"`, which vLLM reads, or `"sglang"`, which is SpecForge's for EAGLE-3 and EAGLE's for MSD.
@@ -60,10 +56,10 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    if isinstance(draft, BlockDraftModel | HiViSDraftModel | ViSpecDraftModel):
+    if isinstance(draft, HiViSDraftModel | ViSpecDraftModel):
         raise ValueError(
-            f"`draft` must be one of EAGLE-3 or MSD, got {type(draft).__name__}, which is not written for engines. "
-            "Keep it in our own layout."
+            f"`draft` must be one of EAGLE-3, MSD or a block, got {type(draft).__name__}, which is not written for "
+            "engines. Keep it in our own layout."
         )
     target_config = AutoConfig.from_pretrained(target_model)
     draft.check_target(target_config)
@@ -98,15 +94,24 @@ def _parts(
     shapes: PreTrainedModel,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Make the config and the weights that a layout holds."""
+    is_scaled = scales_embeddings(shapes) or wants_scales(shapes)
+    scaled = {"the scales of the target's embeddings and logits": is_scaled}
     if isinstance(draft, MSDDraftModel):
         if layout != "sglang":
             raise ValueError(
                 f"`{layout}` must be given an EAGLE-3 draft, got one of MSD, for which it has no format. Write it for "
                 "`sglang`, or keep it in our own layout."
             )
-        is_scaled = scales_embeddings(shapes) or wants_scales(shapes)
-        check_kept(layout, {"the scales of the target's embeddings and logits": is_scaled})
+        check_kept(layout, scaled)
         return msd_config(draft, target_config), msd_weights(draft)
+    if isinstance(draft, BlockDraftModel):
+        if layout != "speculators":
+            raise ValueError(
+                f"`{layout}` must be given a draft of EAGLE-3 or MSD, got a block. Write it for `speculators`, or "
+                "keep it in our own layout."
+            )
+        check_kept(layout, scaled)
+        return block_config(draft, target_model, target_config), block_weights(draft)
     assert isinstance(draft, Eagle3DraftModel)
     losses = {
         "the scale of the target's embeddings": scales_embeddings(shapes) and not draft.config.own_embeddings,

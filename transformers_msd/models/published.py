@@ -19,6 +19,7 @@ from transformers_msd.models.weights import read_weight_map
 
 # What we write ourselves names us as `exported_by`, and means what it says.
 EXPORTER = "transformers-msd"
+_SPECULATORS_VERSION = "0.9.0"  # whose keys they are
 _LAYER_FIELDS = (
     "model_type",
     "vocab_size",
@@ -217,3 +218,50 @@ def check_kept(layout: str, losses: dict[str, bool]) -> None:
             f"A draft must be one that `{layout}` can hold, got one of which it would lose {', '.join(lost)}. Keep it "
             "in our own layout, or train one without."
         )
+
+
+def layers_read(draft: Any, target_config: PreTrainedConfig) -> list[int]:
+    """List the hidden states that a draft reads, counted from the target's embeddings on."""
+    return [layer % (target_config.get_text_config().num_hidden_layers + 1) for layer in draft.feature_layers]
+
+
+def reads_last(draft: Any, target_config: PreTrainedConfig) -> bool:
+    """Tell whether a draft reads the target's last hidden state, which stands behind a norm."""
+    return target_config.get_text_config().num_hidden_layers in layers_read(draft, target_config)
+
+
+def token_maps(token_ids: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Lead from the tokens of a draft, the ascending `token_ids` of its target, to the target's and back."""
+    return {
+        "d2t": token_ids - torch.arange(len(token_ids), device=token_ids.device),
+        "t2d": torch.isin(torch.arange(vocab_size, device=token_ids.device), token_ids),
+    }
+
+
+def speculators_fields(
+    algorithm: str, num_tokens: int, target_model: str, target_config: PreTrainedConfig
+) -> dict[str, Any]:
+    """
+    Say in the format of speculators how a draft is used.
+
+    Args:
+        algorithm (`str`):
+            What it calls the kind of draft.
+        num_tokens (`int`):
+            Tokens to draft in a round.
+        target_model (`str`):
+            Folder or Hub repository of the target, by which the engines find it.
+        target_config (`PreTrainedConfig`):
+            Its config.
+    """
+    proposal = {"proposal_type": "greedy", "speculative_tokens": num_tokens}
+    return {
+        "speculators_model_type": algorithm,
+        "speculators_version": _SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
+            "verifier": {"name_or_path": target_model, "architectures": target_config.architectures or []},
+        },
+    }

@@ -6,11 +6,19 @@ import torch
 from transformers import PreTrainedConfig
 
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.published import check_kept, layer_fields, llama_losses, renamed, rope_fields
+from transformers_msd.models.published import (
+    check_kept,
+    layer_fields,
+    layers_read,
+    llama_losses,
+    reads_last,
+    renamed,
+    rope_fields,
+    speculators_fields,
+    token_maps,
+)
 
 
-# What the keys below were read in.
-_SPECULATORS_VERSION = "0.9.0"
 _NAMES = {
     "speculators": {"model.layers.": "layers.", "head.": "lm_head."},
     "sglang": {"model.layers.0.": "midlayer.", "head.": "lm_head."},
@@ -31,8 +39,7 @@ def eagle3_weights(draft: Eagle3DraftModel, layout: str) -> dict[str, torch.Tens
     token_ids, vocab_size = weights.pop("draft_token_ids"), draft.config.get_text_config().vocab_size
     # speculators has no place for a map where all tokens are drafted.
     if layout == "sglang" or len(token_ids) < vocab_size:
-        weights["d2t"] = token_ids - torch.arange(len(token_ids), device=token_ids.device)
-        weights["t2d"] = torch.isin(torch.arange(vocab_size, device=token_ids.device), token_ids)
+        weights |= token_maps(token_ids, vocab_size)
     return weights
 
 
@@ -59,26 +66,12 @@ def speculators_config(draft: Eagle3DraftModel, target_model: str, target_config
             f"layers of {text_config.model_type}": text_config.model_type not in ("llama", "qwen3"),
             "another width than the target's": draft.config.target_hidden_size != text_config.hidden_size,
             "biases of the MLP": getattr(text_config, "mlp_bias", False),
-            "hidden states behind the target's last norm": max(layers) == _num_layers(target_config),
+            "hidden states behind the target's last norm": reads_last(draft, target_config),
         },
     )
     return {
+        **speculators_fields("eagle3", draft.tree_config.depth, target_model, target_config),
         "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": _SPECULATORS_VERSION,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": draft.tree_config.depth,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "verifier": {"name_or_path": target_model, "architectures": target_config.architectures or []},
-        },
         "transformer_layer_config": layer_fields(text_config) | _rope_fields(draft),
         "draft_vocab_size": draft.head.out_features,
         "target_hidden_size": draft.config.target_hidden_size,
@@ -120,7 +113,7 @@ def sglang_config(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> d
             # It puts the target's in their place, wherever these fit.
             "its own embeddings": config.own_embeddings and config.target_hidden_size == text_config.hidden_size,
             "the target's embeddings, read as hidden states": min(layers) == 0,
-            "hidden states behind the target's last norm": max(layers) == _num_layers(target_config),
+            "hidden states behind the target's last norm": reads_last(draft, target_config),
         },
     )
     return {
@@ -143,18 +136,9 @@ def sglang_config(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> d
     }
 
 
-def layers_read(draft: Eagle3DraftModel, target_config: PreTrainedConfig) -> list[int]:
-    """List the hidden states that a draft reads, counted from the target's embeddings on."""
-    return [layer % (_num_layers(target_config) + 1) for layer in draft.feature_layers]
-
-
-def _num_layers(target_config: PreTrainedConfig) -> int:
-    return target_config.get_text_config().num_hidden_layers
-
-
 def _rope_fields(draft: Eagle3DraftModel) -> dict[str, Any]:
     config = draft.config
     return rope_fields(config.get_text_config(), config.mrope_section, config.mrope_interleaved)
 
 
-__all__ = ["eagle3_weights", "layers_read", "sglang_config", "speculators_config"]
+__all__ = ["eagle3_weights", "sglang_config", "speculators_config"]
