@@ -206,6 +206,27 @@ def test_deepspeed_leaves_the_curve(world, make_recipe, unbroken, stage):
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5)  # of steps of 3e-3
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_deepspeed_leaves_the_curves_of_other_kinds(world, kind, stage):
+    make_recipe, own = OTHER_KINDS[kind]
+    settings = SHORT_CURVE | own
+    unbroken = run(world, f"{kind}_alone", make_recipe, **settings)
+    name = f"{kind}_zero{stage}"
+    halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    path = write_recipe(world, name, make_recipe, **settings | halves | {"save_strategy": "steps", "save_steps": 2})
+    command = ["-m", "transformers_msd.cli", "train", "--config", str(path), "--mixed_precision", "no"]
+    command += ["--accelerate_config", f"training/accelerate_configs/zero{stage}.yaml"]
+    finish(launch([*command, "--num_processes", "2", "--main_process_port", "0"]))
+    state = json.loads((world / name / "checkpoint-2/trainer_state.json").read_text())
+    torch.testing.assert_close(curve(state["log_history"]), curve(unbroken.state.log_history), **TOLERANCE)
+    saved, expected = (load_file(world / folder / "model.safetensors") for folder in (name, f"{kind}_alone"))
+    assert saved.keys() == expected.keys()
+    for key, weight in expected.items():
+        torch.testing.assert_close(saved[key], weight, rtol=0, atol=1e-4)  # of steps of 3e-3
+
+
 def test_full_disk_leaves_no_half_checkpoint(world):
     settings = CURVE | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -102,18 +102,19 @@ def predict_blocks(
         embed = target.get_input_embeddings()
         mask_embed = scales_of(target).of_embeddings(embed(torch.tensor([mask_id], device=token_ids.device)))[0]
     fused, roots = fuse(features), take_rows(rows.inputs_embeds, anchors)
-    # (batch_size, num_blocks, size, hidden_size)
-    blocks = draft.block(roots, take_rows(fused, anchors), num_levels, mask_embed)
-    size = blocks.shape[2]
+    size = draft.config.block_size
     places = torch.arange(1, size + 1, device=anchors.device)
     hidden = model(
-        inputs_embeds=blocks.flatten(1, 2),
+        inputs_embeds=roots,
         attention_mask=block_attention_mask(kept, anchors, draft.visible(size, anchors.device), features.dtype),
         position_ids=(rows.position_ids.gather(1, anchors)[..., None] + places).flatten(1),
         features=fused,
         feature_positions=rows.position_ids,
+        # Made inside: where weights are sharded they are whole there alone.
+        block_features=take_rows(fused, anchors),
+        mask_embed=mask_embed,
     ).last_hidden_state
-    predicted = draft.levels(hidden.unflatten(1, blocks.shape[1:3]), num_levels)
+    predicted = draft.levels(hidden.unflatten(1, (-1, size)), num_levels)
     # A level teaches where all tokens before it are the assistant's, too.
     following = anchors[..., None] + torch.arange(num_levels, device=anchors.device)
     inside = following < rows.supervised.shape[1]

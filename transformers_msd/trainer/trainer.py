@@ -165,7 +165,7 @@ class MSDTrainer(DraftTrainer):
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         """Return what turns rows, and vectors of the tokens before behind them, into logits, and its tokens."""
         head, token_ids = self._own_head(draft) or (None, None)
-        size = draft.norm.weight.numel()
+        size = draft.config.get_text_config().hidden_size
 
         def with_edges(rows: torch.Tensor) -> torch.Tensor:
             own = rows[..., :size]

@@ -196,13 +196,16 @@ class BlockDraftModel(FeatureDraftModel):
         features: torch.Tensor | None = None,
         feature_positions: torch.Tensor | None = None,
         cache: Cache | None = None,
+        block_features: torch.Tensor | None = None,
+        mask_embed: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """
         Say the tokens of blocks.
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-                What [`BlockDraftModel.block`] makes, of one block or several, one behind the other.
+                What [`BlockDraftModel.block`] makes, of one block or several, one behind the other; or, with
+                `block_features`, embeddings of the tokens that blocks begin with, a row each.
             attention_mask (`torch.Tensor` of shape `(batch_size, 1, num_rows, past_length + num_rows)`):
                 Additive float mask over the cache and these rows.
             position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
@@ -213,6 +216,8 @@ class BlockDraftModel(FeatureDraftModel):
                 Their places.
             cache (`Cache`, *optional*):
                 What is known of the target. The rows of the blocks are added to it.
+            block_features, mask_embed (`torch.Tensor`, *optional*):
+                What [`BlockDraftModel.block`] makes whole blocks of with them: the other tensors are about its rows.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`]: Of each row what a head reads.
@@ -223,6 +228,8 @@ class BlockDraftModel(FeatureDraftModel):
                 f"`inputs_embeds` must have shape `(batch_size, num_rows, {size})`, got {tuple(inputs_embeds.shape)}. "
                 "Pass what `block` makes of embeddings of the target this draft was made for."
             )
+        if block_features is not None:
+            inputs_embeds = self.block(inputs_embeds, block_features, self.config.num_levels, mask_embed).flatten(1, 2)
         cache = DynamicCache(config=self.config.get_text_config()) if cache is None else cache
         if features is not None:
             self.remember(features, feature_positions, cache)
