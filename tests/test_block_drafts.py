@@ -53,7 +53,9 @@ OF_SPECULATORS = {
 LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
     "DFlash": (SIZES | {"dflash_config": {"mask_token_id": MASK_ID}}, 2, NORMS, [2, 4, 6]),
     "DFlash, layers named": (
-        SIZES | {"dflash_config": {"mask_token_id": MASK_ID, "target_layer_ids": [0, 3, 7]}},
+        SIZES
+        | {"block_size": None}
+        | {"dflash_config": {"mask_token_id": MASK_ID, "target_layer_ids": [0, 3, 7], "block_size": BLOCK_SIZE}},
         1,
         NORMS,
         [1, 4, 8],
