@@ -1,6 +1,7 @@
 """Any name of a draft gives what `generate` takes: one on features by its kind, a model of its own in a drafter."""
 
 import copy
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from zoo import make_draft_model, make_target
 
 from transformers_msd import (
+    BlockDraftConfig,
     BlockDraftModel,
     Eagle3DraftModel,
     HiViSDraftModel,
@@ -24,7 +26,11 @@ from transformers_msd import (
     ViSpecDraftModel,
     VLMDrafter,
 )
+from transformers_msd.cli import main
 from transformers_msd.drafters.loading import load_assistant
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -71,3 +77,29 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     save_file({name: value for name, value in weights.items() if "q_proj" not in name}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="must be those of its config, got none for .*q_proj"):
         load_assistant(str(tmp_path), make_target("llama"))
+
+
+COMMANDS = {
+    "bench": "--draft_models DRAFT --output out",
+    "tune": "--draft_model DRAFT",
+    "trace": "--draft_model DRAFT --output trace.html",
+    "generate-data": "--draft_model DRAFT --datasets rows --output out",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_draft_of_another_target_is_told_before_the_target_is_read(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_target("llava").config.save_pretrained("target")  # it has no weights
+    processor = ROOT / "training/tiny_world/checkpoints/target"
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copy(processor / name, "target")
+    target = make_deep_target("llava")
+    draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, feature_layers=[2, 5]))
+    draft.save_pretrained("draft")
+    arguments = [command, "--target_model", "target", *COMMANDS[command].replace("DRAFT", "draft").split()]
+    with pytest.raises(SystemExit, match="reads hidden states .2, 5. of its target, got one of 2 layers"):
+        main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "target"]

@@ -20,7 +20,7 @@ from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.bench.settling import TOLERANCE, Settling, unsettled
 from transformers_msd.bench.summary import summarize
 from transformers_msd.compat import attention_of
-from transformers_msd.drafters.loading import load_draft
+from transformers_msd.drafters.loading import check_fits, load_draft
 from transformers_msd.models.places import check_place
 from transformers_msd.trainer.loading import encode_prompts, load_processor
 from transformers_msd.traits.sizes import num_bytes_per_step
@@ -176,6 +176,7 @@ def _prepare(
     check_place(arguments.target_model, "target_model")
     for path in arguments.draft_models:
         check_place(path, "draft_models")
+        check_fits(path, arguments.target_model)
     processor = load_processor(arguments.target_model)
     prompts = load_prompts(arguments, AutoConfig.from_pretrained(arguments.target_model))
     target = load_model(arguments.target_model, arguments.dtype, device)

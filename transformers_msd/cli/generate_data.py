@@ -7,7 +7,7 @@ from transformers import ProcessorMixin
 
 from transformers_msd import attach
 from transformers_msd.cli.options import positive
-from transformers_msd.drafters.loading import load_assistant
+from transformers_msd.drafters.loading import check_fits, load_assistant
 from transformers_msd.models.places import check_place
 
 
@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd.trainer.rows import load_rows
 
     if arguments.draft_model is not None:
-        check_place(arguments.draft_model, "draft_model")
+        for name in ("target_model", "draft_model"):
+            check_place(getattr(arguments, name), name)
+        check_fits(arguments.draft_model, arguments.target_model)
     keep_bars_out_of_logs()
     settings = GenerationSettings(
         batch_size=arguments.batch_size,

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from transformers_msd import NgramDrafter, speculative_trace
 from transformers_msd.cli.options import positive
-from transformers_msd.drafters.loading import load_assistant
+from transformers_msd.drafters.loading import check_fits, load_assistant
 from transformers_msd.models.places import check_place
 from transformers_msd.traits.support import is_multimodal
 
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"`image` must be a picture's file, got {str(arguments.image)!r}, where nothing is.")
     if not arguments.output.absolute().parent.is_dir():
         raise ValueError(f"`output` must be a file in a folder that exists, got {arguments.output}. Make the folder.")
+    if arguments.draft_model is not None:
+        check_fits(arguments.draft_model, arguments.target_model)
     keep_bars_out_of_logs()
     sees = is_multimodal(AutoConfig.from_pretrained(arguments.target_model))
     messages, pictures = _ask(arguments.prompt, arguments.image, sees)

@@ -9,7 +9,7 @@ from transformers_msd import VLMDrafter
 from transformers_msd.cli.options import positive
 from transformers_msd.costs.calibration import conditions, costs_path, read_costs, save_costs
 from transformers_msd.costs.rounds import Costs
-from transformers_msd.drafters.loading import is_published, load_draft
+from transformers_msd.drafters.loading import check_fits, is_published, load_draft
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.places import check_place
 from transformers_msd.tuning import MAX_PASSES, NUM_PASSES, SIZES, TOLERANCE, measure_costs, num_calls
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.show or arguments.forget:
         _look(arguments, torch.device(device))
         return
+    check_fits(arguments.draft_model, arguments.target_model)
     target = load_model(arguments.target_model, arguments.dtype, device)
     draft = load_draft(arguments.draft_model, target)
     assistant = draft if isinstance(draft, FeatureDraftModel) else VLMDrafter(draft)

@@ -33,6 +33,21 @@ def is_published(name: str) -> bool:
     )
 
 
+def check_fits(draft_model: str, target_model: str) -> None:
+    """
+    Raise a `ValueError` if a draft of ours is not for a target, by their configs: no weight of the target is read.
+
+    Args:
+        draft_model (`str`):
+            Folder, or repository on the Hub; of what is no draft of ours nothing is said.
+        target_model (`str`):
+            Folder or Hub repository of the target.
+    """
+    kind = OURS.get(read_config(find_folder(draft_model)).get("model_type"))
+    if kind is not None:
+        kind.config_class.from_pretrained(draft_model).check_target(AutoConfig.from_pretrained(target_model))
+
+
 def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
     """
     Load a draft for a target, in its dtype and on its device: one that reads its features, whoever published it, or a
