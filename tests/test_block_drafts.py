@@ -565,6 +565,12 @@ OTHERS: dict[str, tuple[str, dict[str, torch.Tensor] | None, dict[str, Any], str
         {},
         "missing .'edge_from.weight', 'edge_to.weight'",
     ),
+    "a last layer that is not normed": (
+        "DSpark",
+        None,
+        {"target_layer_ids": [0, 3, 7]},
+        "must do without the last layer before the target's norm",
+    ),
     "a block that counts its anchor": ("DSpark", None, {"dspark_bonus_anchor": True}, "without dspark_bonus_anchor"),
     "layers that nobody named": (
         "DFlash of speculators",

@@ -156,6 +156,9 @@ def _draft_config(
     unknown = [name for name in _NOT_READ if settings.get(name)]
     if settings["edge_rank"] and (kind := settings.get("markov_head_type", "vanilla")) != "vanilla":
         unknown.append(f"markov_head_type={kind}")
+    layers = _feature_layers(settings, weights["fc.weight"].shape[1] // size, num_layers)
+    if num_layers in layers and settings["predicts_next"]:  # DSpark's are trained on what its layers put out
+        unknown.append("the last layer before the target's norm")
     if unknown:
         raise ValueError(f"A block draft must do without {', '.join(unknown)}, got {folder}, which is not supported.")
     needed = ["block_size", "mask_token_id"]
@@ -181,7 +184,7 @@ def _draft_config(
     known = settings.get("draft_vocab_size") or vocab_size
     return BlockDraftConfig(
         text_config=text_config,
-        feature_layers=_feature_layers(settings, weights["fc.weight"].shape[1] // size, num_layers),
+        feature_layers=layers,
         block_size=settings["block_size"],
         causal=settings["causal"],
         predicts_next=settings["predicts_next"],
