@@ -88,11 +88,11 @@ class DraftModel(Target):
     def pause(self) -> None:
         """End a call: what remains are tensors and settings, from which another can go on."""
         self.room.leave(trims=False)
-        self.model = self.room = self._captures = None
+        self.model = self.room = self._captures = self._table = None
 
     def resume(self, model: PreTrainedModel, lengths: torch.Tensor, captures: Captures | None) -> None:
         """Go on in another call from so many settled columns `(batch_size,)` of each sequence."""
-        self.model, self._captures = model, captures
+        self.model, self._table, self._captures = model, model.get_input_embeddings(), captures
         self._open_room(lengths, lengths.tolist())
 
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
