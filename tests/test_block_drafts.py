@@ -70,6 +70,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
     "DSpark": (
         SIZES
         | {"architectures": ["Qwen3DSparkModel"], "mask_token_id": MASK_ID, "target_layer_ids": [-1, 3, 6]}
+        | dict.fromkeys(
+            ("rope_is_neox_style", "sample_from_anchor", "draft_vocab_size", "num_target_layers")
+        )  # as null
         | {"markov_rank": 5, "markov_head_type": "vanilla", "enable_confidence_head": True},
         2,
         NORMS,
@@ -142,7 +145,7 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
         }
         shapes |= {f"layers.{layer}.self_attn.{norm}.weight": (HEAD_DIM,) for norm in norms}
     published = LAYOUTS[name][0]
-    num_known, rank = published.get("draft_vocab_size", VOCAB_SIZE), 5 if "DSpark" in name else 0
+    num_known, rank = (published.get("draft_vocab_size") or VOCAB_SIZE), 5 if "DSpark" in name else 0
     if rank:
         shapes |= {
             "markov_head.markov_w1.weight": (VOCAB_SIZE, rank),
@@ -213,7 +216,7 @@ class Independent:
             published, self.num_layers, norms, _ = LAYOUTS[name]
             self.weights, own = make_weights(name), published.get("dflash_config", {})
             self.causal = own.get("causal_head") or own.get("causal") or False
-            self.shifted = published.get("sample_from_anchor", "DSpark" in name)
+            self.shifted = "DSpark" in name and published.get("sample_from_anchor") is not False
             self.eps, self.theta = 1e-5, 1e4 if name == "DFlash of a Llama" else 2e4
             self.heads, self.has_norms = (NUM_HEADS, NUM_SHARED, HEAD_DIM), bool(norms)
         else:
@@ -226,7 +229,7 @@ class Independent:
         # Tokens that a head knows, and what a token adds to the scores of these.
         self.tokens, self.head, self.edges = torch.arange(VOCAB_SIZE), None, None
         if name in LAYOUTS:
-            if (num_known := published.get("draft_vocab_size", VOCAB_SIZE)) != VOCAB_SIZE:
+            if (num_known := (published.get("draft_vocab_size") or VOCAB_SIZE)) != VOCAB_SIZE:
                 self.tokens, self.head = known_tokens(num_known), self.weights["lm_head.weight"]
             if "DSpark" in name:
                 self.edges = [self.weights[f"markov_head.markov_w{number}.weight"] for number in (1, 2)]

@@ -116,7 +116,7 @@ def _settings(published: dict[str, Any], weights: dict[str, torch.Tensor]) -> di
     """What a config says, wherever it says it, and what it leaves to its reader."""
     own = published.get("dflash_config") or {}
     layers = published.get("transformer_layer_config") or {}
-    settings = published | layers | own
+    settings = {name: value for name, value in (published | layers | own).items() if value is not None}
     scaling = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_theta"] = scaling.get("rope_theta") or settings.get("rope_theta") or 10000.0
