@@ -51,7 +51,6 @@ TREES = {
 }
 UNSURE_CUT = "cut where unsure (Spec-LLaVA)"
 COST_AWARE = "sized by what rounds cost"
-NUM_PROMPTS = 20  # of a kind
 
 
 def costs_in(home: str) -> AbstractContextManager:
@@ -124,14 +123,14 @@ def compare(
     }
 
 
-def prompts_of(world: str, processor: LlavaProcessor, folder: Path | None) -> list[BatchFeature]:
+def prompts_of(world: str, processor: LlavaProcessor, folder: Path | None, num_prompts: int) -> list[BatchFeature]:
     """Encode the prompts of a world, those of one kind behind those of another."""
     if world == "real":
-        texts = [turns[0] for kind in TEXTS for turns in asked(folder, kind, NUM_PROMPTS // len(TEXTS))]
+        texts = [turns[0] for kind in TEXTS for turns in asked(folder, kind, num_prompts // len(TEXTS))]
         rows = [{"messages": [turn("user", said)], "images": []} for said in texts]
-        rows += [row for row in evaluation_prompts(NUM_PROMPTS) if row["group"] == "image"]
+        rows += [row for row in evaluation_prompts(num_prompts) if row["group"] == "image"]
     else:
-        kinds = tiny_prompts() if world == "tiny" else glyph_world.prompts_by_kind(NUM_PROMPTS)
+        kinds = tiny_prompts(num_prompts) if world == "tiny" else glyph_world.prompts_by_kind(num_prompts)
         rows = [row for prompts in kinds.values() for row in prompts]
     return [encode_prompts(processor, [row]) for row in rows]
 
@@ -143,6 +142,9 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, default=DRAFT_CHECKPOINT)
     parser.add_argument("--draft_vlm", type=Path, help="of the tiny world the shipped one")
     parser.add_argument("--prompts", type=Path, help="of the real LLaVA, as for `training.real_llava.measure`")
+    parser.add_argument(
+        "--num_prompts", type=int, default=20, help="of a kind, text and pictures; of the real LLaVA at least 5"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--output", type=Path, help="docs/trees_WORLD.json by default")
     arguments = parser.parse_args()
@@ -153,13 +155,15 @@ def main() -> None:
     if draft_vlm is not None:
         small = LlavaForConditionalGeneration.from_pretrained(draft_vlm, dtype=torch.float32).eval()
         drafters["a small VLM"] = VLMDrafter(small)
-    prompts = prompts_of(arguments.world, processor, arguments.prompts)
+    prompts = prompts_of(arguments.world, processor, arguments.prompts, arguments.num_prompts)
     results: dict[str, Any] = {"hardware": hardware(target.device)}
+    output = arguments.output or DOCS / f"trees_{arguments.world}.json"
     for name, drafter in drafters.items():
         for mode in arguments.modes:
             settings = MODES[mode]
             found = compare(target, drafter, prompts, settings | {"max_new_tokens": 100})
             results[f"{name}, {mode}"] = found
+            output.write_text(json.dumps(results, indent=1) + "\n")
             print(f"\n| {name}, {mode} | drafted | τ | speed-up | equal |\n|---|---|---|---|---|")
             for tree, row in found.items():
                 print(
@@ -167,8 +171,6 @@ def main() -> None:
                     f"| {row['equal']} of {row['prompts']} |",
                     flush=True,
                 )
-    output = arguments.output or DOCS / f"trees_{arguments.world}.json"
-    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def tiny_dataset(shares_of_pictures: list[float], seed: int) -> Dataset:
     return Dataset.from_list(made, features=FEATURES)
 
 
-def tiny_prompts() -> dict[str, list[dict]]:
+def tiny_prompts(num_prompts: int = NUM_PROMPTS) -> dict[str, list[dict]]:
     """Held-out prompts of the tiny world, of text and of one picture."""
-    asked = evaluation_prompts(NUM_PROMPTS)
+    asked = evaluation_prompts(num_prompts)
     groups = {"text": "text", "pictures": "image"}
     return {kind: [prompt for prompt in asked if prompt["group"] == group] for kind, group in groups.items()}
 
