@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,26 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
         (),
         [2, 4, 6],
     ),
+    "DFlash, windows": (
+        SIZES
+        | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "use_sliding_window": True}
+        | {"dflash_config": {"mask_token_id": MASK_ID}},
+        2,
+        NORMS,
+        [2, 4, 6],
+    ),
+    "DFlash 2": (
+        SIZES
+        | {"architectures": ["DFlash2DraftModel"], "is_causal": False, "layer_types": ["sliding_attention"] * 2}
+        | {"sliding_window": 4, "use_sliding_window": True}
+        | {
+            "dflash_config": {"mask_token_id": MASK_ID, "conv_kernel_size": 2, "conv_group_size": 8}
+            | {"selector_rank": 5, "selector_top_k": 16, "target_layer_ids": [1, 3, 5], "input_embedding_scale": 0.5}
+        },
+        2,
+        NORMS,
+        [2, 4, 6],
+    ),
     "DSpark": (
         SIZES
         | {"architectures": ["Qwen3DSparkModel"], "mask_token_id": MASK_ID, "target_layer_ids": [-1, 3, 6]}
@@ -90,6 +111,14 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
         OF_SPECULATORS
         | {"architectures": ["DFlashDraftModel"], "speculators_model_type": "dflash", "draft_vocab_size": NUM_KNOWN},
         2,
+        NORMS,
+        [2, 4, 5],
+    ),
+    "DFlash 2 of speculators": (
+        OF_SPECULATORS
+        | {"architectures": ["DFlash2DraftModel"], "speculators_model_type": "dflash2", "draft_vocab_size": VOCAB_SIZE}
+        | {"conv_kernel_size": 3, "conv_group_size": 4, "selector_rank": 5, "selector_top_k": 16},
+        1,
         NORMS,
         [2, 4, 5],
     ),
@@ -118,6 +147,15 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "decoupled": {"visual_rows": "decoupled", "predicts_next": False},
     "dropped": {"visual_rows": "dropped", "mask_token_id": MASK_ID},
     "a token as mask": {"mask_token_id": MASK_ID},
+    "windows, convolutions": {
+        "num_hidden_layers": 2,
+        "causal": [True, False],
+        "windows": [6, 4],
+        "conv_kernel_size": 2,
+        "conv_group_size": 8,
+        "edge_rank": 5,
+        "edge_reads_row": True,
+    },
 }
 SAMPLED_IF_CAPTURED = ("JetSpec", "two layers, edges", "dropped")
 
@@ -130,6 +168,9 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
     _, num_layers, norms, layers = LAYOUTS[name]
     generator = torch.Generator().manual_seed(1)
     wide, shared = NUM_HEADS * HEAD_DIM, NUM_SHARED * HEAD_DIM
+    published = LAYOUTS[name][0]
+    settings = published | published.get("dflash_config", {})
+    taps, group = settings.get("conv_kernel_size", 0), settings.get("conv_group_size", 1)
     shapes = {"fc.weight": (HIDDEN, len(layers) * HIDDEN), "hidden_norm.weight": (HIDDEN,), "norm.weight": (HIDDEN,)}
     for layer in range(num_layers):
         shapes |= {
@@ -144,7 +185,10 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
             f"layers.{layer}.post_attention_layernorm.weight": (HIDDEN,),
         }
         shapes |= {f"layers.{layer}.self_attn.{norm}.weight": (HEAD_DIM,) for norm in norms}
-    published = LAYOUTS[name][0]
+        if taps:
+            for part in ("attention", "mlp"):
+                shapes[f"layers.{layer}.{part}_conv.base_kernel"] = (2, taps, HIDDEN)
+                shapes[f"layers.{layer}.{part}_conv.kernel_projection.weight"] = (2 * taps * HIDDEN // group, HIDDEN)
     num_known, rank = (published.get("draft_vocab_size") or VOCAB_SIZE), 5 if "DSpark" in name else 0
     if rank:
         shapes |= {
@@ -152,6 +196,12 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
             "markov_head.markov_w2.weight": (num_known, rank),
             "confidence_head.proj.weight": (1, HIDDEN + rank),
         }
+    if taps:
+        end = ".weight" if "speculators" not in name else ""
+        shapes |= {
+            f"candidate_selector.{kind}_codebook{end}": (VOCAB_SIZE, 5) for kind in ("predecessor", "successor")
+        }
+        shapes["candidate_selector.hidden_projection.weight"] = (5, HIDDEN)
     if rank or num_known != VOCAB_SIZE:
         shapes |= {"embed_tokens.weight": (VOCAB_SIZE, HIDDEN), "lm_head.weight": (num_known, HIDDEN)}
     drawn = {key: random_weights(generator, *shape) for key, shape in shapes.items()}
@@ -215,29 +265,47 @@ class Independent:
         if name in LAYOUTS:
             published, self.num_layers, norms, _ = LAYOUTS[name]
             self.weights, own = make_weights(name), published.get("dflash_config", {})
-            self.causal = own.get("causal_head") or own.get("causal") or False
+            self.causal = [own.get("causal_head") or own.get("causal") or False] * self.num_layers
+            self.windows, self.scale = [math.inf] * self.num_layers, own.get("input_embedding_scale", 1.0)
+            if "layer_types" in published:
+                self.windows = [
+                    published["sliding_window"] if kind == "sliding_attention" else math.inf
+                    for kind in published["layer_types"]
+                ]
+                self.causal = [published.get("is_causal", window != math.inf) for window in self.windows]
+            self.group = (published | own).get("conv_group_size")
             self.shifted = "DSpark" in name and published.get("sample_from_anchor") is not False
             self.eps, self.theta = 1e-5, 1e4 if name == "DFlash of a Llama" else 2e4
             self.heads, self.has_norms = (NUM_HEADS, NUM_SHARED, HEAD_DIM), bool(norms)
         else:
             text, settings = draft.config.text_config, DESIGNS[name]
             self.weights = {key.removeprefix("model."): value for key, value in draft.state_dict().items()}
-            self.causal, self.shifted = settings.get("causal", True), settings.get("predicts_next", True)
-            self.num_layers, self.eps, self.theta = settings.get("num_hidden_layers", 1), text.rms_norm_eps, 1e4
+            self.num_layers, self.shifted = settings.get("num_hidden_layers", 1), settings.get("predicts_next", True)
+            given, self.scale = settings.get("causal", True), 1.0
+            self.causal = given if isinstance(given, list) else [given] * self.num_layers
+            self.windows = settings.get("windows", [math.inf] * self.num_layers)
+            self.group = settings.get("conv_group_size")
+            self.eps, self.theta = text.rms_norm_eps, 1e4
             self.heads, self.has_norms = (4, 2, text.head_dim), True
 
         # Tokens that a head knows, and what a token adds to the scores of these.
-        self.tokens, self.head, self.edges = torch.arange(VOCAB_SIZE), None, None
+        self.tokens, self.head, self.edges, self.edge_row = torch.arange(VOCAB_SIZE), None, None, None
         if name in LAYOUTS:
             if (num_known := (published.get("draft_vocab_size") or VOCAB_SIZE)) != VOCAB_SIZE:
                 self.tokens, self.head = known_tokens(num_known), self.weights["lm_head.weight"]
             if "DSpark" in name:
                 self.edges = [self.weights[f"markov_head.markov_w{number}.weight"] for number in (1, 2)]
+            if "DFlash 2" in name:
+                selector = {key.split(".")[1]: own for key, own in self.weights.items() if "selector" in key}
+                self.edges = [selector["predecessor_codebook"], selector["successor_codebook"]]
+                self.edge_row = selector["hidden_projection"]
         else:
             if draft.head is not None:
                 self.tokens, self.head = draft.draft_token_ids, draft.head.weight
             if draft.edge_to is not None:
                 self.edges = [draft.edge_from.weight, draft.edge_to.weight[self.tokens]]
+            if draft.edge_row is not None:
+                self.edge_row = draft.edge_row.weight
 
     def normed(self, rows: torch.Tensor, key: str) -> torch.Tensor:
         return rows * (rows.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weights[f"{key}.weight"]
@@ -261,6 +329,25 @@ class Independent:
                 found = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return found.repeat_interleave(num_heads // number, 0)
 
+    def mixed(self, layer: int, part: str, rows: torch.Tensor, side: int, chosen: torch.Tensor) -> torch.Tensor:
+        """Rows of a block with those before them, each weighed by what is fixed and what is chosen, by groups."""
+        base = self.weights[f"layers.{layer}.{part}_conv.base_kernel"][side]
+        found = torch.zeros_like(rows)
+        for row, tap in product(range(len(rows)), range(len(base))):
+            if row >= tap:
+                found[row] += (base[tap] + chosen[row, side, tap].repeat_interleave(self.group)) * rows[row - tap]
+        return found
+
+    def with_convolution(
+        self, layer: int, part: str, rows: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        key = f"layers.{layer}.{part}_conv"
+        if f"{key}.base_kernel" not in self.weights:
+            return run(rows)
+        taps = self.weights[f"{key}.base_kernel"].shape[1]
+        chosen = (rows @ self.weights[f"{key}.kernel_projection.weight"].T).view(len(rows), 2, taps, -1)
+        return self.mixed(layer, part, run(self.mixed(layer, part, rows, 0, chosen)), 1, chosen)
+
     def context(
         self, states: torch.Tensor, embeds: torch.Tensor, is_visual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,23 +369,32 @@ class Independent:
         if "join.weight" in self.weights:  # what is known before the root stands last
             hidden = torch.cat([hidden, read[-1:].expand_as(hidden)], dim=-1) @ self.weights["join.weight"].T
         own = torch.arange(place, place + BLOCK_SIZE)
-        sees_own = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool)
-        sees = torch.cat([sees_own.new_ones(BLOCK_SIZE, len(read)), sees_own.tril() if self.causal else sees_own], 1)
         for layer in range(self.num_layers):
+
+            def attend(rows: torch.Tensor, layer: int = layer) -> torch.Tensor:
+                query = self.projected(layer, rows, "q", own)
+                keys, values = (
+                    torch.cat([self.projected(layer, read, kind, places), self.projected(layer, rows, kind, own)], 1)
+                    for kind in "kv"
+                )
+                distance = own[:, None] - torch.cat([places, own])
+                sees = distance.abs() < self.windows[layer]
+                if self.causal[layer]:
+                    sees &= distance >= 0
+                scores = (query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5).masked_fill(~sees, -torch.inf)
+                attended = (scores.softmax(-1) @ values).transpose(0, 1).flatten(1)
+                return attended @ self.weights[f"layers.{layer}.self_attn.o_proj.weight"].T
+
+            def feed(rows: torch.Tensor, layer: int = layer) -> torch.Tensor:
+                gate, up, down = (
+                    self.weights[f"layers.{layer}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down")
+                )
+                return (silu(rows @ gate) * (rows @ up)) @ down
+
             rows = self.normed(hidden, f"layers.{layer}.input_layernorm")
-            query = self.projected(layer, rows, "q", own)
-            keys, values = (
-                torch.cat([self.projected(layer, read, kind, places), self.projected(layer, rows, kind, own)], 1)
-                for kind in "kv"
-            )
-            weights = (query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5).masked_fill(~sees, -torch.inf)
-            attended = (weights.softmax(-1) @ values).transpose(0, 1).flatten(1)
-            hidden = hidden + attended @ self.weights[f"layers.{layer}.self_attn.o_proj.weight"].T
-            inner = self.normed(hidden, f"layers.{layer}.post_attention_layernorm")
-            gate, up, down = (
-                self.weights[f"layers.{layer}.mlp.{kind}_proj.weight"].T for kind in ("gate", "up", "down")
-            )
-            hidden = hidden + (silu(inner @ gate) * (inner @ up)) @ down
+            hidden = hidden + self.with_convolution(layer, "attention", rows, attend)
+            rows = self.normed(hidden, f"layers.{layer}.post_attention_layernorm")
+            hidden = hidden + self.with_convolution(layer, "mlp", rows, feed)
         return self.normed(hidden, "norm")[0 if self.shifted else 1 :]
 
 
@@ -325,25 +421,30 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
     taps = torch.cat([states[layer] for layer in draft.feature_layers], dim=-1)
     independent, is_visual = Independent(draft, name), ids == IMAGE_ID
     mask_id = draft.config.mask_token_id
-    mask = independent.weights["mask_embedding"] if mask_id is None else table(torch.tensor(mask_id))
+    mask = (
+        independent.weights["mask_embedding"] if mask_id is None else table(torch.tensor(mask_id)) * independent.scale
+    )
     head = target.get_output_embeddings().weight if independent.head is None else independent.head
 
-    def children(logits: torch.Tensor, parent: int) -> list[int]:
+    def children(read: torch.Tensor, parent: int) -> list[int]:
         """The best tokens of a level: among the best of all, after what the parent adds."""
-        best = logits.topk(4 * width)
+        best = (read @ head.T).topk(4 * width)
         scores = best.values
         if independent.edges is not None:
-            scores = scores + independent.edges[1][best.indices] @ independent.edges[0][parent]
+            edges = independent.edges[0][parent]
+            if independent.edge_row is not None:
+                edges = edges * (independent.edge_row @ read)
+            scores = scores + independent.edges[1][best.indices] @ edges
         return independent.tokens[best.indices[scores.topk(width).indices]].tolist()
 
     place, lengths = inputs["input_ids"].shape[1], []
     while place + 1 < len(ids):
         known = independent.context(taps[:place], states[0][:place], is_visual[:place])
-        logits = independent(known, table(ids[place]), mask, place) @ head.T
+        levels = independent(known, table(ids[place]) * independent.scale, mask, place)
         following = ids[place + 1 : place + 3].tolist()
-        accepted = int(following[0] in children(logits[0], int(ids[place])))
+        accepted = int(following[0] in children(levels[0], int(ids[place])))
         if accepted and len(following) == 2:
-            accepted += following[1] in children(logits[1], following[0])
+            accepted += following[1] in children(levels[1], following[0])
         lengths.append(min(1 + accepted, len(ids) - 1 - place))
         place += lengths[-1]
     assert drafted.speculative_stats.acceptance_lengths[:, 0].tolist() == lengths
@@ -352,6 +453,9 @@ def test_proposals_are_those_of_a_forward_of_its_own(name: str, with_picture: bo
 
 ARCHITECTURE_OF = {
     "DFlash": "llava",
+    "DFlash, windows": "qwen2_5_vl",
+    "DFlash 2": "gemma3",
+    "windows, convolutions": "llava",
     "DSpark of Liquid": "gemma3",
     "DSpark of speculators": "qwen2_5_vl",
     "JetSpec": "qwen2_5_vl",
@@ -522,10 +626,15 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
         {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2]}},
         "do not have the sizes",
     ),
-    "convolutions": (
+    "convolutions that are not there": (
         None,
         {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2}},
-        "must do without conv_kernel_size",
+        "missing .'model.layers.0.attention_conv.base_kernel'",
+    ),
+    "convolutions of other groups": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2, "conv_group_size": 5}},
+        "`conv_group_size` divide the width of the layers, got 2 and 5 of 32",
     ),
     "axes": (None, {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}, "must do without mrope_section"),
     "a rotation that nobody knows": (None, {"rope_scaling": {"type": "spiral"}}, "got what makes none: .*spiral"),
@@ -538,11 +647,8 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
     ),
     "an activation that nobody knows": (None, {"hidden_act": "wave"}, "got what makes none: .*wave"),
     "a vector for a matrix": (broken("DFlash", **{"fc.weight": torch.zeros(HIDDEN)}), {}, "got what makes none: "),
-    "a window": (
-        None,
-        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "use_sliding_window": True},
-        "must see everything",
-    ),
+    "layers of a kind that nobody knows": (None, {"layer_types": ["linear"] * 2}, "got what makes none: .*linear"),
+    "kinds of other layers": (None, {"layer_types": ["full_attention"]}, "got what makes none: "),
     "a tensor too many": (
         broken("DFlash", **{"hidden_dim_adapter.proj.weight": torch.zeros(2, 2)}),
         {},
@@ -630,6 +736,15 @@ ENGINES: dict[str, dict[str, Any]] = {
     "a row says the next": {},
     "edges": {"edge_rank": 5, "num_hidden_layers": 2},
     "edges, fewer tokens": {"edge_rank": 5, "draft_vocab_size": 40, "predicts_next": False},
+    "windows": {"num_hidden_layers": 2, "windows": [None, 64], "causal": [False, True], "predicts_next": False},
+    "DFlash 2": {
+        "windows": [64],
+        "predicts_next": False,
+        "conv_kernel_size": 2,
+        "conv_group_size": 8,
+        "edge_rank": 5,
+        "edge_reads_row": True,
+    },
     "other layers, another base": {
         "feature_layers": [0, -3],
         "rope_parameters": {"rope_type": "default", "rope_theta": 3e4},
@@ -656,7 +771,7 @@ def test_what_engines_get_is_what_was_there(name: str, tmp_path: Path) -> None:
     again = AutoDraftModel.from_pretrained(folder, target)
     assert all(torch.equal(again.state_dict()[key], value) for key, value in draft.state_dict().items())
     published = json.loads((folder / "config.json").read_text())
-    kind = "dflash" if name == "DFlash" else "dspark"
+    kind = {"DFlash": "dflash", "windows": "dflash", "DFlash 2": "dflash2"}.get(name, "dspark")
     assert published["speculators_model_type"] == published["speculators_config"]["algorithm"] == kind
     assert published["sample_from_anchor"] == draft.config.predicts_next
     (proposal,) = published["speculators_config"]["proposal_methods"]
@@ -670,22 +785,38 @@ def test_what_engines_get_is_what_was_there(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dflash", "dspark"])
-@pytest.mark.parametrize("num_known", [NUM_KNOWN, VOCAB_SIZE])
-def test_drafts_that_speculators_saved_are_read_as_by_itself(kind: str, num_known: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_known", "windows"),
+    [
+        *product(["dflash", "dspark"], [NUM_KNOWN, VOCAB_SIZE], [{}]),
+        ("dflash", NUM_KNOWN, {"sliding_window_non_causal": False}),
+        ("dflash", NUM_KNOWN, {"sliding_window_non_causal": True}),
+        ("dflash2", VOCAB_SIZE, {}),
+        ("dflash2", VOCAB_SIZE, {"sliding_window_non_causal": True}),
+    ],
+)
+def test_drafts_that_speculators_saved_are_read_as_by_itself(
+    kind: str, num_known: int, windows: dict[str, bool], tmp_path: Path
+) -> None:
     speculators = pytest.importorskip("speculators")
     from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.dflash2 import DFlash2SpeculatorConfig
     from speculators.models.dspark import DSparkSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
     target = make_deep_target("llava")
     layers = OF_SPECULATORS["transformer_layer_config"] | {"model_type": "qwen3", "num_hidden_layers": 2}
-    config = {"dflash": DFlashSpeculatorConfig, "dspark": DSparkSpeculatorConfig}[kind](
+    if windows:
+        layers |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
+        layers |= {"use_sliding_window": True}
+    kinds = {"dflash": DFlashSpeculatorConfig, "dflash2": DFlash2SpeculatorConfig, "dspark": DSparkSpeculatorConfig}
+    config = kinds[kind](
         transformer_layer_config=layers | {"vocab_size": VOCAB_SIZE, "attn_implementation": "eager"},
         draft_vocab_size=num_known,
         block_size=BLOCK_SIZE,
         mask_token_id=MASK_ID,
         aux_hidden_state_layer_ids=[2, 4, 5],
+        **windows | ({"conv_group_size": 8, "selector_rank": 5} if kind == "dflash2" else {}),
         speculators_config=speculators.SpeculatorsConfig(
             algorithm=kind,
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=BLOCK_SIZE - 1)],
@@ -730,14 +861,27 @@ def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: to
     place, states = 9, random_weights(torch.Generator().manual_seed(3), 1, 9, theirs.fc.in_features)
     ids = torch.full((1, BLOCK_SIZE), MASK_ID).index_fill(1, torch.tensor([0]), 7)
     rows, read = theirs.embed_tokens(ids), theirs.hidden_norm(theirs.fc(states))
-    rotation = theirs.rotary_emb(rows, torch.arange(place + BLOCK_SIZE)[None])
+    # They mask a whole row of tokens, the block's first among them.
+    read = torch.nn.functional.pad(read, (0, 0, 0, 1))
+    rotation = theirs.rotary_emb(rows, torch.cat([torch.arange(place + 1), place + torch.arange(BLOCK_SIZE)])[None])
+    masks = [
+        theirs._create_attention_mask(torch.zeros(1, place + 1).long(), place + 1, torch.tensor([place]), "cpu", *seen)
+        for seen in ((), (theirs.sliding_window, theirs.sliding_window_non_causal))
+    ]
     table = target.get_input_embeddings().weight
     block = ours.block(table[7][None], ours.fuse(states[:, -1]), ours.most_levels, table[MASK_ID])
-    for layer in theirs.layers:
-        rows = layer(hidden_states=rows, target_hidden=read, attention_mask=None, position_embeddings=rotation)
+    for index, layer in enumerate(theirs.layers):
+        mask = masks[index in theirs.sliding_window_indices]
+        rows = layer(hidden_states=rows, target_hidden=read, attention_mask=mask, position_embeddings=rotation)
+    lowest = torch.finfo(torch.float32).min
     found = ours(
         block,
-        torch.zeros(1, 1, BLOCK_SIZE, place + BLOCK_SIZE),
+        [
+            torch.zeros(1, 1, BLOCK_SIZE, place + BLOCK_SIZE).masked_fill_(
+                torch.cat([torch.zeros(BLOCK_SIZE, place, dtype=torch.bool), ~visible], dim=1), lowest
+            )
+            for visible in ours.visible(BLOCK_SIZE, torch.device("cpu"))
+        ],
         torch.arange(place, place + BLOCK_SIZE)[None],
         ours.fuse(states),
         torch.arange(place)[None],
@@ -745,11 +889,17 @@ def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: to
     own = ours.own_logits(found) if ours.head is not None else found @ target.get_output_embeddings().weight.T
     torch.testing.assert_close(own, theirs.lm_head(theirs.norm(rows)), atol=1e-4, rtol=1e-4)
     markov = getattr(theirs, "markov_head", None)
-    assert (markov is None) == (ours.edge_to is None)
+    selector = getattr(theirs, "candidate_selector", None)
+    assert (markov is None and selector is None) == (ours.edge_to is None)
+    if selector is not None:
+        every, level = torch.arange(VOCAB_SIZE)[None], ours.levels(found, 2)[:, 1]
+        own = ours.edge_scores(torch.tensor([[7]]), every, level)[0]
+        torch.testing.assert_close(own, selector.transition_scores(level, torch.tensor([7]), every))
     if markov is not None:
         bias = markov.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=rows[:, :1])[0]
         tokens = ours.draft_token_ids if ours.head is not None else torch.arange(VOCAB_SIZE)
-        torch.testing.assert_close(ours.edge_scores(torch.tensor([[7]]), tokens[None])[0], bias)
+        own = ours.edge_scores(torch.tensor([[7]]), tokens[None], found[:, 0])[0]
+        torch.testing.assert_close(own, bias)
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:
@@ -762,6 +912,16 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
         ({"mask_token_id": 96}, "`mask_token_id` must be one of the target's 96 tokens"),
         ({"blocks": 2}, "fields of `BlockDraftConfig` or `Qwen3Config`, got .'blocks'"),
         ({"intermediate_size": 0}, "must make a decoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BlockDraftConfig.from_target(target.config, **wrong)
+    for wrong, message in (
+        ({"causal": [True, False]}, "`causal` must tell of each of 1 layers"),
+        ({"windows": [4, None]}, "`windows` must tell of each of 1 layers"),
+        ({"windows": [0]}, "`windows` must be at least 1"),
+        ({"windows": [4], "visual_rows": "dropped"}, "of which visual rows that are dropped leave none"),
+        ({"edge_reads_row": True}, "`edge_reads_row` needs edges"),
+        ({"conv_kernel_size": 2, "conv_group_size": 5}, "divide the width of the layers, got 2 and 5 of 32"),
     ):
         with pytest.raises(ValueError, match=message):
             BlockDraftConfig.from_target(target.config, **wrong)
@@ -785,4 +945,4 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
             export_draft(draft, layout, str(tmp_path / "target"), tmp_path / "out")
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     with pytest.raises(ValueError, match="`inputs_embeds` must have shape"):
-        draft(torch.zeros(1, 2, 5), torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, dtype=torch.long))
+        draft(torch.zeros(1, 2, 5), [torch.zeros(1, 1, 2, 2)], torch.zeros(1, 2, dtype=torch.long))

@@ -58,16 +58,22 @@ def draft_blocks(
     lengths = lengths + counts
     last = take_rows(features, (counts - 1).clamp(min=0)[:, None])[:, 0]
     rows = _block(draft, target, root_token_ids, last, config.depth)
-    visible = draft.visible(rows.shape[1], rows.device).expand(len(rows), -1, -1)
     starts.copy_(lengths)
+    masks, places = [], torch.arange(width, device=rows.device)
+    for (_, window), visible in zip(draft.sights, draft.visible(rows.shape[1], rows.device), strict=True):
+        visible, seen = visible.expand(len(rows), -1, -1), None
+        if window is not None:
+            seen, visible = window.sees(places, visible, lengths, starts)
+        masks.append(fixed_attention_mask(lengths, visible, width, features.dtype, seen))
     hidden = draft(
         inputs_embeds=rows,
-        attention_mask=fixed_attention_mask(lengths, visible, width, features.dtype),
+        attention_masks=masks,
         position_ids=next_positions + torch.arange(rows.shape[1], device=rows.device),
         cache=cache,
     ).last_hidden_state
-    logits = draft.logits(draft.levels(hidden, config.depth), target)
-    tree = _grow_from(draft, config, root_token_ids, logits, noise, warpers, fixed=True)
+    levels = draft.levels(hidden, config.depth)
+    logits = draft.logits(levels, target)
+    tree = _grow_from(draft, config, root_token_ids, levels, logits, noise, warpers, fixed=True)
     return tree.token_ids, tree.parents, tree.scores
 
 
@@ -86,20 +92,23 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
         draft, config = self._draft, self._tree_config
         rows = _block(draft, self._target, committed.root_token_ids, features, config.depth)
         num_rows = rows.shape[1]
-        visible = draft.visible(num_rows, self._device).expand(len(rows), -1, -1)
+        masks = [
+            self._room.mask(visible.expand(len(rows), -1, -1), self._dtype, window)
+            for (_, window), visible in zip(draft.sights, draft.visible(num_rows, self._device), strict=True)
+        ]
         next_positions = self._next_positions(committed)
         places = next_positions + torch.arange(num_rows, device=next_positions.device)
         hidden = draft(
             inputs_embeds=rows,
-            attention_mask=self._room.mask(visible, self._dtype),
+            attention_masks=masks,
             position_ids=places.to(self._device),
             cache=self._cache,
         ).last_hidden_state
         levels = draft.levels(hidden, config.depth)
-        levels = levels if draft.head is not None else levels.to(self._target.device)
-        logits = draft.logits(levels, self._target).to(self._target.device)
-        noise = self._sampler.noise_of_round(config.depth)
-        return _grow_from(draft, config, committed.root_token_ids, logits, noise, self._sampler.draft_warpers, sizing)
+        read = levels if draft.head is not None else levels.to(self._target.device)
+        logits = draft.logits(read, self._target).to(self._target.device)
+        noise, warpers = self._sampler.noise_of_round(config.depth), self._sampler.draft_warpers
+        return _grow_from(draft, config, committed.root_token_ids, levels, logits, noise, warpers, sizing)
 
     def _extend(self, committed: Committed) -> torch.Tensor:
         """Add committed rows to the draft's cache, and return what it reads of them."""
@@ -131,8 +140,8 @@ def _block(
     """Make the rows of blocks, of shape `(batch_size, num_rows, hidden_size)`, where `features` before them are."""
     token_ids, mask = root_token_ids[:, None], draft.config.mask_token_id
     if mask is None:
-        return draft.block(target.embed(token_ids)[:, 0].to(features), features, num_levels, None)
-    embeds = target.embed(torch.cat([token_ids, torch.full_like(token_ids, mask)], dim=1)).to(features)
+        return draft.block(draft.embed(token_ids, target)[:, 0].to(features), features, num_levels, None)
+    embeds = draft.embed(torch.cat([token_ids, torch.full_like(token_ids, mask)], dim=1), target).to(features)
     return draft.block(embeds[:, 0], features, num_levels, embeds[0, 1])
 
 
@@ -140,6 +149,7 @@ def _grow_from(
     draft: BlockDraftModel,
     config: TreeConfig,
     root_token_ids: torch.Tensor,
+    levels: torch.Tensor,
     logits: torch.Tensor,
     noise: torch.Tensor | None,
     warpers: tuple[LogitsProcessor, ...],
@@ -159,6 +169,8 @@ def _grow_from(
             The trees.
         root_token_ids (`torch.Tensor` of shape `(batch_size,)`):
             Tokens of the roots.
+        levels (`torch.Tensor` of shape `(batch_size, depth, hidden_size)`):
+            What a head reads of each level.
         logits (`torch.Tensor` of shape `(batch_size, depth, vocab_size)`):
             Logits of the tokens of each level.
         noise (`torch.Tensor` of shape `(batch_size, depth + 1, vocab_size)`, *optional*):
@@ -181,7 +193,8 @@ def _grow_from(
         scores = log_probs[:, level, None]
         if draft.edge_to is None:
             return scores.expand(-1, token_ids.shape[1], -1)
-        edges = draft.edge_scores(token_ids.to(draft.device), known[:, level].to(draft.device))
+        own = (rows.to(draft.device) for rows in (token_ids, known[:, level], levels[:, level]))
+        edges = draft.edge_scores(*own)
         return (scores + edges.to(scores) / temperature).log_softmax(-1)
 
     level = 0

@@ -31,7 +31,7 @@ _NOT_COMPARED = {
     *("architectures", "dtype", "transformers_version", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache"),
     *("text_config", "tree_config", "feature_layers", "draft_vocab_size", "model_type", "rope_parameters"),
-    *("mrope_interleaved", "fc_bias"),
+    *("causal", "embedding_scale", "fc_bias", "mrope_interleaved", "windows"),
 }
 # Nor do these where no token is visual.
 _OF_PICTURES = {"decoupled", "reads_placeholders", "visual_pool_size"}
@@ -144,6 +144,7 @@ def _described(draft: FeatureDraftModel, target_config: PreTrainedConfig) -> dic
         "mrope_interleaved": bool(fields.get("mrope_section") and fields["mrope_interleaved"]),
         "num_draft_tokens": draft.head.out_features if draft.head is not None else None,
         "kind_of_layer": text_config.model_type,
+        "sights": draft.config.sights if isinstance(draft, BlockDraftModel) else None,
     }
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.trainer.data import DraftRows
-from transformers_msd.traits.scales import scales_of
+from transformers_msd.traits.scales import look_up, scales_of
+from transformers_msd.traits.windows import BlockWindow
 from transformers_msd.trees.masks import take_rows
 
 
@@ -97,16 +98,27 @@ def predict_blocks(
         inputs = rows.inputs_embeds, features, rows.position_ids, rows.visual_mask, kept
         changed, kept, _ = draft.pool(*inputs, None)
         features = changed.get("features", features)
-    mask_embed = None
+    scale, mask_embed = draft.config.embedding_scale, None
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        if scale is None:
+            return scales_of(target).of_embeddings(target.get_input_embeddings()(ids))
+        return look_up(target, ids) * scale
+
     if (mask_id := draft.config.mask_token_id) is not None:
-        embed = target.get_input_embeddings()
-        mask_embed = scales_of(target).of_embeddings(embed(torch.tensor([mask_id], device=token_ids.device)))[0]
+        mask_embed = embed(torch.tensor([mask_id], device=token_ids.device))[0]
     fused, roots = fuse(features), take_rows(rows.inputs_embeds, anchors)
+    if scale is not None:
+        roots = embed(token_ids.gather(1, anchors)).to(roots)
     size = draft.config.block_size
     places = torch.arange(1, size + 1, device=anchors.device)
+    masks = [
+        block_attention_mask(kept, anchors, visible, features.dtype, window)
+        for (_, window), visible in zip(draft.sights, draft.visible(size, anchors.device), strict=True)
+    ]
     hidden = model(
         inputs_embeds=roots,
-        attention_mask=block_attention_mask(kept, anchors, draft.visible(size, anchors.device), features.dtype),
+        attention_masks=masks,
         position_ids=(rows.position_ids.gather(1, anchors)[..., None] + places).flatten(1),
         features=fused,
         feature_positions=rows.position_ids,
@@ -161,7 +173,11 @@ def choose_anchors(supervised: torch.Tensor, num_blocks: int, seeds: list[int]) 
 
 
 def block_attention_mask(
-    kept: torch.Tensor, anchors: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype
+    kept: torch.Tensor,
+    anchors: torch.Tensor,
+    visible: torch.Tensor,
+    dtype: torch.dtype,
+    window: BlockWindow | None = None,
 ) -> torch.Tensor:
     """
     Let every block see what is known at the token that it begins with, and itself.
@@ -175,13 +191,20 @@ def block_attention_mask(
             Which rows of its block a row sees.
         dtype (`torch.dtype`):
             Dtype of the mask.
+        window ([`BlockWindow`], *optional*):
+            How far a row sees.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, num_blocks * size, num_rows + num_blocks * size)`: Additive mask.
     """
     (batch_size, num_blocks), size = anchors.shape, len(visible)
-    known = torch.arange(kept.shape[1], device=kept.device) <= anchors[..., None]
-    known = (known & kept[:, None]).repeat_interleave(size, dim=1)
+    rows = torch.arange(kept.shape[1], device=kept.device)
+    known = (rows <= anchors[..., None]) & kept[:, None]
+    known = known.repeat_interleave(size, dim=1)
+    if window is not None:
+        blocks = visible.expand(batch_size * num_blocks, -1, -1)
+        seen, near = window.sees(rows, blocks, anchors.flatten() + 1, anchors.flatten())
+        known, visible = known & seen.view(known.shape), near[0]
     own = torch.eye(num_blocks, dtype=torch.bool, device=kept.device)
     own = torch.kron(own, visible).bool().expand(batch_size, -1, -1)
     seen = torch.cat([known, own], dim=-1)[:, None]

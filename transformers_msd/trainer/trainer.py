@@ -145,7 +145,8 @@ class MSDTrainer(DraftTrainer):
         blocks = predict_blocks(model, draft, self.target, rows, token_ids, anchors, is_begun, fuse)
         predicted, head = blocks.predicted, self._own_head(draft)
         if draft.edge_from is not None:
-            predicted = torch.cat([predicted, draft.edge_from(blocks.parents).to(predicted)], dim=-1)
+            edges = draft.edges_from(blocks.parents, predicted)
+            predicted = torch.cat([predicted, edges.to(predicted)], dim=-1)
             head = self._head_with_edges(draft)
         losses, agrees = self.token_losses([predicted], blocks.target_features, *head)
         # Half of the distance is the chance that a sampled token is rejected.

@@ -67,6 +67,12 @@ def scales_embeddings(model: PreTrainedModel) -> bool:
     return type(model.get_input_embeddings()) is not nn.Embedding or bool(_numbers(model.config, _OF_EMBEDDINGS))
 
 
+def look_up(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return rows of a model's embedding table as they are stored, whatever its layers read of them."""
+    table = model.get_input_embeddings().weight
+    return nn.functional.embedding(token_ids.to(table.device), table)
+
+
 def logits_of(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
     """Return a model's logits of features that are on the device of its head."""
     return scales_of(model).of_logits(model.get_output_embeddings()(features))

@@ -54,6 +54,18 @@ class Window:
         return (places - before) // self.size == chunk, (own - behind - before) // self.size == chunk
 
 
+@dataclass(frozen=True)
+class BlockWindow(Window):
+    """What a layer sees of the sequence around a row of a block: as many columns behind it as before it."""
+
+    def sees(
+        self, places: torch.Tensor, visible: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(visible.shape[1], device=lengths.device)
+        seen = places > (lengths[:, None] + rows)[..., None] - self.size
+        return seen, visible & ((rows[:, None] - rows).abs() < self.size)
+
+
 def layer_windows(config: PreTrainedConfig) -> list[tuple[str, Window | None]]:
     """Return the type of each layer of a model, and its window; `None` where it sees all."""
     layer_types, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))

@@ -28,8 +28,12 @@ class BlockDraftConfig(DraftConfig):
             Hidden states of the target that are read, numbered as `output_hidden_states` returns them.
         block_size (`int`, *optional*, defaults to 8):
             Rows of a block: the token emitted last, and masks.
-        causal (`bool`, *optional*, defaults to `True`):
-            Whether a row of a block sees those before it alone (JetSpec), and not all of them (DFlash).
+        causal (`bool` or `list[bool]`, *optional*, defaults to `True`):
+            Whether a row of a block sees those before it alone (JetSpec), and not all of them (DFlash), in all layers
+            or in each of them.
+        windows (`list[int | None]`, *optional*):
+            How many places, its own included, a row of each layer sees before itself, and as many behind where it sees
+            these; `None` for all of them, as by default in all layers.
         predicts_next (`bool`, *optional*, defaults to `True`):
             Whether a row says the token after its own place, so that `block_size` tokens are drafted (DSpark, arXiv
             2607.05147), and not the one in its place, one less (DFlash).
@@ -45,6 +49,16 @@ class BlockDraftConfig(DraftConfig):
             `None`.
         edge_rank (`int`, *optional*, defaults to 0):
             Rank of what a token adds to the scores of those that follow it (DSpark); 0 for nothing.
+        edge_reads_row (`bool`, *optional*, defaults to `False`):
+            Whether what it adds depends on the row that says those that follow, too (DFlash 2).
+        conv_kernel_size (`int`, *optional*, defaults to 0):
+            Rows of a block, each and those right before it, that are mixed before and behind the attention and the MLP
+            of every layer (DFlash 2); 0 for none.
+        conv_group_size (`int`, *optional*, defaults to 16):
+            Neighbouring channels that are mixed by the same weights, as far as a row chooses these itself.
+        embedding_scale (`float`, *optional*):
+            What rows of the target's embedding table are multiplied by. The draft reads what the target's layers do,
+            where it is `None`; some of these multiply them by numbers of their own, which published drafts do not.
         visual_token_ids (`list[int]`, *optional*, defaults to `[]`):
             Ids that stand for image and video features in the target's prompts.
         visual_rows (`str`, *optional*, defaults to `"kept"`):
@@ -60,12 +74,17 @@ class BlockDraftConfig(DraftConfig):
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     feature_layers: list[int] | None = None
     block_size: int = 8
-    causal: bool = True
+    causal: bool | list[bool] = True
+    windows: list[int | None] | None = None
     predicts_next: bool = True
     reads_feature: bool = False
     mask_token_id: int | None = None
     draft_vocab_size: int | None = None
     edge_rank: int = 0
+    edge_reads_row: bool = False
+    conv_kernel_size: int = 0
+    conv_group_size: int = 16
+    embedding_scale: float | None = None
     visual_token_ids: list[int] | None = None
     visual_rows: str = "kept"
     tree_config: dict[str, Any] | None = None
@@ -93,6 +112,35 @@ class BlockDraftConfig(DraftConfig):
             )
         if self.visual_rows not in VISUAL_ROWS:
             raise ValueError(f"`visual_rows` must be one of {VISUAL_ROWS}, got {self.visual_rows!r}.")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        num_layers, size = self.get_text_config().num_hidden_layers, self.get_text_config().hidden_size
+        for name in ("causal", "windows"):
+            if isinstance(given := getattr(self, name), list) and len(given) != num_layers:
+                raise ValueError(f"`{name}` must tell of each of {num_layers} layers, got {given}. Leave it out.")
+        windows = [window for window in self.windows or () if window is not None]
+        if any(window < 1 for window in windows):
+            raise ValueError(f"`windows` must be at least 1, or None for all, got {self.windows}.")
+        if windows and self.visual_rows == "dropped":
+            raise ValueError(
+                "`windows` are counted in places, of which visual rows that are dropped leave none, got "
+                f"{self.windows} with `visual_rows='dropped'`. Leave one out."
+            )
+        if self.edge_reads_row and not self.edge_rank:
+            raise ValueError("`edge_reads_row` needs edges, got `edge_rank=0`. Set a rank, 256 is common.")
+        if self.conv_kernel_size < 0 or self.conv_kernel_size and size % self.conv_group_size:
+            raise ValueError(
+                "`conv_kernel_size` must not be negative, and `conv_group_size` divide the width of the layers, got "
+                f"{self.conv_kernel_size} and {self.conv_group_size} of {size}. 2 and 16 are common."
+            )
+
+    @property
+    def sights(self) -> list[tuple[bool, int | None]]:
+        """Of each layer, whether its rows see those before them alone, and its window."""
+        num_layers = self.get_text_config().num_hidden_layers
+        causal = self.causal if isinstance(self.causal, list) else [self.causal] * num_layers
+        return list(zip(causal, self.windows or [None] * num_layers, strict=True))
 
     @property
     def num_levels(self) -> int:
@@ -109,9 +157,7 @@ class BlockDraftConfig(DraftConfig):
             target_config (`PreTrainedConfig`):
                 Config of the target, multimodal or text-only.
             overrides (`dict[str, Any]`, *optional*):
-                Fields of this config (`block_size`, `causal`, `draft_vocab_size`, `edge_rank`, `feature_layers`,
-                `mask_token_id`, `predicts_next`, `reads_feature`, `tree_config`, `visual_rows`, `visual_token_ids`) or
-                of its text config (`num_hidden_layers`, `intermediate_size`, ...).
+                Fields of this config or of its text config (`num_hidden_layers`, `intermediate_size`, ...).
         """
         check_target_config(target_config)
         text_config = target_config.get_text_config()
@@ -125,8 +171,9 @@ class BlockDraftConfig(DraftConfig):
         }
         names = (
             *own,
-            *("block_size", "causal", "draft_vocab_size", "edge_rank", "mask_token_id", "predicts_next"),
-            *("tree_config", "visual_rows"),
+            *("block_size", "causal", "conv_group_size", "conv_kernel_size", "draft_vocab_size", "edge_rank"),
+            *("edge_reads_row", "embedding_scale", "mask_token_id", "predicts_next", "tree_config", "visual_rows"),
+            "windows",
         )
         return make_draft_config(cls, target_config, Qwen3Config, fields, own, names, overrides)
 

@@ -35,8 +35,8 @@ _TEXT_FIELDS = (
 )
 # Settings of drafts of this family that compute something else.
 _NOT_READ = (
-    *("attention_sink_bias", "conv_kernel_size", "draft_shift", "dspark_bonus_anchor", "enable_qwen35_gated_q_proj"),
-    *("log_snr_conditioning", "mrope_section", "selector_rank"),
+    *("attention_sink_bias", "draft_shift", "dspark_bonus_anchor", "enable_qwen35_gated_q_proj"),
+    *("log_snr_conditioning", "mrope_section"),
 )
 # Embeddings are the target's, rotary frequencies follow from the config, what the maps say is kept as ids, and how
 # sure a draft is of each token its trees tell by their scores.
@@ -48,7 +48,11 @@ _NAMES = {
     "lm_head.": "head.",
     "markov_head.markov_w1.": "edge_from.",
     "markov_head.markov_w2.": "edge_to.",
+    "candidate_selector.predecessor_codebook.": "edge_from.",
+    "candidate_selector.successor_codebook.": "edge_to.",
+    "candidate_selector.hidden_projection.": "edge_row.",
 }
+_CODEBOOK = re.compile(r"candidate_selector\.(predecessor|successor)_codebook")
 _ROTATED = re.compile(r"layers\.\d+\.self_attn\.[qk]_(proj|norm)\.(weight|bias)")
 
 
@@ -61,8 +65,9 @@ def load_dflash_checkpoint(
     path_or_repo_id: str | Path, target_config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None = None
 ) -> BlockDraftModel:
     """
-    Load a block draft as a draft for a target: of the layout of DFlash (arXiv 2602.06036), JetSpec's among them, or of
-    DSpark (arXiv 2607.05147), as their makers published them or in the format of speculators.
+    Load a block draft as a draft for a target: of the layouts of DFlash (arXiv 2602.06036), JetSpec's among them, of
+    DFlash 2 (github.com/z-lab/dflash) or of DSpark (arXiv 2607.05147), as their makers published them or in the format
+    of speculators.
 
     Copies of the target's embeddings and head are dropped, and so is DSpark's confidence head; a head of fewer tokens
     is kept. Every other tensor must have its place.
@@ -77,14 +82,15 @@ def load_dflash_checkpoint(
 
     Raises:
         ValueError: If it is no such checkpoint, belongs to another target, or computes what is not supported: another
-            width than the target's, layers that see a window, convolutions or candidate selectors (DFlash 2), Markov
-            heads that read more than the token before.
+            width than the target's, Markov heads that read more than the token before.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
     published = read_config(folder)
     weights = read_weights(folder) if weights is None else weights
     weights = {key.removeprefix("model."): value for key, value in weights.items()}
+    # Codebooks are named as tensors, or as the weights of a table.
+    weights = {f"{key}.weight" if _CODEBOOK.fullmatch(key) else key: value for key, value in weights.items()}
     if not is_dflash(weights) or "fc.weight" not in weights:
         raise ValueError(
             f"The weights in {folder} must be those of a block draft, got none named `fc` and `hidden_norm`. Load "
@@ -121,14 +127,14 @@ def _settings(published: dict[str, Any], weights: dict[str, torch.Tensor]) -> di
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_theta"] = scaling.get("rope_theta") or settings.get("rope_theta") or 10000.0
     edges = weights.get("markov_head.markov_w1.weight")
+    edge_rank = 0 if edges is None else edges.shape[-1]
     makers = [*(published.get("architectures") or ()), settings.get("projector_type")]
     names = " ".join(map(str, [*makers, published.get("speculators_model_type")])).lower()
     return (
         scaling
         | settings
         | {
-            "edge_rank": settings.get("markov_rank", 0 if edges is None else edges.shape[-1]),
-            "causal": any(settings.get(name) for name in ("causal_head", "causal", "dflash_query_causal")),
+            "edge_rank": settings.get("selector_rank") or settings.get("markov_rank", edge_rank),
             "predicts_next": bool(settings.get("sample_from_anchor", "dspark" in names or edges is not None)),
             # Liquid's drafts do, whether their configs say it or not.
             "rotates_pairs": not settings.get("rope_is_neox_style", "lfm" not in names),
@@ -171,8 +177,6 @@ def _draft_config(
     norm = next((value for key, value in weights.items() if key.endswith("q_norm.weight")), None)
     fields = {name: settings[name] for name in _TEXT_FIELDS if settings.get(name) is not None}
     if norm is not None:
-        windows = ("layer_types", "sliding_window", "use_sliding_window")
-        fields |= {name: settings[name] for name in windows if settings.get(name) is not None}
         fields["head_dim"] = len(norm)
     text_config = (LlamaConfig if norm is None else Qwen3Config)(
         **fields,
@@ -181,18 +185,39 @@ def _draft_config(
         rope_parameters=settings["rope_parameters"],
         tie_word_embeddings=False,
     )
+    causal, windows = _sights(settings, text_config.num_hidden_layers)
     known = settings.get("draft_vocab_size") or vocab_size
     return BlockDraftConfig(
         text_config=text_config,
         feature_layers=layers,
         block_size=settings["block_size"],
-        causal=settings["causal"],
+        causal=causal if len({*causal}) > 1 else causal[0],
+        windows=windows if any(windows) else None,
         predicts_next=settings["predicts_next"],
         mask_token_id=settings["mask_token_id"],
         draft_vocab_size=None if known == vocab_size else known,
         edge_rank=settings["edge_rank"],
+        edge_reads_row=bool(settings.get("selector_rank")),
+        conv_kernel_size=settings.get("conv_kernel_size", 0),
+        conv_group_size=settings.get("conv_group_size", 16),
+        embedding_scale=settings.get("input_embedding_scale", 1.0),
         visual_token_ids=visual_token_ids(target_config),
     )
+
+
+def _sights(settings: dict[str, Any], num_layers: int) -> tuple[list[bool], list[int | None]]:
+    """Whether rows of each layer see those before them alone, and how far they see."""
+    fields = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
+    given = {name: settings[name] for name in fields if settings.get(name) is not None}
+    read = Qwen3Config(num_hidden_layers=num_layers, **given)
+    is_sliding = [kind == "sliding_attention" for kind in read.layer_types]
+    windows = [read.sliding_window if own else None for own in is_sliding]
+    if settings["is_of_speculators"]:
+        is_open = settings.get("sliding_window_non_causal", "selector_rank" in settings)
+        return [window is not None and not is_open for window in windows], windows
+    flags = (settings.get(name) for name in ("is_causal", "causal_head", "causal", "dflash_query_causal"))
+    causal = next((bool(flag) for flag in flags if flag is not None), None)
+    return is_sliding if causal is None else [causal] * num_layers, windows
 
 
 def _feature_layers(settings: dict[str, Any], num_read: int, num_layers: int) -> list[int]:

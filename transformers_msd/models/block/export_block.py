@@ -1,4 +1,4 @@
-"""Writes block drafts as the engines read them: those of DFlash, and of DSpark, in the format of speculators."""
+"""Writes block drafts as the engines read them: those of DFlash, 1 and 2, and of DSpark, in speculators' format."""
 
 from typing import Any
 
@@ -24,11 +24,20 @@ _NAMES = {
     "edge_from.": "markov_head.markov_w1.",
     "edge_to.": "markov_head.markov_w2.",
 }
+_OF_SELECTOR = {
+    "markov_head.markov_w1.weight": "candidate_selector.predecessor_codebook",
+    "markov_head.markov_w2.weight": "candidate_selector.successor_codebook",
+    "edge_row.": "candidate_selector.hidden_projection.",
+}
+_ARCHITECTURES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "dspark": "DSparkDraftModel"}
+_SELECTED = 16  # tokens of a level that the engines score by edges
 
 
 def block_weights(draft: BlockDraftModel) -> dict[str, torch.Tensor]:
     """Name the weights of a draft as speculators does, with what leads from its tokens to the target's and back."""
     weights = renamed(draft.state_dict(), _NAMES)
+    if draft.edge_row is not None:  # codebooks are tensors there, and no tables
+        return renamed(weights, _OF_SELECTOR)
     if draft.head is None:
         return weights
     token_ids = weights.pop("draft_token_ids")
@@ -39,8 +48,8 @@ def block_weights(draft: BlockDraftModel) -> dict[str, torch.Tensor]:
 
 def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTrainedConfig) -> dict[str, Any]:
     """
-    Make `config.json` in the format of speculators: of DSpark where a row says the token behind its place or a token
-    adds to the scores of those that follow, else of DFlash.
+    Make `config.json` in the format of speculators: of DFlash 2 where what a token adds to the scores of those that
+    follow depends on the row, of DSpark where it does not or a row says the token behind its place, else of DFlash.
 
     Args:
         draft ([`BlockDraftModel`]):
@@ -54,11 +63,22 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
         ValueError: If the format has no place for something that the draft has.
     """
     config, text_config = draft.config, draft.config.get_text_config()
+    is_second = config.edge_reads_row or config.conv_kernel_size > 0
+    windows = {window for _, window in config.sights} - {None}
+    is_causal = [causal for causal, window in config.sights if window is not None]
     check_kept(
         "speculators",
         {
             "rows that read the feature (`reads_feature`)": config.reads_feature,
-            "rows that see those before them alone (`causal`)": config.causal,
+            "rows that see those before them alone (`causal`)": any(
+                causal for causal, window in config.sights if window is None
+            )
+            or len({*is_causal}) > 1,
+            "windows of several sizes (`windows`)": len(windows) > 1,
+            "edges or convolutions alone (`edge_reads_row`, `conv_kernel_size`)": is_second
+            and not (config.edge_reads_row and config.conv_kernel_size),
+            "fewer tokens, of DFlash 2 (`draft_vocab_size`)": is_second and draft.head is not None,
+            "embeddings that are scaled (`embedding_scale`)": config.embedding_scale not in (None, 1.0),
             "a mask of its own (`mask_token_id`)": config.mask_token_id is None,
             f"visual rows {config.visual_rows} (`visual_rows`)": config.visual_rows != "kept",
             f"layers of {text_config.model_type}": text_config.model_type != "qwen3",
@@ -66,17 +86,25 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
         },
     )
     kind = "dspark" if config.predicts_next or config.edge_rank else "dflash"
+    kind = "dflash2" if is_second else kind
+    layers = layer_fields(text_config) | rope_fields(text_config)
+    if windows:
+        layers |= {
+            "layer_types": ["sliding_attention" if window else "full_attention" for _, window in config.sights],
+            "sliding_window": windows.pop(),
+            "use_sliding_window": True,
+        }
     published = {
         **speculators_fields(kind, config.num_levels, target_model, target_config),
-        "architectures": ["DSparkDraftModel" if kind == "dspark" else "DFlashDraftModel"],
-        "transformer_layer_config": layer_fields(text_config) | rope_fields(text_config),
+        "architectures": [_ARCHITECTURES[kind]],
+        "transformer_layer_config": layers,
         "draft_vocab_size": config.draft_vocab_size or text_config.vocab_size,
         "target_hidden_size": text_config.hidden_size,
         "aux_hidden_state_layer_ids": layers_read(draft, target_config),
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "sample_from_anchor": config.predicts_next,
-        "sliding_window_non_causal": False,
+        "sliding_window_non_causal": not any(is_causal),
         "tie_word_embeddings": False,
     }
     if kind == "dspark":
@@ -85,6 +113,13 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
             "markov_head_type": "vanilla",
             "enable_confidence_head": False,
             "confidence_head_with_markov": False,
+        }
+    if kind == "dflash2":
+        published |= {
+            "conv_kernel_size": config.conv_kernel_size,
+            "conv_group_size": config.conv_group_size,
+            "selector_rank": config.edge_rank,
+            "selector_top_k": _SELECTED,
         }
     return published
 

@@ -1,5 +1,8 @@
 """The block draft: a few decoder layers that say all levels of a tree in one forward."""
 
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
@@ -7,10 +10,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from transformers_msd.compat import CACHE
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.configuration_block import BlockDraftConfig
+from transformers_msd.models.block.layers import BlockConvolution, BlockLayer
 from transformers_msd.traits.decoders import make_decoder
+from transformers_msd.traits.scales import look_up
+from transformers_msd.traits.windows import BlockWindow
 
 
 class BlockDraftModel(FeatureDraftModel):
@@ -34,6 +39,7 @@ class BlockDraftModel(FeatureDraftModel):
         size, vocab_size = text_config.hidden_size, text_config.vocab_size
         norm_of = lambda: LlamaRMSNorm(size, eps=text_config.rms_norm_eps)  # noqa: E731
         self.model = make_decoder(text_config)
+        self.model.layers = nn.ModuleList(BlockLayer(layer, config) for layer in self.model.layers)
         self.fc = nn.Linear(len(config.feature_layers) * size, size, bias=False)
         self.hidden_norm, self.norm = norm_of(), norm_of()
         self.visual_fc = nn.Linear(size, size, bias=False) if config.visual_rows == "decoupled" else None
@@ -41,6 +47,7 @@ class BlockDraftModel(FeatureDraftModel):
         self.mask_embedding = nn.Parameter(torch.empty(size)) if config.mask_token_id is None else None
         self.edge_from = nn.Embedding(vocab_size, config.edge_rank) if config.edge_rank else None
         self.edge_to = nn.Linear(config.edge_rank, vocab_size, bias=False) if config.edge_rank else None
+        self.edge_row = nn.Linear(size, config.edge_rank, bias=False) if config.edge_reads_row else None
         self.head = None
         if config.draft_vocab_size is not None:
             self.head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -55,6 +62,10 @@ class BlockDraftModel(FeatureDraftModel):
             init.normal_(self.mask_embedding, std=self.config.get_text_config().initializer_range)
         if module is self.edge_to:
             init.zeros_(module.weight)  # a token adds nothing until it has learned to
+        if isinstance(module, BlockConvolution):  # rows are as they were until it has learned to mix them
+            init.zeros_(module.base_kernel)
+            init.ones_(module.base_kernel[:, 0])
+            init.zeros_(module.kernel_projection.weight)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -67,6 +78,19 @@ class BlockDraftModel(FeatureDraftModel):
     @property
     def pools(self) -> bool:
         return self.config.visual_rows != "kept"
+
+    @cached_property
+    def sights(self) -> list[tuple[bool, BlockWindow | None]]:
+        """What rows of a block see, in one layer or another: those before them alone or all, and how far."""
+        return [
+            (causal, None if window is None else BlockWindow(window))
+            for causal, window in dict.fromkeys(self.config.sights)
+        ]
+
+    @cached_property
+    def _sight_of_layer(self) -> list[int]:
+        kinds = list(dict.fromkeys(self.config.sights))
+        return [kinds.index(own) for own in self.config.sights]
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
@@ -131,7 +155,7 @@ class BlockDraftModel(FeatureDraftModel):
             `torch.Tensor` of shape `(..., num_rows, hidden_size)`.
         """
         num_rows = self.config.block_size
-        if self.config.causal:
+        if all(causal for causal, _ in self.sights):
             num_rows -= self.config.num_levels - num_levels
         mask = self.mask_embedding if mask_embed is None else mask_embed
         masks = mask.to(root_embeds).expand(*root_embeds.shape[:-1], num_rows - 1, -1)
@@ -140,17 +164,37 @@ class BlockDraftModel(FeatureDraftModel):
             return rows
         return self.join(torch.cat([rows, features.to(rows)[..., None, :].expand_as(rows)], dim=-1))
 
-    def visible(self, num_rows: int, device: torch.device) -> torch.Tensor:
-        """Tell which rows of a block each of them sees: a mask of shape `(num_rows, num_rows)`."""
+    def embed(self, token_ids: torch.Tensor, target: Any) -> torch.Tensor:
+        scale = self.config.embedding_scale
+        return target.embed(token_ids) if scale is None else look_up(target.model, token_ids).to(target.device) * scale
+
+    def visible(self, num_rows: int, device: torch.device) -> list[torch.Tensor]:
+        """Tell which rows of a block each of them sees: masks of shape `(num_rows, num_rows)`, one for each sight."""
         everything = torch.ones(num_rows, num_rows, dtype=torch.bool, device=device)
-        return everything.tril() if self.config.causal else everything
+        return [everything.tril() if causal else everything for causal, _ in self.sights]
 
     def levels(self, hidden_states: torch.Tensor, num_levels: int) -> torch.Tensor:
         """Take of a block's rows `(..., num_rows, hidden_size)` those that say the first `num_levels` levels."""
         first = 0 if self.config.predicts_next else 1
         return hidden_states[..., first : first + num_levels, :]
 
-    def edge_scores(self, parents: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    def edges_from(self, parents: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """
+        Say what tokens add to the scores of those that follow them, as a vector that `edge_to` makes scores of.
+
+        Args:
+            parents (`torch.Tensor` of shape `(...)`):
+                Tokens.
+            rows (`torch.Tensor` of shape `(..., hidden_size)`):
+                What a head reads of those that follow.
+
+        Returns:
+            `torch.Tensor` of shape `(..., edge_rank)`.
+        """
+        edges = self.edge_from(parents)
+        return edges if self.edge_row is None else edges * self.edge_row(rows.to(edges))
+
+    def edge_scores(self, parents: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """
         Score what tokens add to those that may follow them.
 
@@ -159,11 +203,14 @@ class BlockDraftModel(FeatureDraftModel):
                 Tokens.
             token_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`):
                 Tokens that may follow each of them.
+            rows (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+                What a head reads of these.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_parents, num_tokens)`: To be added to logits.
         """
-        return self.edge_from(parents) @ self.edge_to.weight[token_ids].transpose(1, 2)
+        edges = self.edges_from(parents, rows[:, None].expand(-1, parents.shape[1], -1))
+        return edges @ self.edge_to.weight[token_ids].transpose(1, 2)
 
     def remember(self, features: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
         """
@@ -191,7 +238,7 @@ class BlockDraftModel(FeatureDraftModel):
     def forward(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_masks: list[torch.Tensor],
         position_ids: torch.Tensor,
         features: torch.Tensor | None = None,
         feature_positions: torch.Tensor | None = None,
@@ -204,10 +251,10 @@ class BlockDraftModel(FeatureDraftModel):
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, num_rows, hidden_size)`):
-                What [`BlockDraftModel.block`] makes, of one block or several, one behind the other; or, with
-                `block_features`, embeddings of the tokens that blocks begin with, a row each.
-            attention_mask (`torch.Tensor` of shape `(batch_size, 1, num_rows, past_length + num_rows)`):
-                Additive float mask over the cache and these rows.
+                What [`BlockDraftModel.block`] makes, of one block; or, with `block_features`, embeddings of the tokens
+                that blocks begin with, one behind the other, a row each.
+            attention_masks (`list[torch.Tensor]` of shapes `(batch_size, 1, num_rows, past_length + num_rows)`):
+                Additive float masks over the cache and these rows, one for each of `sights`.
             position_ids (`torch.Tensor` of shape `(batch_size, num_rows)`):
                 Places of the rows.
             features (`torch.Tensor` of shape `(batch_size, num_features, hidden_size)`, *optional*):
@@ -228,20 +275,18 @@ class BlockDraftModel(FeatureDraftModel):
                 f"`inputs_embeds` must have shape `(batch_size, num_rows, {size})`, got {tuple(inputs_embeds.shape)}. "
                 "Pass what `block` makes of embeddings of the target this draft was made for."
             )
+        size = inputs_embeds.shape[1]
         if block_features is not None:
-            inputs_embeds = self.block(inputs_embeds, block_features, self.config.num_levels, mask_embed).flatten(1, 2)
+            blocks = self.block(inputs_embeds, block_features, self.config.num_levels, mask_embed)
+            size, inputs_embeds = blocks.shape[2], blocks.flatten(1, 2)
         cache = DynamicCache(config=self.config.get_text_config()) if cache is None else cache
         if features is not None:
             self.remember(features, feature_positions, cache)
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=True,
-            **{CACHE: cache},
-        )
-        outputs.last_hidden_state = self.norm(outputs.last_hidden_state)
-        return outputs
+        places = self.model.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer, sight in zip(self.model.layers, self._sight_of_layer, strict=True):
+            hidden_states = layer(hidden_states, attention_masks[sight], places, cache, size)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
 
 
 __all__ = ["BlockDraftModel"]
