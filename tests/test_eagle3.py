@@ -516,6 +516,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {"eagle_aux_hidden_state_layer_ids": [2, 16, 29]},
         "got one of 8 layers",
     ),
+    "a window": (WHOLE, {"layer_types": ["sliding_attention"], "sliding_window": 64}, "see a window of 64"),
     "axes of another head": (
         WHOLE,
         {"rope_scaling": {"type": "default", "mrope_section": [4, 4, 4]}},

@@ -36,6 +36,17 @@ DESIGNS = {
     "decoupled, edges": {"visual_rows": "decoupled", "edge_rank": 3},
     "dropped, fewer tokens, edges": {"visual_rows": "dropped", "draft_vocab_size": 96, "edge_rank": 3},
     "a token as mask": {"mask_token_id": 7, "num_hidden_layers": 2},
+    "windows, convolutions": {
+        "num_hidden_layers": 2,
+        "causal": [True, False],
+        "windows": [9, 3],
+        "conv_kernel_size": 2,
+        "conv_group_size": 8,
+        "edge_rank": 3,
+        "edge_reads_row": True,
+        "embedding_scale": 0.5,
+        "mask_token_id": 7,
+    },
 }
 
 
@@ -51,6 +62,9 @@ def make_block(target: torch.nn.Module, **overrides) -> BlockDraftModel:
     draft = BlockDraftModel(BlockDraftConfig.from_target(target.config, **settings))
     if draft.edge_to is not None:
         torch.nn.init.normal_(draft.edge_to.weight)
+    for name, weight in draft.named_parameters():
+        if "_conv." in name:
+            torch.nn.init.normal_(weight, std=0.5)
     return draft
 
 
@@ -106,7 +120,7 @@ def test_blocks_of_training_are_those_of_drafting(target, dataset, processor, tm
                 own = trained[row, block, level]
                 ours = target.lm_head(own) if draft.head is None else draft.head(own)
                 if draft.edge_to is not None:
-                    edges = draft.edge_to(draft.edge_from(ids[row, following + 1]))
+                    edges = draft.edge_to(draft.edges_from(ids[row, following + 1], own))
                     ours = ours + (edges if draft.head is None else edges[draft.draft_token_ids])
                 theirs = (theirs if draft.head is None else theirs[draft.draft_token_ids]).softmax(-1)
                 weight = stands if prefix_weights else weights[level] / sum(weights)

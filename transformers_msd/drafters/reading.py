@@ -72,14 +72,16 @@ class Reader:
     def _embed(self, committed: Committed, is_prompt: bool) -> Committed:
         """Give rows the embeddings that the draft reads, where these are not those of the target's rows."""
         draft, owns = self._draft, self._draft.get_input_embeddings() is not None
-        if not owns and not (is_prompt and draft.reads_placeholders):
+        scales = draft.embedding_scale is not None
+        if not owns and not scales and not (is_prompt and draft.reads_placeholders):
             return committed
         unnamed = (draft.config.visual_token_ids or [0])[0]
         embeds = draft.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed), self._target)
-        if owns:
-            embeds = embeds.to(committed.inputs_embeds.device)
-        else:
-            embeds = embeds.where(committed.visual_mask[..., None], committed.inputs_embeds)
+        embeds, is_visual = embeds.to(committed.inputs_embeds.device), committed.visual_mask[..., None]
+        if not draft.reads_placeholders:
+            embeds = committed.inputs_embeds.where(is_visual, embeds)
+        elif not owns and not scales:
+            embeds = embeds.where(is_visual, committed.inputs_embeds)
         return replace(committed, inputs_embeds=embeds)
 
     def _pool(self, committed: Committed, begins_visual: torch.Tensor | None) -> Committed:

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers_msd.compat import stock_drafting_error
 from transformers_msd.models.places import check_finite, check_folder
 from transformers_msd.models.sharing import write_custom_generate
+from transformers_msd.traits.scales import look_up
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -37,6 +38,8 @@ class FeatureDraftModel(PreTrainedModel):
     # What says how it drafts, in a model card, and its tag there.
     method: str
     tag: str
+    # What rows of the target's embedding table are multiplied by; what its own layers read is read if it is `None`.
+    embedding_scale: float | None = None
     # Whether what the target does to its logits is done to those of the draft's own head.
     scales_as_target = True
     # Whether its predictions are the target's features, which it can be trained on.
@@ -152,16 +155,17 @@ class FeatureDraftModel(PreTrainedModel):
 
         Returns:
             `tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]`: Those of the first three that change,
-            by their names, features with what is read with them behind; which rows are kept, of shape `(batch_size,
-            num_rows)`, the last of each sequence among them; and what rows after these are to read with their
-            features.
+            by name, features with what is read with them behind; which rows are kept, of shape `(batch_size,
+            num_rows)`, the last of each sequence among them; what rows after these are to read with their features.
         """
         return {}, real, context
 
     def embed(self, token_ids: torch.Tensor, target: Any) -> torch.Tensor:
         """Embeddings of tokens as the layer reads them: the [`Target`]'s, unless the draft has its own."""
-        own = self.get_input_embeddings()
-        return target.embed(token_ids) if own is None else own(token_ids.to(own.weight.device))
+        if (own := self.get_input_embeddings()) is not None:
+            return own(token_ids.to(own.weight.device))
+        scale = self.embedding_scale
+        return target.embed(token_ids) if scale is None else look_up(target.model, token_ids, scale).to(target.device)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """

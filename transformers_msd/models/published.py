@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.places import check_finite, check_place
-from transformers_msd.models.weights import read_weight_map
+from transformers_msd.models.weights import read_weight_map, shapes_of
+from transformers_msd.traits.scales import scales_embeddings
 
 
 # What we write ourselves names us as `exported_by`, and means what it says.
@@ -149,6 +150,14 @@ def draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: 
             f"{token_ids[:3].tolist()} to {int(token_ids[-1])} of {vocab_size}. Copy the folder again."
         )
     return token_ids
+
+
+def stored_scale(target_config: PreTrainedConfig) -> float | None:
+    """Return the scale of a published draft's embeddings: it was trained on stored ones, whatever its target does."""
+    try:
+        return 1.0 if scales_embeddings(shapes_of(target_config, torch.float32)) else None
+    except ValueError:  # a model of another kind: what is stored is right in any case
+        return 1.0
 
 
 def cast_weights(draft: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from torch import nn
 
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.trainer.data import DraftRows
-from transformers_msd.traits.scales import look_up, scales_of
+from transformers_msd.traits.scales import look_up
 from transformers_msd.traits.windows import BlockWindow
 from transformers_msd.trees.masks import take_rows
 
@@ -98,18 +98,10 @@ def predict_blocks(
         inputs = rows.inputs_embeds, features, rows.position_ids, rows.visual_mask, kept
         changed, kept, _ = draft.pool(*inputs, None)
         features = changed.get("features", features)
-    scale, mask_embed = draft.config.embedding_scale, None
-
-    def embed(ids: torch.Tensor) -> torch.Tensor:
-        if scale is None:
-            return scales_of(target).of_embeddings(target.get_input_embeddings()(ids))
-        return look_up(target, ids) * scale
-
+    mask_embed = None
     if (mask_id := draft.config.mask_token_id) is not None:
-        mask_embed = embed(torch.tensor([mask_id], device=token_ids.device))[0]
+        mask_embed = look_up(target, torch.tensor([mask_id], device=token_ids.device), draft.embedding_scale)[0]
     fused, roots = fuse(features), take_rows(rows.inputs_embeds, anchors)
-    if scale is not None:
-        roots = embed(token_ids.gather(1, anchors)).to(roots)
     size = draft.config.block_size
     places = torch.arange(1, size + 1, device=anchors.device)
     masks = [

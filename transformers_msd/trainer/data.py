@@ -15,7 +15,7 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.recording import side_by_side, with_layers
 from transformers_msd.target.target import TOKEN_TYPES
-from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
+from transformers_msd.traits.scales import find_scales, look_up, wants_scales
 from transformers_msd.traits.tokens import visual_token_mask
 
 
@@ -176,6 +176,7 @@ def target_rows(
     dtype: torch.dtype | None = None,
     feature_layers: tuple[int, ...] = (-1,),
     reads_placeholders: bool = False,
+    embedding_scale: float | None = None,
 ) -> DraftRows:
     """
     Run the target, and pair its embeddings and features as the draft reads them.
@@ -193,6 +194,8 @@ def target_rows(
             Hidden states that the draft reads.
         reads_placeholders (`bool`, *optional*, defaults to `False`):
             Whether it reads embeddings of placeholders, where the target reads visual features.
+        embedding_scale (`float`, *optional*):
+            What it multiplies the target's table by, where it reads that.
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -201,11 +204,13 @@ def target_rows(
     states = {layer: state.to(dtype or state.dtype) for layer, state in zip(layers, found, strict=True)}
     inputs_embeds, features, read = states[0], states[-1], [states[layer] for layer in feature_layers]
     input_ids = inputs["input_ids"]
-    if reads_placeholders:
-        placeholders = (
-            scales_of(target).of_embeddings(target.get_input_embeddings()(input_ids)).to(inputs_embeds.dtype)
-        )
-        inputs_embeds = placeholders.where(visual_token_mask(input_ids, visual_token_ids)[..., None], inputs_embeds)
+    if reads_placeholders or embedding_scale is not None:
+        embeds = look_up(target, input_ids, embedding_scale).to(inputs_embeds)
+        is_visual = visual_token_mask(input_ids, visual_token_ids)[..., None]
+        if embedding_scale is not None:
+            inputs_embeds = inputs_embeds.where(is_visual, embeds)
+        if reads_placeholders:
+            inputs_embeds = embeds.where(is_visual, inputs_embeds)
     return pair_rows(
         input_ids, labels, inputs["attention_mask"], inputs_embeds, side_by_side(read), visual_token_ids, features
     )

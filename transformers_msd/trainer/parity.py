@@ -151,6 +151,7 @@ def check_parity(
         draft.config.visual_token_ids,
         feature_layers=draft.feature_layers,
         reads_placeholders=draft.reads_placeholders,
+        embedding_scale=draft.embedding_scale,
     )
     rows = rows.pool(draft)
 

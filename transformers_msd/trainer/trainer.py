@@ -94,6 +94,7 @@ class MSDTrainer(DraftTrainer):
             draft.dtype,
             draft.feature_layers,
             draft.reads_placeholders,
+            draft.embedding_scale,
         )
         # What is drawn for a row is another in each epoch, and the same whenever it is evaluated.
         epoch = int(self.state.epoch or 0) if self.model.training else 0

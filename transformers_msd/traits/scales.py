@@ -67,10 +67,22 @@ def scales_embeddings(model: PreTrainedModel) -> bool:
     return type(model.get_input_embeddings()) is not nn.Embedding or bool(_numbers(model.config, _OF_EMBEDDINGS))
 
 
-def look_up(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
-    """Return rows of a model's embedding table as they are stored, whatever its layers read of them."""
-    table = model.get_input_embeddings().weight
-    return nn.functional.embedding(token_ids.to(table.device), table)
+def look_up(model: PreTrainedModel, token_ids: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """
+    Return embeddings of tokens.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        token_ids (`torch.Tensor` of shape `(...)`):
+            Tokens.
+        scale (`float`, *optional*):
+            What rows of its table, as they are stored, are multiplied by; what its layers read when not given.
+    """
+    table = model.get_input_embeddings()
+    if scale is None:
+        return scales_of(model).of_embeddings(table(token_ids))
+    return nn.functional.embedding(token_ids.to(table.weight.device), table.weight) * scale
 
 
 def logits_of(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:

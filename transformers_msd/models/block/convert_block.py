@@ -17,6 +17,7 @@ from transformers_msd.models.published import (
     read_config,
     read_weights,
     renamed,
+    stored_scale,
 )
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
@@ -200,7 +201,7 @@ def _draft_config(
         edge_reads_row=bool(settings.get("selector_rank")),
         conv_kernel_size=settings.get("conv_kernel_size", 0),
         conv_group_size=settings.get("conv_group_size", 16),
-        embedding_scale=settings.get("input_embedding_scale", 1.0),
+        embedding_scale=settings.get("input_embedding_scale", stored_scale(target_config)),
         visual_token_ids=visual_token_ids(target_config),
     )
 

@@ -1,7 +1,6 @@
 """The block draft: a few decoder layers that say all levels of a tree in one forward."""
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,6 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.models.block.layers import BlockConvolution, BlockLayer
 from transformers_msd.traits.decoders import make_decoder
-from transformers_msd.traits.scales import look_up
 from transformers_msd.traits.windows import BlockWindow
 
 
@@ -37,6 +35,7 @@ class BlockDraftModel(FeatureDraftModel):
         super().__init__(config)
         text_config = config.get_text_config()
         size, vocab_size = text_config.hidden_size, text_config.vocab_size
+        self.embedding_scale = config.embedding_scale
         norm_of = lambda: LlamaRMSNorm(size, eps=text_config.rms_norm_eps)  # noqa: E731
         self.model = make_decoder(text_config)
         self.model.layers = nn.ModuleList(BlockLayer(layer, config) for layer in self.model.layers)
@@ -163,10 +162,6 @@ class BlockDraftModel(FeatureDraftModel):
         if self.join is None:
             return rows
         return self.join(torch.cat([rows, features.to(rows)[..., None, :].expand_as(rows)], dim=-1))
-
-    def embed(self, token_ids: torch.Tensor, target: Any) -> torch.Tensor:
-        scale = self.config.embedding_scale
-        return target.embed(token_ids) if scale is None else look_up(target.model, token_ids).to(target.device) * scale
 
     def visible(self, num_rows: int, device: torch.device) -> list[torch.Tensor]:
         """Tell which rows of a block each of them sees: masks of shape `(num_rows, num_rows)`, one for each sight."""

@@ -110,6 +110,11 @@ def _draft_config(
             f"{folder / 'config.json'} must say `norm_before_residual`, got nothing, of which readers make different "
             "things. Add what the draft was trained with."
         )
+    if "sliding_attention" in (text.get("layer_types") or ()) and text.get("sliding_window"):
+        raise ValueError(
+            f"The layers of an EAGLE-3 draft must see everything, got some in {folder} that see a window of "
+            f"{text['sliding_window']}, which is not supported."
+        )
     rope = _rope_parameters(published, text)
     section, interleaved = rope.pop("mrope_section", None), rope.pop("mrope_interleaved", False)
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
