@@ -125,7 +125,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
     "DSpark of speculators": (
         OF_SPECULATORS
         | {"architectures": ["DSparkDraftModel"], "speculators_model_type": "dspark", "draft_vocab_size": NUM_KNOWN}
-        | {"markov_rank": 5, "markov_head_type": "vanilla"},
+        | {"markov_rank": 5, "markov_head_type": "gated"},
         2,
         NORMS,
         [2, 4, 5],
@@ -154,7 +154,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
         "conv_kernel_size": 2,
         "conv_group_size": 8,
         "edge_rank": 5,
-        "edge_reads_row": True,
+        "edge_type": "bilinear",
     },
 }
 SAMPLED_IF_CAPTURED = ("JetSpec", "two layers, edges", "dropped")
@@ -196,6 +196,8 @@ def make_weights(name: str) -> dict[str, torch.Tensor]:
             "markov_head.markov_w2.weight": (num_known, rank),
             "confidence_head.proj.weight": (1, HIDDEN + rank),
         }
+        if published.get("markov_head_type") == "gated":
+            shapes |= {"markov_head.gate_proj.weight": (rank, HIDDEN + rank), "markov_head.gate_proj.bias": (rank,)}
     if taps:
         end = ".weight" if "speculators" not in name else ""
         shapes |= {
@@ -440,6 +442,9 @@ def test_proposals_are_those_of_a_forward_of_its_own(
             edges = independent.edges[0][parent]
             if independent.edge_row is not None:
                 edges = edges * (independent.edge_row @ read)
+            if "markov_head.gate_proj.bias" in independent.weights:
+                weight, bias = (independent.weights[f"markov_head.gate_proj.{kind}"] for kind in ("weight", "bias"))
+                edges = edges * (weight @ torch.cat([read, edges]) + bias).sigmoid()
             scores = scores + independent.edges[1][best.indices] @ edges
         return independent.tokens[best.indices[scores.topk(width).indices]].tolist()
 
@@ -671,8 +676,8 @@ OTHERS: dict[str, tuple[str, dict[str, torch.Tensor] | None, dict[str, Any], str
     "a head that reads more": (
         "DSpark",
         None,
-        {"markov_head_type": "gated"},
-        "must do without markov_head_type=gated",
+        {"markov_head_type": "rnn"},
+        "must do without markov_head_type=rnn",
     ),
     "edges that are not there": (
         "DSpark",
@@ -741,7 +746,12 @@ ENGINES: dict[str, dict[str, Any]] = {
     "DFlash": {"predicts_next": False},
     "a row says the next": {},
     "edges": {"edge_rank": 5, "num_hidden_layers": 2},
-    "edges, fewer tokens": {"edge_rank": 5, "draft_vocab_size": 40, "predicts_next": False},
+    "gated edges, fewer tokens": {
+        "edge_rank": 5,
+        "edge_type": "gated",
+        "draft_vocab_size": 40,
+        "predicts_next": False,
+    },
     "windows": {"num_hidden_layers": 2, "windows": [None, 64], "causal": [False, True], "predicts_next": False},
     "DFlash 2": {
         "windows": [64],
@@ -749,7 +759,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "conv_kernel_size": 2,
         "conv_group_size": 8,
         "edge_rank": 5,
-        "edge_reads_row": True,
+        "edge_type": "bilinear",
     },
     "other layers, another base": {
         "feature_layers": [0, -3],
@@ -792,9 +802,10 @@ def test_what_engines_get_is_what_was_there(name: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("kind", "num_known", "windows"),
+    ("kind", "num_known", "settings"),
     [
         *product(["dflash", "dspark"], [NUM_KNOWN, VOCAB_SIZE], [{}]),
+        ("dspark", NUM_KNOWN, {"markov_head_type": "gated"}),
         ("dflash", NUM_KNOWN, {"sliding_window_non_causal": False}),
         ("dflash", NUM_KNOWN, {"sliding_window_non_causal": True}),
         ("dflash2", VOCAB_SIZE, {}),
@@ -802,7 +813,7 @@ def test_what_engines_get_is_what_was_there(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_drafts_that_speculators_saved_are_read_as_by_itself(
-    kind: str, num_known: int, windows: dict[str, bool], tmp_path: Path
+    kind: str, num_known: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     speculators = pytest.importorskip("speculators")
     from speculators.models.dflash import DFlashSpeculatorConfig
@@ -812,7 +823,7 @@ def test_drafts_that_speculators_saved_are_read_as_by_itself(
 
     target = make_deep_target("llava")
     layers = OF_SPECULATORS["transformer_layer_config"] | {"model_type": "qwen3", "num_hidden_layers": 2}
-    if windows:
+    if "sliding_window_non_causal" in settings:
         layers |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
         layers |= {"use_sliding_window": True}
     kinds = {"dflash": DFlashSpeculatorConfig, "dflash2": DFlash2SpeculatorConfig, "dspark": DSparkSpeculatorConfig}
@@ -822,7 +833,7 @@ def test_drafts_that_speculators_saved_are_read_as_by_itself(
         block_size=BLOCK_SIZE,
         mask_token_id=MASK_ID,
         aux_hidden_state_layer_ids=[2, 4, 5],
-        **windows | ({"conv_group_size": 8, "selector_rank": 5} if kind == "dflash2" else {}),
+        **settings | ({"conv_group_size": 8, "selector_rank": 5} if kind == "dflash2" else {}),
         speculators_config=speculators.SpeculatorsConfig(
             algorithm=kind,
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=BLOCK_SIZE - 1)],
@@ -902,7 +913,7 @@ def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: to
         own = ours.edge_scores(torch.tensor([[7]]), every, level)[0]
         torch.testing.assert_close(own, selector.transition_scores(level, torch.tensor([7]), every))
     if markov is not None:
-        bias = markov.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=rows[:, :1])[0]
+        bias = markov.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=found[:, :1])[0]
         tokens = ours.draft_token_ids if ours.head is not None else torch.arange(VOCAB_SIZE)
         own = ours.edge_scores(torch.tensor([[7]]), tokens[None], found[:, 0])[0]
         torch.testing.assert_close(own, bias)
@@ -926,7 +937,8 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
         ({"windows": [4, None]}, "`windows` must tell of each of 1 layers"),
         ({"windows": [0]}, "`windows` must be at least 1"),
         ({"windows": [4], "visual_rows": "dropped"}, "of which visual rows that are dropped leave none"),
-        ({"edge_reads_row": True}, "`edge_reads_row` needs edges"),
+        ({"edge_type": "gated"}, "`edge_type` must be one of .* with `edge_rank=0`"),
+        ({"edge_rank": 3, "edge_type": "rnn"}, "`edge_type` must be one of .* got 'rnn'"),
         ({"conv_kernel_size": 2, "conv_group_size": 5}, "divide the width of the layers, got 2 and 5 of 32"),
     ):
         with pytest.raises(ValueError, match=message):

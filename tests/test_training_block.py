@@ -33,7 +33,7 @@ DESIGNS = {
     "rows that read the feature": {},
     "embeddings alone": {"reads_feature": False},
     "whole blocks, in place": {"causal": False, "predicts_next": False, "reads_feature": False},
-    "decoupled, edges": {"visual_rows": "decoupled", "edge_rank": 3},
+    "decoupled, edges": {"visual_rows": "decoupled", "edge_rank": 3, "edge_type": "gated"},
     "dropped, fewer tokens, edges": {"visual_rows": "dropped", "draft_vocab_size": 96, "edge_rank": 3},
     "a token as mask": {"mask_token_id": 7, "num_hidden_layers": 2},
     "windows, convolutions": {
@@ -43,7 +43,7 @@ DESIGNS = {
         "conv_kernel_size": 2,
         "conv_group_size": 8,
         "edge_rank": 3,
-        "edge_reads_row": True,
+        "edge_type": "bilinear",
         "embedding_scale": 0.5,
         "mask_token_id": 7,
     },

@@ -13,6 +13,7 @@ from transformers_msd.traits.tokens import visual_token_ids
 
 _OF_LLAMA_ALONE = ("mlp_bias", "model_type", "pretraining_tp")
 VISUAL_ROWS = ("kept", "decoupled", "dropped")
+EDGE_TYPES = ("vanilla", "gated", "bilinear")
 
 
 @strict
@@ -49,8 +50,9 @@ class BlockDraftConfig(DraftConfig):
             `None`.
         edge_rank (`int`, *optional*, defaults to 0):
             Rank of what a token adds to the scores of those that follow it (DSpark); 0 for nothing.
-        edge_reads_row (`bool`, *optional*, defaults to `False`):
-            Whether what it adds depends on the row that says those that follow, too (DFlash 2).
+        edge_type (`str`, *optional*, defaults to `"vanilla"`):
+            What part the row that says those that follow has in what it adds: none (`"vanilla"`), that of a gate
+            (`"gated"`, both DSpark) or of a factor (`"bilinear"`, DFlash 2).
         conv_kernel_size (`int`, *optional*, defaults to 0):
             Rows of a block, each and those right before it, that are mixed before and behind the attention and the MLP
             of every layer (DFlash 2); 0 for none.
@@ -81,7 +83,7 @@ class BlockDraftConfig(DraftConfig):
     mask_token_id: int | None = None
     draft_vocab_size: int | None = None
     edge_rank: int = 0
-    edge_reads_row: bool = False
+    edge_type: str = "vanilla"
     conv_kernel_size: int = 0
     conv_group_size: int = 16
     embedding_scale: float | None = None
@@ -127,8 +129,11 @@ class BlockDraftConfig(DraftConfig):
                 "`windows` are counted in places, of which visual rows that are dropped leave none, got "
                 f"{self.windows} with `visual_rows='dropped'`. Leave one out."
             )
-        if self.edge_reads_row and not self.edge_rank:
-            raise ValueError("`edge_reads_row` needs edges, got `edge_rank=0`. Set a rank, 256 is common.")
+        if self.edge_type not in EDGE_TYPES or (self.edge_type != "vanilla" and not self.edge_rank):
+            raise ValueError(
+                f"`edge_type` must be one of {EDGE_TYPES}, the first where there are no edges, got {self.edge_type!r} "
+                f"with `edge_rank={self.edge_rank}`. 256 is a common rank."
+            )
         if self.conv_kernel_size < 0 or self.conv_kernel_size and size % self.conv_group_size:
             raise ValueError(
                 "`conv_kernel_size` must not be negative, and `conv_group_size` divide the width of the layers, got "
@@ -172,7 +177,7 @@ class BlockDraftConfig(DraftConfig):
         names = (
             *own,
             *("block_size", "causal", "conv_group_size", "conv_kernel_size", "draft_vocab_size", "edge_rank"),
-            *("edge_reads_row", "embedding_scale", "mask_token_id", "predicts_next", "tree_config", "visual_rows"),
+            *("edge_type", "embedding_scale", "mask_token_id", "predicts_next", "tree_config", "visual_rows"),
             "windows",
         )
         return make_draft_config(cls, target_config, Qwen3Config, fields, own, names, overrides)

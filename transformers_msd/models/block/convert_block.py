@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from transformers_msd.models.block.configuration_block import BlockDraftConfig
+from transformers_msd.models.block.configuration_block import EDGE_TYPES, BlockDraftConfig
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.published import (
@@ -49,6 +49,7 @@ _NAMES = {
     "lm_head.": "head.",
     "markov_head.markov_w1.": "edge_from.",
     "markov_head.markov_w2.": "edge_to.",
+    "markov_head.gate_proj.": "edge_gate.",
     "candidate_selector.predecessor_codebook.": "edge_from.",
     "candidate_selector.successor_codebook.": "edge_to.",
     "candidate_selector.hidden_projection.": "edge_row.",
@@ -83,7 +84,7 @@ def load_dflash_checkpoint(
 
     Raises:
         ValueError: If it is no such checkpoint, belongs to another target, or computes what is not supported: another
-            width than the target's, Markov heads that read more than the token before.
+            width than the target's, Markov heads that remember more than the token before.
     """
     check_target_config(target_config)
     folder = find_folder(path_or_repo_id)
@@ -161,8 +162,9 @@ def _draft_config(
             f"{num_layers}, got {theirs}. Pass the target that it was trained for."
         )
     unknown = [name for name in _NOT_READ if settings.get(name)]
-    if settings["edge_rank"] and (kind := settings.get("markov_head_type", "vanilla")) != "vanilla":
-        unknown.append(f"markov_head_type={kind}")
+    edge_type = "bilinear" if settings.get("selector_rank") else settings.get("markov_head_type", "vanilla")
+    if settings["edge_rank"] and edge_type not in EDGE_TYPES:
+        unknown.append(f"markov_head_type={edge_type}")
     layers = _feature_layers(settings, weights["fc.weight"].shape[1] // size, num_layers)
     if num_layers in layers and settings["predicts_next"]:  # DSpark's are trained on what its layers put out
         unknown.append("the last layer before the target's norm")
@@ -198,7 +200,7 @@ def _draft_config(
         mask_token_id=settings["mask_token_id"],
         draft_vocab_size=None if known == vocab_size else known,
         edge_rank=settings["edge_rank"],
-        edge_reads_row=bool(settings.get("selector_rank")),
+        edge_type=edge_type if settings["edge_rank"] else "vanilla",
         conv_kernel_size=settings.get("conv_kernel_size", 0),
         conv_group_size=settings.get("conv_group_size", 16),
         embedding_scale=settings.get("input_embedding_scale", stored_scale(target_config)),

@@ -23,6 +23,7 @@ _NAMES = {
     "head.": "lm_head.",
     "edge_from.": "markov_head.markov_w1.",
     "edge_to.": "markov_head.markov_w2.",
+    "edge_gate.": "markov_head.gate_proj.",
 }
 _OF_SELECTOR = {
     "markov_head.markov_w1.weight": "candidate_selector.predecessor_codebook",
@@ -48,8 +49,8 @@ def block_weights(draft: BlockDraftModel) -> dict[str, torch.Tensor]:
 
 def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTrainedConfig) -> dict[str, Any]:
     """
-    Make `config.json` in the format of speculators: of DFlash 2 where what a token adds to the scores of those that
-    follow depends on the row, of DSpark where it does not or a row says the token behind its place, else of DFlash.
+    Make `config.json` in the format of speculators: of DFlash 2 where blocks are convolved, of DSpark where a token
+    adds to the scores of those that follow or a row says the token behind its place, else of DFlash.
 
     Args:
         draft ([`BlockDraftModel`]):
@@ -63,7 +64,7 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
         ValueError: If the format has no place for something that the draft has.
     """
     config, text_config = draft.config, draft.config.get_text_config()
-    is_second = config.edge_reads_row or config.conv_kernel_size > 0
+    is_second = config.edge_type == "bilinear" or config.conv_kernel_size > 0
     windows = {window for _, window in config.sights} - {None}
     is_causal = [causal for causal, window in config.sights if window is not None]
     check_kept(
@@ -75,8 +76,8 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
             )
             or len({*is_causal}) > 1,
             "windows of several sizes (`windows`)": len(windows) > 1,
-            "edges or convolutions alone (`edge_reads_row`, `conv_kernel_size`)": is_second
-            and not (config.edge_reads_row and config.conv_kernel_size),
+            "edges or convolutions of DFlash 2 alone (`edge_type`, `conv_kernel_size`)": is_second
+            and not (config.edge_type == "bilinear" and config.conv_kernel_size),
             "fewer tokens, of DFlash 2 (`draft_vocab_size`)": is_second and draft.head is not None,
             "embeddings that are scaled (`embedding_scale`)": config.embedding_scale not in (None, 1.0),
             "a mask of its own (`mask_token_id`)": config.mask_token_id is None,
@@ -110,7 +111,7 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
     if kind == "dspark":
         published |= {
             "markov_rank": config.edge_rank,
-            "markov_head_type": "vanilla",
+            "markov_head_type": config.edge_type,
             "enable_confidence_head": False,
             "confidence_head_with_markov": False,
         }

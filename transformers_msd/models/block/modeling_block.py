@@ -46,7 +46,8 @@ class BlockDraftModel(FeatureDraftModel):
         self.mask_embedding = nn.Parameter(torch.empty(size)) if config.mask_token_id is None else None
         self.edge_from = nn.Embedding(vocab_size, config.edge_rank) if config.edge_rank else None
         self.edge_to = nn.Linear(config.edge_rank, vocab_size, bias=False) if config.edge_rank else None
-        self.edge_row = nn.Linear(size, config.edge_rank, bias=False) if config.edge_reads_row else None
+        self.edge_row = nn.Linear(size, config.edge_rank, bias=False) if config.edge_type == "bilinear" else None
+        self.edge_gate = nn.Linear(size + config.edge_rank, config.edge_rank) if config.edge_type == "gated" else None
         self.head = None
         if config.draft_vocab_size is not None:
             self.head = nn.Linear(size, config.draft_vocab_size, bias=False)
@@ -187,7 +188,11 @@ class BlockDraftModel(FeatureDraftModel):
             `torch.Tensor` of shape `(..., edge_rank)`.
         """
         edges = self.edge_from(parents)
-        return edges if self.edge_row is None else edges * self.edge_row(rows.to(edges))
+        if self.edge_row is not None:
+            return edges * self.edge_row(rows.to(edges))
+        if self.edge_gate is not None:
+            return edges * self.edge_gate(torch.cat([rows.to(edges), edges], dim=-1)).sigmoid()
+        return edges
 
     def edge_scores(self, parents: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """
