@@ -61,8 +61,10 @@ def attend(
             Factor of the products.
     """
     num_heads, num_rows = query.shape[1:3]
+    if num_rows == 1:  # a plain step, of which each layer must cost no more than without us
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     group = getattr(module, "num_key_value_groups", 1)
-    is_shared = group > 1 and 1 < num_rows <= _MOST_ROWS and group * key.shape[1] == num_heads
+    is_shared = group > 1 and num_rows <= _MOST_ROWS and group * key.shape[1] == num_heads
     is_plain = not any(kwargs.get(name) is not None for name in OTHERS)
     is_masked = attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == 1
     is_ours = not torch.compiler.is_compiling() and _is_inside.get()
