@@ -63,7 +63,7 @@ def cases() -> Iterator[tuple[str, Any, Callable[[], Any], int, dict[str, Any]]]
     here, exact = copy.deepcopy(whole).to(DEVICE), copy.deepcopy(whole).to(DEVICE)
     msd, unsure = make_msd(whole, DEVICE), make_msd(whole, DEVICE)
     eagle3 = make_eagle3(whole, DEVICE, draft_vocab_size=40)
-    block = make_block(whole, DEVICE, edge_rank=4)
+    block = make_block(whole, DEVICE, edge_rank=4, edge_type="gated", windows=[8], conv_kernel_size=2)
     unsure.tree_config = UNSURE
     tuned, tuned_small = make_msd(whole, DEVICE, num_hidden_layers=2), copy.deepcopy(small)
     tuned_small.config.name_or_path = "tuned"

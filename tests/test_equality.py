@@ -236,7 +236,8 @@ def make_eagle3(target: torch.nn.Module) -> Eagle3DraftModel:
 def make_block(target: torch.nn.Module) -> BlockDraftModel:
     """Make a draft that says all levels at once, of positions in turn and of what follows what."""
     torch.manual_seed(1)
-    config = BlockDraftConfig.from_target(target.config, edge_rank=4, visual_rows="decoupled", block_size=4)
+    far = {"windows": [6], "conv_kernel_size": 2, "conv_group_size": 8, "edge_rank": 4, "edge_type": "bilinear"}
+    config = BlockDraftConfig.from_target(target.config, **far, visual_rows="decoupled", block_size=4)
     draft = BlockDraftModel(config).eval()
     torch.nn.init.normal_(draft.edge_to.weight)
     draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
