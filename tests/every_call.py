@@ -10,18 +10,26 @@ from typing import Any
 
 import torch
 from training_fixtures import make_trainer
-from zoo import make_draft_model, make_inputs, make_target
+from zoo import VOCAB_SIZE, make_draft_model, make_inputs, make_target
 
 from training.tiny_world.build.target import build_model, build_processor
 from training.tiny_world.build.train_draft_vlm import build_draft_vlm
 from training.tiny_world.world.rows import training_dataset
 from transformers_msd import (
+    BlockDraftConfig,
+    BlockDraftModel,
+    Eagle3Config,
+    Eagle3DraftModel,
     EnsembleDrafter,
+    HiViSConfig,
+    HiViSDraftModel,
     MSDConfig,
     MSDDraftModel,
     NgramDrafter,
     StaticRuntime,
     TreeConfig,
+    ViSpecConfig,
+    ViSpecDraftModel,
     VLMDrafter,
 )
 from transformers_msd.bench.assistants import PhaseTimer
@@ -41,6 +49,11 @@ def draft() -> None:
     msd.tree_config = TREE
     small = make_draft_model("llava")
     assistants: list[Any] = [msd, VLMDrafter(small, tree_config=TREE), EnsembleDrafter(small, tree_config=TREE)]
+    kinds = ((Eagle3DraftModel, Eagle3Config), (BlockDraftModel, BlockDraftConfig), (HiViSDraftModel, HiViSConfig))
+    for kind, config in (*kinds, (ViSpecDraftModel, ViSpecConfig)):
+        assistants.append(kind(config.from_target(target.config)).eval())
+        if assistants[-1].needs_tokens:
+            assistants[-1].choose_tokens(torch.arange(VOCAB_SIZE), target.get_output_embeddings())
     assistants.append(NgramDrafter())
     settings = {"max_new_tokens": 8, "return_dict_in_generate": True, "disable_compile": True}
     for assistant in (*assistants, *(StaticRuntime(assistant) for assistant in assistants)):

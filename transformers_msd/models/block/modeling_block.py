@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from transformers_msd.compat import CACHE
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.models.block.layers import BlockConvolution, BlockLayer
@@ -286,7 +287,7 @@ class BlockDraftModel(FeatureDraftModel):
         hidden_states = inputs_embeds
         for layer, sight in zip(self.model.layers, self._sight_of_layer, strict=True):
             hidden_states = layer(hidden_states, attention_masks[sight], places, cache, size)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 __all__ = ["BlockDraftModel"]
