@@ -910,12 +910,12 @@ def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: to
     assert (markov is None and selector is None) == (ours.edge_to is None)
     if selector is not None:
         every, level = torch.arange(VOCAB_SIZE)[None], ours.levels(found, 2)[:, 1]
-        own = ours.edge_scores(torch.tensor([[7]]), every, level)[0]
+        own = ours.edge_to(ours.edges_from(torch.tensor([7]), level))
         torch.testing.assert_close(own, selector.transition_scores(level, torch.tensor([7]), every))
     if markov is not None:
         bias = markov.block_bias(prev_token_ids=torch.tensor([[7]]), hidden_states=found[:, :1])[0]
         tokens = ours.draft_token_ids if ours.head is not None else torch.arange(VOCAB_SIZE)
-        own = ours.edge_scores(torch.tensor([[7]]), tokens[None], found[:, 0])[0]
+        own = ours.edge_to(ours.edges_from(torch.tensor([7]), found[:, 0]))[:, tokens]
         torch.testing.assert_close(own, bias)
 
 

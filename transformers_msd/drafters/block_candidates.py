@@ -188,13 +188,15 @@ def _grow_from(
     most *= 1 if draft.edge_to is None else SHORTLIST
     log_probs, known = log_probs.topk(min(most, vocab_size))  # (batch, depth, shortlist)
     temperature = next((own.temperature for own in warpers if type(own) is TemperatureLogitsWarper), 1.0)
+    if draft.edge_to is not None:
+        levels, tails = levels.to(draft.device), draft.edge_to.weight[known.to(draft.device)].transpose(2, 3)
 
     def after(token_ids: torch.Tensor, level: int) -> torch.Tensor:
         scores = log_probs[:, level, None]
         if draft.edge_to is None:
             return scores.expand(-1, token_ids.shape[1], -1)
-        own = (rows.to(draft.device) for rows in (token_ids, known[:, level], levels[:, level]))
-        edges = draft.edge_scores(*own)
+        rows = levels[:, level, None].expand(-1, token_ids.shape[1], -1)
+        edges = draft.edges_from(token_ids.to(draft.device), rows) @ tails[:, level]
         return (scores + edges.to(scores) / temperature).log_softmax(-1)
 
     level = 0

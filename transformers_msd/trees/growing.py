@@ -82,15 +82,16 @@ def grow_tree(
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
         width = frontier.shape[1]
-        visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
-        visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
+        if known is None:
+            visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
+            visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
         after = expand(frontier_ids, slots, visible)
         scores, token_ids = best_tokens(after, top_k, known, depth)  # (batch, frontier, top_k)
         scores = (scores + frontier_scores[..., None]).flatten(1)
         token_ids = token_ids.flatten(1)
         all_scores.append(scores)
         all_token_ids.append(token_ids)
-        all_parents.append(frontier.repeat_interleave(top_k, dim=1))
+        all_parents.append(frontier[..., None].expand(-1, -1, top_k).flatten(1))
         best = scores.sort(descending=True, stable=True).indices[:, :top_k]
         frontier_scores, frontier_ids = scores.gather(1, best), token_ids.gather(1, best)
         frontier = best + num_candidates + 1

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from transformers_msd.compat import CACHE
 from transformers_msd.models.base import FeatureDraftModel
@@ -195,24 +195,6 @@ class BlockDraftModel(FeatureDraftModel):
             return edges * self.edge_gate(torch.cat([rows.to(edges), edges], dim=-1)).sigmoid()
         return edges
 
-    def edge_scores(self, parents: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """
-        Score what tokens add to those that may follow them.
-
-        Args:
-            parents (`torch.Tensor` of shape `(batch_size, num_parents)`):
-                Tokens.
-            token_ids (`torch.Tensor` of shape `(batch_size, num_tokens)`):
-                Tokens that may follow each of them.
-            rows (`torch.Tensor` of shape `(batch_size, hidden_size)`):
-                What a head reads of these.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_parents, num_tokens)`: To be added to logits.
-        """
-        edges = self.edges_from(parents, rows[:, None].expand(-1, parents.shape[1], -1))
-        return edges @ self.edge_to.weight[token_ids].transpose(1, 2)
-
     def remember(self, features: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
         """
         Add keys and values of what is known of the target to the cache of all layers.
@@ -225,7 +207,7 @@ class BlockDraftModel(FeatureDraftModel):
             cache (`Cache`):
                 The cache.
         """
-        cos, sin = self.model.rotary_emb(features, position_ids)
+        cos, sin = (own[:, None] for own in self.model.rotary_emb(features, position_ids))
         for index, layer in enumerate(self.model.layers):
             attention = layer.self_attn
             shape = (*features.shape[:2], -1, attention.head_dim)
@@ -233,8 +215,7 @@ class BlockDraftModel(FeatureDraftModel):
             if hasattr(attention, "k_norm"):
                 keys = attention.k_norm(keys)
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-            keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
-            cache.update(keys, values, index)
+            cache.update(keys * cos + rotate_half(keys) * sin, values, index)
 
     def forward(
         self,
