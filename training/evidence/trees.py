@@ -31,6 +31,7 @@ from training.tiny_world.build.target import CHECKPOINT, encode_prompts, load_ta
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.build.train_draft_vlm import DRAFT_VLM_CHECKPOINT
 from training.tiny_world.measure.evaluate import MODES, acceptance_length, timed
+from training.tiny_world.measure.measure_drafters import TOLERANCE
 from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import MSDDraftModel, TreeConfig, VLMDrafter
 from transformers_msd.costs.calibration import save_costs
@@ -92,7 +93,7 @@ def compare(
     trees = TREES | {UNSURE_CUT: cut, COST_AWARE: TREES[LIKELIEST]}
     home = tempfile.mkdtemp()
     with costs_in(home):
-        save_costs([measure_costs(target, drafter)], list(drafter.models), target)
+        save_costs([measure_costs(target, drafter, tolerance=TOLERANCE)], list(drafter.models), target)
     rounds: dict[str, list[list[int]]] = {name: [] for name in trees}
     totals = {name: {"seconds": 0.0, "plain": 0.0, "drafted": 0, "equal": 0} for name in trees}
     num_tokens = 0
