@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, Qwen2VLConfig, Qwen3Config
 
 from transformers_msd.cli import main
+from transformers_msd.models import published
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
@@ -174,6 +177,25 @@ def test_another_hidden_size_than_the_target_raises(tmp_path):
     write_checkpoint(tmp_path, published_weights(), hidden_size=64)
     with pytest.raises(ValueError, match="`hidden_size` must be the target's, 32, got 64"):
         convert_msd_checkpoint(tmp_path, llava_config())
+
+
+@pytest.mark.parametrize("file_names", [["pytorch_model.bin"], ["pytorch_model.bin", "model.safetensors"]])
+def test_of_weights_that_a_repository_holds_twice_one_file_is_fetched(tmp_path, monkeypatch, file_names):
+    weights, cache = published_weights(), tmp_path / "cache"
+    for file_name in file_names:
+        write_checkpoint(tmp_path / "repository", weights, file_name)
+    cache.mkdir()
+
+    def fetch(repo_id, allow_patterns):
+        assert repo_id == "someone/draft"
+        for file in (tmp_path / "repository").iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr(published, "snapshot_download", fetch)
+    assert_same_weights(convert_msd_checkpoint("someone/draft", llava_config()), weights)
+    assert {file.name for file in cache.iterdir()} == {"config.json", file_names[-1]}
 
 
 def test_a_folder_without_weights_raises(tmp_path):

@@ -47,8 +47,11 @@ def find_folder(path_or_repo_id: str | Path) -> Path:
     if folder.is_dir():
         return folder
     check_place(str(path_or_repo_id), "checkpoint")
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
-    return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
+    if not any(folder.glob("*.safetensors")):  # some repositories hold all weights twice
+        snapshot_download(str(path_or_repo_id), allow_patterns=["*.bin", "*.bin.index.json"])
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
