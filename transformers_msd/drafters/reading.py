@@ -7,6 +7,7 @@ import torch
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.scales import scales_embeddings
 from transformers_msd.trees.host import keep_rows
 
 
@@ -31,6 +32,9 @@ class Reader:
 
     def __init__(self, draft: FeatureDraftModel, target: Target) -> None:
         self._draft, self._target = draft, target
+        # Whether embeddings are others than the target's layers read.
+        scale = draft.embedding_scale
+        self._scales = scale is not None and (scale != 1 or scales_embeddings(target.model))
         # Of each sequence: rows of the target that the draft has none for, and what is read with each feature.
         self.starts: torch.Tensor | None = None
         self.context: torch.Tensor | None = None
@@ -72,7 +76,7 @@ class Reader:
     def _embed(self, committed: Committed, is_prompt: bool) -> Committed:
         """Give rows the embeddings that the draft reads, where these are not those of the target's rows."""
         draft, owns = self._draft, self._draft.get_input_embeddings() is not None
-        scales = draft.embedding_scale is not None
+        scales = self._scales
         if not owns and not scales and not (is_prompt and draft.reads_placeholders):
             return committed
         unnamed = (draft.config.visual_token_ids or [0])[0]

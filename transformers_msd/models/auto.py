@@ -91,7 +91,14 @@ class AutoDraftModel:
             load = next((load for is_theirs, load in THEIRS if is_theirs(weights)), convert_msd_checkpoint)
             try:
                 draft = load(folder, config, weights)
-            except (AttributeError, LookupError, StrictDataclassError, TypeError) as error:
+            except (
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                RuntimeError,
+                StrictDataclassError,
+                TypeError,
+            ) as error:
                 raise ValueError(
                     f"{folder / 'config.json'} and the weights beside it must be those of a draft, got what "
                     f"makes none: {' '.join(str(error).split())}. Copy the folder again."

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers_msd.compat import stock_drafting_error
 from transformers_msd.models.places import check_finite, check_folder
 from transformers_msd.models.sharing import write_custom_generate
-from transformers_msd.traits.scales import look_up
+from transformers_msd.traits.scales import Scales, look_up
 from transformers_msd.trees.tree import TreeConfig
 
 
@@ -40,8 +40,8 @@ class FeatureDraftModel(PreTrainedModel):
     tag: str
     # What rows of the target's embedding table are multiplied by; what its own layers read is read if it is `None`.
     embedding_scale: float | None = None
-    # Whether what the target does to its logits is done to those of the draft's own head.
-    scales_as_target = True
+    # What is done to logits of its own head or of the target's; what the target does to its own if it is `None`.
+    logit_scales: Scales | None = None
     # Whether its predictions are the target's features, which it can be trained on.
     predicts_features = True
 
@@ -207,10 +207,8 @@ class FeatureDraftModel(PreTrainedModel):
                 The target, whose head drafts use that have none.
         """
         if self.head is None:
-            return target.logits(features)
-        own = self.own_logits(features)
-        if self.scales_as_target:
-            own = target.scales.of_logits(own)
+            return target.logits(features, self.logit_scales)
+        own = (self.logit_scales or target.scales).of_logits(self.own_logits(features))
         logits = own.new_full((*own.shape[:-1], self.config.get_text_config().vocab_size), torch.finfo(own.dtype).min)
         return logits.index_copy_(-1, self.draft_token_ids, own)
 

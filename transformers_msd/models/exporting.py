@@ -31,7 +31,7 @@ _NOT_COMPARED = {
     *("architectures", "dtype", "transformers_version", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache"),
     *("text_config", "tree_config", "feature_layers", "draft_vocab_size", "model_type", "rope_parameters"),
-    *("causal", "embedding_scale", "fc_bias", "mrope_interleaved", "windows"),
+    *("causal", "conv_group_size", "embedding_scale", "fc_bias", "mrope_interleaved", "output_multiplier", "windows"),
 }
 # Nor do these where no token is visual.
 _OF_PICTURES = {"decoupled", "reads_placeholders", "visual_pool_size"}
@@ -110,7 +110,8 @@ def _parts(
                 f"`{layout}` must be given a draft of EAGLE-3 or MSD, got a block. Write it for `speculators`, or "
                 "keep it in our own layout."
             )
-        check_kept(layout, scaled)
+        reads_stored = draft.embedding_scale is not None and draft.logit_scales is not None
+        check_kept(layout, {} if reads_stored else scaled)
         return block_config(draft, target_model, target_config), block_weights(draft)
     assert isinstance(draft, Eagle3DraftModel)
     losses = {
@@ -145,6 +146,7 @@ def _described(draft: FeatureDraftModel, target_config: PreTrainedConfig) -> dic
         "num_draft_tokens": draft.head.out_features if draft.head is not None else None,
         "kind_of_layer": text_config.model_type,
         "sights": draft.config.sights if isinstance(draft, BlockDraftModel) else None,
+        "channels": fields.get("conv_group_size") if fields.get("conv_kernel_size") else None,
     }
 
 

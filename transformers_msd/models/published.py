@@ -14,8 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_msd.models.places import check_finite, check_place
-from transformers_msd.models.weights import read_weight_map, shapes_of
-from transformers_msd.traits.scales import scales_embeddings
+from transformers_msd.models.weights import read_weight_map
 
 
 # What we write ourselves names us as `exported_by`, and means what it says.
@@ -138,10 +137,11 @@ def draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: 
     offsets, known = weights.get("d2t"), weights.get("t2d")
     if offsets is None and num_tokens == vocab_size:
         return torch.arange(vocab_size)
-    if offsets is None or len(offsets) != num_tokens:
+    if offsets is None or offsets.shape != (num_tokens,):
+        given = "none" if offsets is None else f"numbers of shape {tuple(offsets.shape)}"
         raise ValueError(
             f"The draft in {folder} must say by `d2t` which of the target's {vocab_size} tokens the {num_tokens} rows "
-            f"of its head are, got {'none' if offsets is None else f'{len(offsets)} of them'}. Pass the target it is "
+            f"of its head are, got {given}. Pass the target it is "
             "for, or copy the folder again."
         )
     token_ids = torch.arange(num_tokens) + offsets.long()
@@ -153,14 +153,6 @@ def draft_token_ids(folder: Path, weights: dict[str, torch.Tensor], vocab_size: 
             f"{token_ids[:3].tolist()} to {int(token_ids[-1])} of {vocab_size}. Copy the folder again."
         )
     return token_ids
-
-
-def stored_scale(target_config: PreTrainedConfig) -> float | None:
-    """Return the scale of a published draft's embeddings: it was trained on stored ones, whatever its target does."""
-    try:
-        return 1.0 if scales_embeddings(shapes_of(target_config, torch.float32)) else None
-    except ValueError:  # a model of another kind: what is stored is right in any case
-        return 1.0
 
 
 def cast_weights(draft: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -177,7 +169,11 @@ def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str
     def name_of(key: str) -> str:
         return next((new + key.removeprefix(old) for old, new in names.items() if key.startswith(old)), key)
 
-    return {name_of(key): value for key, value in weights.items()}
+    names = [name_of(key) for key in weights]
+    if len({*names}) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"The weights of a draft must have one place each, got several for {twice}. Copy them again.")
+    return dict(zip(names, weights.values(), strict=True))
 
 
 def layer_fields(text_config: PreTrainedConfig) -> dict[str, Any]:

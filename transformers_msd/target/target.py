@@ -12,7 +12,7 @@ from transformers_msd.compat import CACHE, CACHE_NAMES
 from transformers_msd.target.axes import axis_positions
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.recording import Recorder, side_by_side, with_layers
-from transformers_msd.traits.scales import find_scales, scales_of, wants_scales
+from transformers_msd.traits.scales import Scales, find_scales, scales_of, wants_scales
 from transformers_msd.traits.support import TOKEN_TYPES, dtype_of
 from transformers_msd.traits.tokens import is_embedded_token, visual_token_ids, visual_token_mask
 from transformers_msd.traits.windows import layer_windows
@@ -69,10 +69,10 @@ class Target:
         """Embeddings of tokens as the target's layers read them, on the device of its features."""
         return self.scales.of_embeddings(self._table(token_ids).to(self.device))
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits of features, of shape `(..., vocab_size)`, on the device of the target's features."""
+    def logits(self, features: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
+        """Logits `(..., vocab_size)` of features, with its own scales or others, on the device of its features."""
         logits = self.model.get_output_embeddings()(features.to(self.device, self._dtype))
-        return self.scales.of_logits(logits).to(self.device)
+        return (scales or self.scales).of_logits(logits).to(self.device)
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
         """

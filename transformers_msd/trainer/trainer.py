@@ -20,7 +20,7 @@ from transformers_msd.trainer.data import DraftRows, feature_noise, target_rows,
 from transformers_msd.trainer.dataset import token_counts
 from transformers_msd.trainer.health import check_trainable
 from transformers_msd.trainer.losses import feature_loss
-from transformers_msd.traits.scales import Scales, logits_of, scales_of
+from transformers_msd.traits.scales import logits_of, scales_of
 
 
 class MSDTrainer(DraftTrainer):
@@ -181,9 +181,11 @@ class MSDTrainer(DraftTrainer):
         self, draft: FeatureDraftModel
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None] | tuple[()]:
         """Return the head of a draft that has its own, and its tokens where they are not all."""
+        scales = draft.logit_scales or scales_of(self.target)
         if draft.head is None:
-            return ()
-        scales = scales_of(self.target) if draft.scales_as_target else Scales()
+            of_target = self.target.get_output_embeddings()
+            named = draft.logit_scales is not None
+            return (lambda rows: scales.of_logits(of_target(rows.to(self.target.dtype))), None) if named else ()
         token_ids = None if draft.config.draft_vocab_size is None else draft.draft_token_ids
         return lambda rows: scales.of_logits(draft.own_logits(rows)), token_ids
 

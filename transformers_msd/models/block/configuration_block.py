@@ -1,5 +1,6 @@
 """Settings of the block draft model."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -61,6 +62,11 @@ class BlockDraftConfig(DraftConfig):
         embedding_scale (`float`, *optional*):
             What rows of the target's embedding table are multiplied by. The draft reads what the target's layers do,
             where it is `None`; some of these multiply them by numbers of their own, which published drafts do not.
+        output_multiplier (`float`, *optional*):
+            What a head's logits are multiplied by before edges are added; what the target does to its own is done
+            where it is `None`, and published drafts were trained without.
+        final_logit_softcapping (`float`, *optional*):
+            What they are then held below, by a hyperbolic tangent, where `output_multiplier` is given.
         visual_token_ids (`list[int]`, *optional*, defaults to `[]`):
             Ids that stand for image and video features in the target's prompts.
         visual_rows (`str`, *optional*, defaults to `"kept"`):
@@ -86,7 +92,9 @@ class BlockDraftConfig(DraftConfig):
     edge_type: str = "vanilla"
     conv_kernel_size: int = 0
     conv_group_size: int = 16
-    embedding_scale: float | None = None
+    embedding_scale: float | int | None = None
+    output_multiplier: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     visual_token_ids: list[int] | None = None
     visual_rows: str = "kept"
     tree_config: dict[str, Any] | None = None
@@ -134,7 +142,15 @@ class BlockDraftConfig(DraftConfig):
                 f"`edge_type` must be one of {EDGE_TYPES}, the first where there are no edges, got {self.edge_type!r} "
                 f"with `edge_rank={self.edge_rank}`. 256 is a common rank."
             )
-        if self.conv_kernel_size < 0 or self.conv_kernel_size and size % self.conv_group_size:
+        for name in ("embedding_scale", "output_multiplier", "final_logit_softcapping"):
+            if (scale := getattr(self, name)) is not None and not 0 < scale < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, got {scale}. Leave it out.")
+        if (
+            self.conv_kernel_size < 0
+            or self.conv_group_size < 1
+            or self.conv_kernel_size
+            and size % self.conv_group_size
+        ):
             raise ValueError(
                 "`conv_kernel_size` must not be negative, and `conv_group_size` divide the width of the layers, got "
                 f"{self.conv_kernel_size} and {self.conv_group_size} of {size}. 2 and 16 are common."
@@ -177,8 +193,8 @@ class BlockDraftConfig(DraftConfig):
         names = (
             *own,
             *("block_size", "causal", "conv_group_size", "conv_kernel_size", "draft_vocab_size", "edge_rank"),
-            *("edge_type", "embedding_scale", "mask_token_id", "predicts_next", "tree_config", "visual_rows"),
-            "windows",
+            *("edge_type", "embedding_scale", "final_logit_softcapping", "mask_token_id", "output_multiplier"),
+            *("predicts_next", "tree_config", "visual_rows", "windows"),
         )
         return make_draft_config(cls, target_config, Qwen3Config, fields, own, names, overrides)
 

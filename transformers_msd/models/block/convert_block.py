@@ -17,7 +17,6 @@ from transformers_msd.models.published import (
     read_config,
     read_weights,
     renamed,
-    stored_scale,
 )
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
@@ -37,7 +36,7 @@ _TEXT_FIELDS = (
 # Settings of drafts of this family that compute something else.
 _NOT_READ = (
     *("attention_sink_bias", "draft_shift", "dspark_bonus_anchor", "enable_qwen35_gated_q_proj"),
-    *("log_snr_conditioning", "mrope_section"),
+    *("log_snr_conditioning", "mrope_section", "swa_window_size", "use_swa"),
 )
 # Embeddings are the target's, rotary frequencies follow from the config, what the maps say is kept as ids, and how
 # sure a draft is of each token its trees tell by their scores.
@@ -117,6 +116,8 @@ def load_dflash_checkpoint(
 
 def _halved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Put what is rotated together, two values side by side, into the two halves of each head."""
+    if len(weight) % head_dim:
+        return weight  # of another size than the config says, which is told where it is filled in
     return torch.cat([weight.unflatten(0, (-1, head_dim))[:, start::2] for start in (0, 1)], dim=1).flatten(0, 1)
 
 
@@ -124,8 +125,12 @@ def _settings(published: dict[str, Any], weights: dict[str, torch.Tensor]) -> di
     """What a config says, wherever it says it, and what it leaves to its reader."""
     own = published.get("dflash_config") or {}
     layers = published.get("transformer_layer_config") or {}
-    settings = {name: value for name, value in (published | layers | own).items() if value is not None}
-    scaling = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    parts = ({name: value for name, value in part.items() if value is not None} for part in (published, layers, own))
+    settings = {name: value for part in parts for name, value in part.items()}
+    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise TypeError(f"`rope_scaling` is {scaling!r}")
+    scaling = dict(scaling)
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_theta"] = scaling.get("rope_theta") or settings.get("rope_theta") or 10000.0
     edges = weights.get("markov_head.markov_w1.weight")
@@ -188,7 +193,7 @@ def _draft_config(
         rope_parameters=settings["rope_parameters"],
         tie_word_embeddings=False,
     )
-    causal, windows = _sights(settings, text_config.num_hidden_layers)
+    causal, windows = _sights(folder, settings, text_config.num_hidden_layers)
     known = settings.get("draft_vocab_size") or vocab_size
     return BlockDraftConfig(
         text_config=text_config,
@@ -203,23 +208,34 @@ def _draft_config(
         edge_type=edge_type if settings["edge_rank"] else "vanilla",
         conv_kernel_size=settings.get("conv_kernel_size", 0),
         conv_group_size=settings.get("conv_group_size", 16),
-        embedding_scale=settings.get("input_embedding_scale", stored_scale(target_config)),
+        embedding_scale=settings.get("input_embedding_scale", 1.0),
+        output_multiplier=settings.get("output_multiplier", 1.0),
+        final_logit_softcapping=settings.get("final_logit_softcapping") or None,
         visual_token_ids=visual_token_ids(target_config),
     )
 
 
-def _sights(settings: dict[str, Any], num_layers: int) -> tuple[list[bool], list[int | None]]:
+def _sights(folder: Path, settings: dict[str, Any], num_layers: int) -> tuple[list[bool], list[int | None]]:
     """Whether rows of each layer see those before them alone, and how far they see."""
-    fields = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
-    given = {name: settings[name] for name in fields if settings.get(name) is not None}
-    read = Qwen3Config(num_hidden_layers=num_layers, **given)
+    fields = ("layer_types", "max_window_layers", "use_sliding_window")
+    given = {name: settings[name] for name in fields if name in settings}
+    window = settings.get("sliding_window")
+    read = Qwen3Config(num_hidden_layers=num_layers, sliding_window=window, **given)
     is_sliding = [kind == "sliding_attention" for kind in read.layer_types]
+    if any(is_sliding) and not read.sliding_window:
+        raise ValueError(
+            f"{folder / 'config.json'} must say how far layers of `sliding_attention` see, got "
+            f"`sliding_window={window}` and `use_sliding_window={settings.get('use_sliding_window')}`. Set the one to "
+            "what the draft was trained with, and the other to true."
+        )
     windows = [read.sliding_window if own else None for own in is_sliding]
     if settings["is_of_speculators"]:
         is_open = settings.get("sliding_window_non_causal", "selector_rank" in settings)
         return [window is not None and not is_open for window in windows], windows
-    flags = (settings.get(name) for name in ("is_causal", "causal_head", "causal", "dflash_query_causal"))
-    causal = next((bool(flag) for flag in flags if flag is not None), None)
+    names = ("is_causal", "causal_head", "causal", "dflash_query_causal")
+    causal = next((settings[name] for name in names if name in settings), None)
+    if not isinstance(causal, bool | None):
+        raise TypeError(f"whether rows see those before them alone is {causal!r}")
     return is_sliding if causal is None else [causal] * num_layers, windows
 
 

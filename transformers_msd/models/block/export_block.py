@@ -79,7 +79,10 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
             "edges or convolutions of DFlash 2 alone (`edge_type`, `conv_kernel_size`)": is_second
             and not (config.edge_type == "bilinear" and config.conv_kernel_size),
             "fewer tokens, of DFlash 2 (`draft_vocab_size`)": is_second and draft.head is not None,
-            "embeddings that are scaled (`embedding_scale`)": config.embedding_scale not in (None, 1.0),
+            "rows that say the next token, of DFlash 2 (`predicts_next`)": is_second and config.predicts_next,
+            "scales of its own (`embedding_scale`, `output_multiplier`, `final_logit_softcapping`)": bool(
+                {config.embedding_scale, config.output_multiplier} - {None, 1.0} or config.final_logit_softcapping
+            ),
             "a mask of its own (`mask_token_id`)": config.mask_token_id is None,
             f"visual rows {config.visual_rows} (`visual_rows`)": config.visual_rows != "kept",
             f"layers of {text_config.model_type}": text_config.model_type != "qwen3",

@@ -14,6 +14,7 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.configuration_block import BlockDraftConfig
 from transformers_msd.models.block.layers import BlockConvolution, BlockLayer
 from transformers_msd.traits.decoders import make_decoder
+from transformers_msd.traits.scales import Scales
 from transformers_msd.traits.windows import BlockWindow
 
 
@@ -37,6 +38,8 @@ class BlockDraftModel(FeatureDraftModel):
         text_config = config.get_text_config()
         size, vocab_size = text_config.hidden_size, text_config.vocab_size
         self.embedding_scale = config.embedding_scale
+        if config.output_multiplier is not None:
+            self.logit_scales = Scales(1.0, config.output_multiplier, config.final_logit_softcapping)
         norm_of = lambda: LlamaRMSNorm(size, eps=text_config.rms_norm_eps)  # noqa: E731
         self.model = make_decoder(text_config)
         self.model.layers = nn.ModuleList(BlockLayer(layer, config) for layer in self.model.layers)

@@ -11,6 +11,7 @@ from transformers_msd.compat import CACHE, cache_of
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.traits.decoders import make_decoder
+from transformers_msd.traits.scales import Scales
 
 
 class Eagle3RotaryEmbedding(LlamaRotaryEmbedding):
@@ -107,7 +108,7 @@ class Eagle3DraftModel(FeatureDraftModel):
     method = "The method is EAGLE-3 (arXiv 2503.01840), the tree EAGLE-2 (arXiv 2406.16858)."
     tag = "eagle3"
     supports_gradient_checkpointing = True
-    scales_as_target = False  # its head was trained for logits as they are in the end
+    logit_scales = Scales()  # its head was trained for logits as they are in the end
     predicts_features = False
 
     def __init__(self, config: Eagle3Config) -> None:
