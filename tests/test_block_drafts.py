@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from test_eagle3 import make_deep_target
 from test_msd_drafter import Spy, assert_same_trees
 from torch.nn.functional import silu
-from transformers import CompileConfig
-from zoo import IMAGE_ID, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
+from transformers import CompileConfig, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from zoo import IMAGE_ID, TEXT, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import AutoDraftModel, BlockDraftConfig, BlockDraftModel, StaticRuntime, TokenTree, TreeConfig
 from transformers_msd.compat import CACHE
@@ -83,6 +83,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...], list[int]]] = {
         | {
             "dflash_config": {"mask_token_id": MASK_ID, "conv_kernel_size": 2, "conv_group_size": 8}
             | {"selector_rank": 5, "selector_top_k": 16, "target_layer_ids": [1, 3, 5], "input_embedding_scale": 0.5}
+            | {"output_multiplier": 0.5, "final_logit_softcapping": 3}
         },
         2,
         NORMS,
@@ -276,6 +277,7 @@ class Independent:
                 ]
                 self.causal = [published.get("is_causal", window != math.inf) for window in self.windows]
             self.group = (published | own).get("conv_group_size")
+            self.multiplier, self.cap = own.get("output_multiplier", 1.0), own.get("final_logit_softcapping")
             self.shifted = "DSpark" in name and published.get("sample_from_anchor") is not False
             self.eps, self.theta = 1e-5, 1e4 if name == "DFlash of a Llama" else 2e4
             self.heads, self.has_norms = (NUM_HEADS, NUM_SHARED, HEAD_DIM), bool(norms)
@@ -287,6 +289,7 @@ class Independent:
             self.causal = given if isinstance(given, list) else [given] * self.num_layers
             self.windows = settings.get("windows", [math.inf] * self.num_layers)
             self.group = settings.get("conv_group_size")
+            self.multiplier, self.cap = 1.0, None
             self.eps, self.theta = text.rms_norm_eps, 1e4
             self.heads, self.has_norms = (4, 2, text.head_dim), True
 
@@ -330,6 +333,10 @@ class Independent:
                 first, second = found.chunk(2, dim=-1)
                 found = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return found.repeat_interleave(num_heads // number, 0)
+
+    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.multiplier
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
 
     def mixed(self, layer: int, part: str, rows: torch.Tensor, side: int, chosen: torch.Tensor) -> torch.Tensor:
         """Rows of a block with those before them, each weighed by what is fixed and what is chosen, by groups."""
@@ -400,24 +407,40 @@ class Independent:
         return self.normed(hidden, "norm")[0 if self.shifted else 1 :]
 
 
-# Gemma's layers read other embeddings than are stored, published drafts do not.
+def make_scaled_target(architecture: str) -> PreTrainedModel:
+    if architecture != "granite":
+        return make_deep_target(architecture)
+    torch.manual_seed(0)
+    scales = {"embedding_multiplier": 12.0, "logits_scaling": 8.0}
+    target = GraniteForCausalLM(GraniteConfig(**TEXT | {"num_hidden_layers": NUM_LAYERS}, **scales)).eval()
+    target.generation_config.eos_token_id = None
+    return target
+
+
+# Gemma's layers read other embeddings than are stored, and Granite says other logits than its head; published drafts
+# do not.
 @pytest.mark.parametrize("with_picture", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [*((name, "llava") for name in (*LAYOUTS, *DESIGNS)), ("DFlash", "gemma3"), ("DFlash 2", "gemma3")],
+    [
+        *((name, "llava") for name in (*LAYOUTS, *DESIGNS)),
+        *product(["DFlash", "DFlash 2"], ["gemma3"]),
+        *product(["DFlash 2", "DSpark", "DSpark of speculators"], ["granite"]),
+    ],
 )
 @torch.no_grad()
 def test_proposals_are_those_of_a_forward_of_its_own(
     name: str, architecture: str, with_picture: bool, tmp_path: Path
 ) -> None:
-    target = make_deep_target(architecture)
+    target = make_scaled_target(architecture)
     draft = make_any(name, target, tmp_path / "draft")
     if name in LAYOUTS:
         assert draft.feature_layers == tuple(LAYOUTS[name][3])
     width = 8
     paths = [*product(range(width)), *product(range(width), repeat=2)]
     draft.tree_config = TreeConfig(depth=2, topology=paths, gate=False, ngrams=False)
-    inputs = make_inputs(architecture, (1,) if with_picture else (0,), lengths=(12,))
+    kind = "llama" if architecture == "granite" else architecture
+    inputs = make_inputs(kind, (1,) if with_picture else (0,), lengths=(12,))
     call = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE_ID]}
     plain = target.generate(**inputs, **call)
     drafted = target.generate(**inputs, **call, assistant_model=draft)
@@ -436,7 +459,7 @@ def test_proposals_are_those_of_a_forward_of_its_own(
 
     def children(read: torch.Tensor, parent: int) -> list[int]:
         """The best tokens of a level: among the best of all, after what the parent adds."""
-        best = (read @ head.T).topk(4 * width)
+        best = independent.scaled(read @ head.T).topk(4 * width)
         scores = best.values
         if independent.edges is not None:
             edges = independent.edges[0][parent]
@@ -642,6 +665,34 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
         {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2}},
         "missing .'model.layers.0.attention_conv.base_kernel'",
     ),
+    "groups of no channel": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2, "conv_group_size": 0}},
+        "got 2 and 0 of 32",
+    ),
+    "no heads": (None, {"num_attention_heads": 0}, "got what makes none: "),
+    "a flag that is none": (None, {"is_causal": "false"}, "got what makes none: .*'false'"),
+    "a window nobody said": (
+        None,
+        {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True},
+        "must say how far layers of `sliding_attention` see, got `sliding_window=None`",
+    ),
+    "a window that is not used": (
+        None,
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64},
+        "`sliding_window=64` and `use_sliding_window=None`",
+    ),
+    "a window by another name": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "use_swa": True, "swa_window_size": 64}},
+        "must do without swa_window_size, use_swa",
+    ),
+    "embeddings of no size": (
+        None,
+        {"dflash_config": {"mask_token_id": 3, "input_embedding_scale": math.nan}},
+        "`embedding_scale` must be a number above 0, got nan",
+    ),
+    "settings that are a word": (None, {"rope_scaling": "yarn"}, "got what makes none: .*'yarn'"),
     "convolutions of other groups": (
         None,
         {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2, "conv_group_size": 5}},
@@ -705,6 +756,24 @@ OTHERS: dict[str, tuple[str, dict[str, torch.Tensor] | None, dict[str, Any], str
         "reads layers .2, 4, 8. of its target, got one of 8",
     ),
     "no map": ("DFlash of speculators", broken("DFlash of speculators", d2t=None), {}, "must say by `d2t`"),
+    "queries of another size": (
+        "DSpark of Liquid",
+        broken("DSpark of Liquid", **{"layers.0.self_attn.q_proj.weight": torch.zeros(47, HIDDEN)}),
+        {},
+        "do not have the sizes",
+    ),
+    "two kinds of edges": (
+        "DFlash 2",
+        broken("DFlash 2", **{f"markov_head.markov_w{number}.weight": torch.ones(VOCAB_SIZE, 5) for number in (1, 2)}),
+        {},
+        "must have one place each, got several for .'edge_from.weight', 'edge_to.weight'",
+    ),
+    "a map of columns": (
+        "DFlash of speculators",
+        broken("DFlash of speculators", d2t=torch.zeros(NUM_KNOWN, 1, dtype=torch.long)),
+        {},
+        "got numbers of shape .40, 1.",
+    ),
     "a map as a look-up": (
         "DFlash of speculators",
         broken("DFlash of speculators", d2t=known_tokens(NUM_KNOWN)),
@@ -917,6 +986,38 @@ def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: to
         tokens = ours.draft_token_ids if ours.head is not None else torch.arange(VOCAB_SIZE)
         own = ours.edge_to(ours.edges_from(torch.tensor([7]), found[:, 0]))[:, tokens]
         torch.testing.assert_close(own, bias)
+
+
+def test_what_a_part_of_a_config_leaves_null_is_said_by_another(tmp_path: Path) -> None:
+    own = {"mask_token_id": MASK_ID, "is_causal": None, "block_size": None, "sliding_window": None}
+    folder = write(tmp_path / "draft", "DFlash, windows", is_causal=False, dflash_config=own)
+    config = AutoDraftModel.from_pretrained(folder, make_deep_target("llava")).config
+    assert (config.sights, config.block_size) == ([(False, 5), (False, None)], BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_dflash_2_leaves_where_engines_run_it(is_first: bool, tmp_path: Path) -> None:
+    target = make_deep_target("llava")
+    target.save_pretrained(tmp_path / "target")
+    settings = {"causal": False, "reads_feature": False, "mask_token_id": MASK_ID, "feature_layers": [1, 4, 6]}
+    if not is_first:  # convolutions of DFlash 2
+        settings |= {"conv_kernel_size": 2, "edge_rank": 5, "edge_type": "bilinear"}
+    draft = make_draft(target, "", **settings, conv_group_size=8)
+    if is_first:  # which has none of that size
+        export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
+        return
+    with pytest.raises(ValueError, match="lose rows that say the next token, of DFlash 2"):
+        export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
+
+
+def test_drafts_that_read_what_is_stored_leave_for_engines(tmp_path: Path) -> None:
+    target = make_deep_target("gemma3")
+    target.save_pretrained(tmp_path / "target")
+    draft = AutoDraftModel.from_pretrained(write(tmp_path / "draft", "DSpark of speculators"), target)
+    export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
+    draft.embedding_scale = draft.config.embedding_scale = None
+    with pytest.raises(ValueError, match="the scales of the target's embeddings and logits"):
+        export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:

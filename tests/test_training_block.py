@@ -31,7 +31,7 @@ BLOCK_SIZE = 4
 LOSSES = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0, "feature_noise": 0.0, "unroll_decay": 0.8}
 DESIGNS = {
     "rows that read the feature": {},
-    "embeddings alone": {"reads_feature": False},
+    "embeddings alone": {"reads_feature": False, "output_multiplier": 2, "final_logit_softcapping": 3.0},
     "whole blocks, in place": {"causal": False, "predicts_next": False, "reads_feature": False},
     "decoupled, edges": {"visual_rows": "decoupled", "edge_rank": 3, "edge_type": "gated"},
     "dropped, fewer tokens, edges": {"visual_rows": "dropped", "draft_vocab_size": 96, "edge_rank": 3},
@@ -45,6 +45,8 @@ DESIGNS = {
         "edge_rank": 3,
         "edge_type": "bilinear",
         "embedding_scale": 0.5,
+        "output_multiplier": 2,
+        "final_logit_softcapping": 3.0,
         "mask_token_id": 7,
     },
 }
@@ -119,6 +121,8 @@ def test_blocks_of_training_are_those_of_drafting(target, dataset, processor, tm
                 theirs = target.lm_head(rows.target_features[row, following])
                 own = trained[row, block, level]
                 ours = target.lm_head(own) if draft.head is None else draft.head(own)
+                if draft.logit_scales is not None:
+                    ours = (ours * 2 / 3).tanh() * 3
                 if draft.edge_to is not None:
                     edges = draft.edge_to(draft.edges_from(ids[row, following + 1], own))
                     ours = ours + (edges if draft.head is None else edges[draft.draft_token_ids])
