@@ -517,6 +517,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         "got one of 8 layers",
     ),
     "a window": (WHOLE, {"layer_types": ["sliding_attention"], "sliding_window": 64}, "see a window of 64"),
+    "settings that are a word": (WHOLE, {"rope_scaling": "yarn"}, "must be settings or null, got 'yarn'"),
     "axes of another head": (
         WHOLE,
         {"rope_scaling": {"type": "default", "mrope_section": [4, 4, 4]}},

@@ -176,6 +176,20 @@ def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str
     return dict(zip(names, weights.values(), strict=True))
 
 
+def read_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Read the settings of positions wherever a config has them, as Transformers 5 names them."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(
+            f"`rope_scaling` of a draft must be settings or null, got {scaling!r}. Copy its config again."
+        )
+    own = {name: value for name, value in scaling.items() if name not in ("type", "rope_type", "rope_theta")}
+    return own | {
+        "rope_type": scaling.get("type") or scaling.get("rope_type") or "default",
+        "rope_theta": scaling.get("rope_theta") or config.get("rope_theta") or 10000.0,
+    }
+
+
 def layer_fields(text_config: PreTrainedConfig) -> dict[str, Any]:
     """Sizes and kind of a draft's layers, as configs of text models name them."""
     fields = text_config.to_dict()

@@ -15,6 +15,7 @@ from transformers_msd.models.published import (
     fill_draft,
     find_folder,
     read_config,
+    read_rope,
     read_weights,
     renamed,
 )
@@ -127,12 +128,7 @@ def _settings(published: dict[str, Any], weights: dict[str, torch.Tensor]) -> di
     layers = published.get("transformer_layer_config") or {}
     parts = ({name: value for name, value in part.items() if value is not None} for part in (published, layers, own))
     settings = {name: value for part in parts for name, value in part.items()}
-    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise TypeError(f"`rope_scaling` is {scaling!r}")
-    scaling = dict(scaling)
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    scaling["rope_theta"] = scaling.get("rope_theta") or settings.get("rope_theta") or 10000.0
+    scaling = read_rope(settings)
     edges = weights.get("markov_head.markov_w1.weight")
     edge_rank = 0 if edges is None else edges.shape[-1]
     makers = [*(published.get("architectures") or ()), settings.get("projector_type")]

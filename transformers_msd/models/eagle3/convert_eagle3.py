@@ -16,6 +16,7 @@ from transformers_msd.models.published import (
     fill_draft,
     find_folder,
     read_config,
+    read_rope,
     read_weights,
     renamed,
 )
@@ -172,19 +173,19 @@ def _feature_layers(published: dict[str, Any], num_layers: int) -> list[int]:
 
 def _rope_parameters(published: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """Settings of the positions, with `mrope_section` and `mrope_interleaved` where they have several axes."""
-    scaling = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    scaling["rope_type"] = "default" if kind == "mrope" else kind
-    theta = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
+    scaling = read_rope(text)
+    if scaling["rope_type"] == "mrope":
+        scaling["rope_type"] = "default"
     if published.get("exported_by") == EXPORTER:
-        return scaling | {"rope_theta": theta}
+        return scaling
     # What trained them does not read all of this. AngelSlim's axes take turns, and where there is one axis the base is
     # the default; SpecForge's lie in chunks, of that base.
     trainer, has_axes = published.get("architectures"), bool(scaling.get("mrope_section"))
     if trainer == ["Eagle3LlamaForCausalLM"] or (trainer == ["LlamaForCausalLMEagle3"] and has_axes):
         scaling["mrope_interleaved"] = trainer == ["Eagle3LlamaForCausalLM"]
-        theta = theta if scaling["mrope_interleaved"] and has_axes else 10000.0
-    return scaling | {"rope_theta": theta}
+        if not (scaling["mrope_interleaved"] and has_axes):
+            scaling["rope_theta"] = 10000.0
+    return scaling
 
 
 __all__ = ["is_eagle3", "load_eagle3_checkpoint"]

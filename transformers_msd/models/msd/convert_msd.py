@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.published import fill_draft, find_folder, read_config, read_weights
+from transformers_msd.models.published import fill_draft, find_folder, read_config, read_rope, read_weights
 from transformers_msd.traits.decoders import check_decoder
 from transformers_msd.traits.tokens import special_token_ids
 
@@ -96,14 +96,11 @@ def eagle_layer(
     num_shared = 0 if keys is None or keys.ndim != 2 else len(keys) * num_heads // size
     if num_shared and num_heads % num_shared == 0:
         fields["num_key_value_heads"] = num_shared
-    scaling = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "mrope"):
-        raise ValueError(
-            f"The positions of a published draft must not be scaled, got {scaling}, which is not supported."
-        )
-    theta = published.get("rope_theta") or scaling.get("rope_theta") or 10000.0
-    return config_class(**base, **fields, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    rope = read_rope(published)
+    if rope["rope_type"] not in ("default", "mrope"):
+        raise ValueError(f"The positions of a published draft must not be scaled, got {rope}, which is not supported.")
+    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return config_class(**base, **fields, rope_parameters=plain)
 
 
 def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
