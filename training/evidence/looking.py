@@ -55,6 +55,12 @@ DESIGNS: dict[str, Design] = {
                 "edge_rank": 32,
                 "reads_feature": True,
             },
+            ", 2 layers, as DFlash 2": {
+                "num_hidden_layers": 2,
+                "edge_rank": 32,
+                "edge_type": "bilinear",
+                "conv_kernel_size": 2,
+            },
             ", decoupled": {"visual_rows": "decoupled"},
             ", visual rows left out": {"visual_rows": "dropped"},
         }.items()
