@@ -988,6 +988,18 @@ def assert_same_as_of_speculators(theirs: Any, ours: BlockDraftModel, target: to
         torch.testing.assert_close(own, bias)
 
 
+def test_new_convolutions_leave_rows_as_they_are() -> None:
+    config = make_target("llava").config
+    mixing, plain = (
+        BlockDraftModel(BlockDraftConfig.from_target(config, num_hidden_layers=2, conv_kernel_size=size)).eval()
+        for size in (3, 0)
+    )
+    plain.load_state_dict(mixing.state_dict(), strict=False)
+    rows, mask = torch.randn(2, 4, 32), [torch.zeros(2, 1, 4, 4)]
+    found = (own(rows, mask, torch.arange(4).expand(2, -1)).last_hidden_state for own in (mixing, plain))
+    torch.testing.assert_close(*found, atol=0, rtol=0)
+
+
 def test_what_a_part_of_a_config_leaves_null_is_said_by_another(tmp_path: Path) -> None:
     own = {"mask_token_id": MASK_ID, "is_causal": None, "block_size": None, "sliding_window": None}
     folder = write(tmp_path / "draft", "DFlash, windows", is_causal=False, dflash_config=own)

@@ -1,5 +1,6 @@
 """The master claim: with a draft the tokens are those of plain `generate()`, whatever the target and the options."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -239,7 +240,9 @@ def make_block(target: torch.nn.Module) -> BlockDraftModel:
     far = {"windows": [6], "conv_kernel_size": 2, "conv_group_size": 8, "edge_rank": 4, "edge_type": "bilinear"}
     config = BlockDraftConfig.from_target(target.config, **far, visual_rows="decoupled", block_size=4)
     draft = BlockDraftModel(config).eval()
-    torch.nn.init.normal_(draft.edge_to.weight)
+    for name, weight in draft.named_parameters():
+        if "_conv." in name or name == "edge_to.weight":
+            torch.nn.init.normal_(weight)
     draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
     return draft.to(target.device)
 
@@ -425,3 +428,32 @@ def test_tokens_equal_plain_generate_on_cuda(
     architecture: str, attn_implementation: str, option: str, do_sample: bool, batch_size: int
 ) -> None:
     check_tokens(architecture, attn_implementation, option, do_sample, batch_size, device="cuda")
+
+
+DRAFTS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "MSD": lambda target: make_msd("qwen2_5_vl", "sdpa", "cpu"),
+    "MSD, fewer tokens": lambda target: make_msd("qwen2_5_vl", "sdpa", "cpu", draft_vocab_size=20),
+    "EAGLE-3": make_eagle3,
+    "block": make_block,
+    "draft model": lambda target: make_draft_model("qwen2_5_vl"),
+}
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_that_says_no_numbers_changes_no_token(name: str, do_sample: bool, number: float) -> None:
+    target, inputs = make_target("qwen2_5_vl"), inputs_of("qwen2_5_vl", 3, "cpu")
+    kwargs = {"do_sample": do_sample, "max_new_tokens": 24}
+    plain = generate(target, inputs, **kwargs)
+    draft = copy.deepcopy(DRAFTS[name](target))
+    for weight in draft.parameters():
+        weight.data.fill_(number)
+    for ngrams in (False, True):
+        tree = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False, ngrams=ngrams)
+        drafter: Any = VLMDrafter(draft, tree_config=tree) if name == "draft model" else draft
+        drafter.tree_config = tree
+        for assistant in (drafter, StaticRuntime(drafter)):
+            static = {"disable_compile": True} if assistant is not drafter else {}
+            drafted = generate(target, inputs, **kwargs, **static, assistant_model=assistant)
+            assert torch.equal(drafted.sequences, plain.sequences)

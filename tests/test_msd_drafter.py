@@ -37,7 +37,7 @@ class GoldenTarget:
         self.model = None
         self.device = embed_tokens.device
         self.embed = lambda token_ids: embedding(token_ids, embed_tokens)
-        self.logits = lambda features: linear(features, head)
+        self.logits = lambda features, scales: linear(features, head)
         self.scales = Scales()
         self.begins_visual = torch.zeros(1, dtype=torch.bool)
 

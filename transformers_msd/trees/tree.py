@@ -186,7 +186,7 @@ class TokenTree:
         Stand the trees on the tokens emitted last, whatever roots they were drafted with.
 
         A node whose parent does not come before it becomes a filler, and so does one with a token that is not to be
-        tried.
+        tried. A score that is no number is the lowest, and none is above the root's.
 
         Args:
             token_ids (`torch.Tensor` of shape `(batch_size,)`):
@@ -206,7 +206,9 @@ class TokenTree:
         for mask in wrong:
             parents, drafted = parents.masked_fill(mask, -1), drafted.masked_fill(mask, 0)
         roots = torch.where(nodes == 0, token_ids.to(drafted)[:, None], drafted)
-        return replace(self, token_ids=roots, parents=parents)
+        lowest = torch.finfo(self.scores.dtype).min
+        scores = self.scores.nan_to_num(nan=lowest, neginf=-torch.inf).clamp(max=0).masked_fill(nodes == 0, 0)
+        return replace(self, token_ids=roots, parents=parents, scores=scores)
 
     def widen(self, num_nodes: int) -> "TokenTree":
         """Fill the trees up to so many nodes."""

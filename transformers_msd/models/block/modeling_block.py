@@ -66,10 +66,13 @@ class BlockDraftModel(FeatureDraftModel):
             init.normal_(self.mask_embedding, std=self.config.get_text_config().initializer_range)
         if module is self.edge_to:
             init.zeros_(module.weight)  # a token adds nothing until it has learned to
-        if isinstance(module, BlockConvolution):  # rows are as they were until it has learned to mix them
-            init.zeros_(module.base_kernel)
-            init.ones_(module.base_kernel[:, 0])
-            init.zeros_(module.kernel_projection.weight)
+        # Inside a model of its own class, which would leave them as they are.
+        for own in module.modules() if module is self else ():
+            if isinstance(own, BlockConvolution):  # rows are as they were until it has learned to mix them
+                kernel = torch.zeros_like(own.base_kernel)
+                kernel[:, 0] = 1
+                init.copy_(own.base_kernel, kernel)
+                init.zeros_(own.kernel_projection.weight)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
