@@ -206,8 +206,8 @@ class TokenTree:
         for mask in wrong:
             parents, drafted = parents.masked_fill(mask, -1), drafted.masked_fill(mask, 0)
         roots = torch.where(nodes == 0, token_ids.to(drafted)[:, None], drafted)
-        lowest = torch.finfo(self.scores.dtype).min
-        scores = self.scores.nan_to_num(nan=lowest, neginf=-torch.inf).clamp(max=0).masked_fill(nodes == 0, 0)
+        scores = self.scores.float().nan_to_num(nan=torch.finfo(torch.float32).min, neginf=-torch.inf)
+        scores = scores.clamp(max=0).masked_fill(nodes == 0, 0)
         return replace(self, token_ids=roots, parents=parents, scores=scores)
 
     def widen(self, num_nodes: int) -> "TokenTree":
