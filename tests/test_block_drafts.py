@@ -1004,7 +1004,7 @@ def test_what_a_part_of_a_config_leaves_null_is_said_by_another(tmp_path: Path) 
     own = {"mask_token_id": MASK_ID, "is_causal": None, "block_size": None, "sliding_window": None}
     folder = write(tmp_path / "draft", "DFlash, windows", is_causal=False, dflash_config=own)
     config = AutoDraftModel.from_pretrained(folder, make_deep_target("llava")).config
-    assert (config.sights, config.block_size) == ([(False, 5), (False, None)], BLOCK_SIZE)
+    assert (config.layer_sights, config.block_size) == ([(False, 5), (False, None)], BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("is_first", [False, True])
@@ -1050,6 +1050,7 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
         ({"windows": [4, None]}, "`windows` must tell of each of 1 layers"),
         ({"windows": [0]}, "`windows` must be at least 1"),
         ({"windows": [4], "visual_rows": "dropped"}, "of which visual rows that are dropped leave none"),
+        ({"final_logit_softcapping": 3.0}, "`final_logit_softcapping` holds what `output_multiplier` has made"),
         ({"edge_type": "gated"}, "`edge_type` must be one of .* with `edge_rank=0`"),
         ({"edge_rank": 3, "edge_type": "rnn"}, "`edge_type` must be one of .* got 'rnn'"),
         ({"conv_kernel_size": 2, "conv_group_size": 5}, "divide the width of the layers, got 2 and 5 of 32"),

@@ -34,7 +34,7 @@ class Reader:
         self._draft, self._target = draft, target
         # Whether embeddings are others than the target's layers read.
         scale = draft.embedding_scale
-        self._scales = scale is not None and (scale != 1 or scales_embeddings(target.model))
+        self._looks_up = scale is not None and (scale != 1 or scales_embeddings(target.model))
         # Of each sequence: rows of the target that the draft has none for, and what is read with each feature.
         self.starts: torch.Tensor | None = None
         self.context: torch.Tensor | None = None
@@ -76,15 +76,14 @@ class Reader:
     def _embed(self, committed: Committed, is_prompt: bool) -> Committed:
         """Give rows the embeddings that the draft reads, where these are not those of the target's rows."""
         draft, owns = self._draft, self._draft.get_input_embeddings() is not None
-        scales = self._scales
-        if not owns and not scales and not (is_prompt and draft.reads_placeholders):
+        if not owns and not self._looks_up and not (is_prompt and draft.reads_placeholders):
             return committed
         unnamed = (draft.config.visual_token_ids or [0])[0]
         embeds = draft.embed(committed.token_ids.where(committed.token_ids >= 0, unnamed), self._target)
         embeds, is_visual = embeds.to(committed.inputs_embeds.device), committed.visual_mask[..., None]
         if not draft.reads_placeholders:
             embeds = committed.inputs_embeds.where(is_visual, embeds)
-        elif not owns and not scales:
+        elif not owns and not self._looks_up:
             embeds = embeds.where(is_visual, committed.inputs_embeds)
         return replace(committed, inputs_embeds=embeds)
 

@@ -95,7 +95,6 @@ class AutoDraftModel:
                 ArithmeticError,
                 AttributeError,
                 LookupError,
-                RuntimeError,
                 StrictDataclassError,
                 TypeError,
             ) as error:

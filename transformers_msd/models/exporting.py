@@ -145,7 +145,7 @@ def _described(draft: FeatureDraftModel, target_config: PreTrainedConfig) -> dic
         "mrope_interleaved": bool(fields.get("mrope_section") and fields["mrope_interleaved"]),
         "num_draft_tokens": draft.head.out_features if draft.head is not None else None,
         "kind_of_layer": text_config.model_type,
-        "sights": draft.config.sights if isinstance(draft, BlockDraftModel) else None,
+        "sights": draft.config.layer_sights if isinstance(draft, BlockDraftModel) else None,
         "channels": fields.get("conv_group_size") if fields.get("conv_kernel_size") else None,
     }
 

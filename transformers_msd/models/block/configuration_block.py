@@ -145,6 +145,11 @@ class BlockDraftConfig(DraftConfig):
         for name in ("embedding_scale", "output_multiplier", "final_logit_softcapping"):
             if (scale := getattr(self, name)) is not None and not 0 < scale < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, got {scale}. Leave it out.")
+        if self.final_logit_softcapping is not None and self.output_multiplier is None:
+            raise ValueError(
+                "`final_logit_softcapping` holds what `output_multiplier` has made of logits, got none of that. Set "
+                "that to 1.0 for the head's own."
+            )
         if (
             self.conv_kernel_size < 0
             or self.conv_group_size < 1
@@ -157,7 +162,7 @@ class BlockDraftConfig(DraftConfig):
             )
 
     @property
-    def sights(self) -> list[tuple[bool, int | None]]:
+    def layer_sights(self) -> list[tuple[bool, int | None]]:
         """Of each layer, whether its rows see those before them alone, and its window."""
         num_layers = self.get_text_config().num_hidden_layers
         causal = self.causal if isinstance(self.causal, list) else [self.causal] * num_layers

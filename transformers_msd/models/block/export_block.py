@@ -65,14 +65,14 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
     """
     config, text_config = draft.config, draft.config.get_text_config()
     is_second = config.edge_type == "bilinear" or config.conv_kernel_size > 0
-    windows = {window for _, window in config.sights} - {None}
-    is_causal = [causal for causal, window in config.sights if window is not None]
+    windows = {window for _, window in config.layer_sights} - {None}
+    is_causal = [causal for causal, window in config.layer_sights if window is not None]
     check_kept(
         "speculators",
         {
             "rows that read the feature (`reads_feature`)": config.reads_feature,
             "rows that see those before them alone (`causal`)": any(
-                causal for causal, window in config.sights if window is None
+                causal for causal, window in config.layer_sights if window is None
             )
             or len({*is_causal}) > 1,
             "windows of several sizes (`windows`)": len(windows) > 1,
@@ -94,7 +94,7 @@ def block_config(draft: BlockDraftModel, target_model: str, target_config: PreTr
     layers = layer_fields(text_config) | rope_fields(text_config)
     if windows:
         layers |= {
-            "layer_types": ["sliding_attention" if window else "full_attention" for _, window in config.sights],
+            "layer_types": ["sliding_attention" if window else "full_attention" for _, window in config.layer_sights],
             "sliding_window": windows.pop(),
             "use_sliding_window": True,
         }

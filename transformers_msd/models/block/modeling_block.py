@@ -91,13 +91,13 @@ class BlockDraftModel(FeatureDraftModel):
         """What rows of a block see, in one layer or another: those before them alone or all, and how far."""
         return [
             (causal, None if window is None else BlockWindow(window))
-            for causal, window in dict.fromkeys(self.config.sights)
+            for causal, window in dict.fromkeys(self.config.layer_sights)
         ]
 
     @cached_property
     def _sight_of_layer(self) -> list[int]:
-        kinds = list(dict.fromkeys(self.config.sights))
-        return [kinds.index(own) for own in self.config.sights]
+        kinds = list(dict.fromkeys(self.config.layer_sights))
+        return [kinds.index(own) for own in self.config.layer_sights]
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
