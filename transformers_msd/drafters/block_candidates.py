@@ -187,27 +187,21 @@ def _grow_from(
     most = config.top_k if config.topology is None else 1 + max(rank for path in config.topology for rank in path)
     most *= 1 if draft.edge_to is None else SHORTLIST
     log_probs, known = log_probs.topk(min(most, vocab_size))  # (batch, depth, shortlist)
-    temperature = next((own.temperature for own in warpers if type(own) is TemperatureLogitsWarper), 1.0)
+    # What is said of each level after each token of the level before: `(batch, depth, parents, shortlist)`.
+    after = log_probs[:, :, None].expand(-1, -1, known.shape[2], -1)
     if draft.edge_to is not None:
-        levels, tails = levels.to(draft.device), draft.edge_to.weight[known.to(draft.device)].transpose(2, 3)
+        temperature = next((own.temperature for own in warpers if type(own) is TemperatureLogitsWarper), 1.0)
+        roots = root_token_ids.to(known)[:, None, None].expand(-1, 1, known.shape[2])
+        parents = torch.cat([roots, known[:, :-1]], dim=1).to(draft.device)
+        tails = draft.edge_to.weight[known.to(draft.device)].transpose(2, 3)
+        edges = draft.edges_from(parents, levels.to(draft.device)[:, :, None]) @ tails
+        after = (after + edges.to(after) / temperature).log_softmax(-1)
+    after_places = after[:, 1:].flatten(1, 2)
 
-    def after(token_ids: torch.Tensor, level: int) -> torch.Tensor:
-        scores = log_probs[:, level, None]
-        if draft.edge_to is None:
-            return scores.expand(-1, token_ids.shape[1], -1)
-        rows = levels[:, level, None].expand(-1, token_ids.shape[1], -1)
-        edges = draft.edges_from(token_ids.to(draft.device), rows) @ tails[:, level]
-        return (scores + edges.to(scores) / temperature).log_softmax(-1)
+    def expand(places: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        return take_rows(after_places, places)
 
-    level = 0
-
-    def expand(token_ids: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        nonlocal level
-        level += 1
-        return after(token_ids, level)
-
-    first = after(root_token_ids[:, None].to(known.device), 0)[:, 0]
-    return grow_tree(config, root_token_ids, first, expand, sizing, fixed, known)
+    return grow_tree(config, root_token_ids, after[:, 0, 0], expand, sizing, fixed, known)
 
 
 __all__ = ["BlockCandidateGenerator", "draft_blocks"]

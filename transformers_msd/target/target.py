@@ -265,9 +265,9 @@ class Target:
 
     def _settle(self, path: torch.Tensor, most: int, lengths: torch.Tensor, host_lengths: list[int]) -> None:
         """Settle the first rows of accepted paths, `most` of them at most: each sequence has so many columns then."""
-        # Roots already lie where they belong, if all sequences are of one length.
-        is_in_place = most == 1 and self.room.is_in_place
-        self.room.settle(None if is_in_place else path, lengths, host_lengths)
+        is_in_place = most == 1 and self.room.is_in_place  # roots, where all sequences are of one length
+        rows = path[:, :most] if self._captures is None else path  # compiled code moves as many each time
+        self.room.settle(None if is_in_place else rows, lengths, host_lengths)
 
     def keep_sequences(self, kept: list[bool]) -> None:
         """Drop sequences; `kept` tells of each whether it stays."""

@@ -44,19 +44,21 @@ def grow_tree(
             Whether the device is asked nothing at all and all shapes follow from the settings: every level is grown,
             and what is too unlikely to be verified becomes fillers behind the other nodes.
         known (`torch.Tensor` of shape `(batch_size, num_levels, vocab_size)`, *optional*):
-            Tokens of each level that log-probabilities are of; those from 0 on by default.
+            Tokens of each level that log-probabilities are of; those from 0 on by default. `expand` is then given not
+            tokens, but their places in the flattened levels.
     """
+    step = 0 if known is None else known.shape[2]
     if config.topology is not None:
         roots = root_token_ids[:, None]
-        grown = grow_topology(config.topology, log_probs, expand, known)
+        grown = grow_topology(config.topology, log_probs, expand, step)
         return TokenTree(
-            token_ids=torch.cat([roots, grown["token_ids"]], dim=1),
+            token_ids=torch.cat([roots, _tokens_at(grown["token_ids"], known)], dim=1),
             parents=torch.cat([torch.full_like(roots, -1), grown["parents"]], dim=1),
             scores=torch.cat([grown["scores"].new_zeros(roots.shape), grown["scores"]], dim=1),
             depth=grown["depth"],
         )
     top_k = min(config.top_k, log_probs.shape[-1])
-    scores, token_ids = best_tokens(log_probs, top_k, known, 0)  # (batch, top_k)
+    scores, token_ids = best_tokens(log_probs, top_k)  # (batch, top_k)
     # Candidates are numbered in the order they were tried; 0 is the root, so the first level starts at 1.
     parents = torch.zeros_like(token_ids)
     level = torch.arange(1, top_k + 1, device=token_ids.device).expand_as(token_ids)
@@ -86,7 +88,7 @@ def grow_tree(
             visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
             visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
         after = expand(frontier_ids, slots, visible)
-        scores, token_ids = best_tokens(after, top_k, known, depth)  # (batch, frontier, top_k)
+        scores, token_ids = best_tokens(after, top_k, step * depth)  # (batch, frontier, top_k)
         scores = (scores + frontier_scores[..., None]).flatten(1)
         token_ids = token_ids.flatten(1)
         all_scores.append(scores)
@@ -115,7 +117,12 @@ def grow_tree(
         torch.cat(all_parents, 1),
         depth,
         max(num_kept, 1),
+        known,
     )
+
+
+def _tokens_at(places: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor:
+    return places if known is None else known.flatten(1).gather(1, places)
 
 
 def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
@@ -137,6 +144,7 @@ def _keep_best(
     parents: torch.Tensor,
     depth: int,
     num_kept: int,
+    known: torch.Tensor | None,
 ) -> TokenTree:
     """Build the tree of the most likely candidates, in the order in which they were tried."""
     unsure = torch.zeros_like(scores, dtype=torch.bool)
@@ -154,7 +162,7 @@ def _keep_best(
     # A row that is less sure than another has fillers, which no node leads to.
     kept_parents = node_of_candidate.gather(1, parents.gather(1, kept)).masked_fill(unsure.gather(1, kept), -1)
     return TokenTree(
-        token_ids=torch.cat([root_token_ids, token_ids.gather(1, kept)], dim=1),
+        token_ids=torch.cat([root_token_ids, _tokens_at(token_ids.gather(1, kept), known)], dim=1),
         parents=torch.cat([torch.full_like(root_token_ids, -1), kept_parents], 1),
         scores=torch.cat([scores.new_zeros(batch_size, 1), scores.gather(1, kept)], dim=1),
         depth=min(depth, num_kept),

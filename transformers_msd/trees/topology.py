@@ -51,9 +51,7 @@ def read_topology(topology: Sequence[Sequence[int]], depth: int) -> Topology:
     return tuple(sorted((path for path in paths if len(path) <= depth), key=lambda path: (len(path), path)))
 
 
-def best_tokens(
-    log_probs: torch.Tensor, number: int, known: torch.Tensor | None, level: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def best_tokens(log_probs: torch.Tensor, number: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Take the best tokens after nodes, and their log-probabilities, both of shape `(batch_size, ..., number)`.
 
@@ -62,10 +60,8 @@ def best_tokens(
             Log-probabilities after the nodes.
         number (`int`):
             How many to take.
-        known (`torch.Tensor` of shape `(batch_size, num_levels, vocab_size)`, *optional*):
-            Tokens of each level that they are of; those from 0 on by default.
-        level (`int`):
-            Level of the nodes, 0 for the root.
+        first (`int`, *optional*, defaults to 0):
+            The token that the first of them is of; the others follow.
 
     Raises:
         ValueError: If there are fewer tokens.
@@ -75,17 +71,15 @@ def best_tokens(
             f"`TreeConfig.topology` must name ranks below {log_probs.shape[-1]}, as many tokens as there are, got "
             f"{number - 1}. Lower it."
         )
-    scores, places = log_probs.topk(number)
-    if known is None:
-        return scores, places
-    return scores, known[:, level].gather(1, places.flatten(1)).view_as(places)
+    scores, token_ids = log_probs.topk(number)
+    return scores, token_ids + first if first else token_ids
 
 
 def grow_topology(
     topology: Topology,
     log_probs: torch.Tensor,
     expand: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    known: torch.Tensor | None = None,
+    step: int = 0,
 ) -> dict[str, Any]:
     """
     Grow a tree of a shape (Medusa, arXiv 2401.10774; EAGLE, arXiv 2401.15077): at each level what it names.
@@ -97,8 +91,8 @@ def grow_topology(
             The draft's log-probabilities after the root.
         expand (`Callable`):
             Runs the draft on a frontier, as in [`grow_tree`].
-        known (`torch.Tensor`, *optional*):
-            Tokens that log-probabilities are of, as in [`grow_tree`].
+        step (`int`, *optional*, defaults to 0):
+            How much later than at the level before the tokens begin that log-probabilities are of.
 
     Returns:
         `dict[str, Any]`: `token_ids`, `parents` and `scores` of all drafted nodes, each of shape `(batch_size,
@@ -116,7 +110,7 @@ def grow_topology(
         nodes = [path for path in topology if len(path) == level]
         slots = to_device([frontier.index(path[:-1]) for path in nodes], device)
         ranks = to_device([path[-1] for path in nodes], device)
-        scores, token_ids = best_tokens(log_probs, max(path[-1] for path in nodes) + 1, known, level - 1)
+        scores, token_ids = best_tokens(log_probs, max(path[-1] for path in nodes) + 1, step * (level - 1))
         scores = scores[:, slots, ranks] + frontier_scores[:, slots]  # (batch_size, nodes)
         token_ids = token_ids[:, slots, ranks]
         all_scores.append(scores)

@@ -189,7 +189,7 @@ class BlockDraftModel(FeatureDraftModel):
             parents (`torch.Tensor` of shape `(...)`):
                 Tokens.
             rows (`torch.Tensor` of shape `(..., hidden_size)`):
-                What a head reads of those that follow.
+                What a head reads of those that follow; dimensions before the last may be 1.
 
         Returns:
             `torch.Tensor` of shape `(..., edge_rank)`.
@@ -198,7 +198,8 @@ class BlockDraftModel(FeatureDraftModel):
         if self.edge_row is not None:
             return edges * self.edge_row(rows.to(edges))
         if self.edge_gate is not None:
-            return edges * self.edge_gate(torch.cat([rows.to(edges), edges], dim=-1)).sigmoid()
+            rows = rows.to(edges).expand(*edges.shape[:-1], -1)
+            return edges * self.edge_gate(torch.cat([rows, edges], dim=-1)).sigmoid()
         return edges
 
     def remember(self, features: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
