@@ -154,8 +154,10 @@ def test_operations_are_those_that_a_step_makes(world, monkeypatch, make_recipe,
     [(num_rows, length, num_supervised)] = shapes
     configs = trainer.target.config, trainer.model.config
     operations = operations_of_step(*configs, parsed[1], num_rows, length, num_supervised / num_rows)
-    # The counter sees no attention on a CPU; we leave the vision tower out, and the ends of unrolled chains in.
-    assert sum(operations) == pytest.approx(counter.get_total_flops(), rel=0.2)
+    towers = [own for name, own in counter.get_flop_counts().items() if name.endswith("vision_tower")]
+    counted = counter.get_total_flops() - sum(sum(own.values()) for own in towers)
+    # Before torch 2.15 the counter sees no attention on a CPU; we leave the ends of unrolled chains in.
+    assert sum(operations) == pytest.approx(counted, rel=0.2)
 
 
 def test_speed_is_measured():

@@ -96,7 +96,7 @@ def grow_tree(
         all_parents.append(frontier[..., None].expand(-1, -1, top_k).flatten(1))
         best = scores.sort(descending=True, stable=True).indices[:, :top_k]
         frontier_scores, frontier_ids = scores.gather(1, best), token_ids.gather(1, best)
-        frontier = best + num_candidates + 1
+        frontier = best + (num_candidates + 1)
         slots = best // top_k
         num_candidates += scores.shape[1]
         depth += 1
