@@ -74,8 +74,10 @@ class Block:
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy columns `sources` `(batch_size, num_rows)` to `places`, of the same shape."""
+        if self.first:
+            sources, places = sources - self.first, places - self.first
         for tensor in self._tensors:
-            own = (rows.to(tensor.device) - self.first for rows in (sources, places))
+            own = (rows.to(tensor.device) for rows in (sources, places))
             if len(sources) == 1:
                 source, place = (rows[0] for rows in own)
                 tensor.index_copy_(3, place, tensor.index_select(3, source))

@@ -242,8 +242,9 @@ class Room:
                     block.forget(first, self.num_columns)
 
     def _move(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+        sources = rows + self.num_columns
         for block in self._blocks:
-            block.move(rows + self.num_columns, places)
+            block.move(sources, places)
 
     def _cut(self) -> None:
         for layer in self.cache.layers:

@@ -60,11 +60,10 @@ def grow_tree(
     top_k = min(config.top_k, log_probs.shape[-1])
     scores, token_ids = best_tokens(log_probs, top_k)  # (batch, top_k)
     # Candidates are numbered in the order they were tried; 0 is the root, so the first level starts at 1.
-    parents = torch.zeros_like(token_ids)
+    slots = torch.zeros_like(token_ids)
     level = torch.arange(1, top_k + 1, device=token_ids.device).expand_as(token_ids)
-    all_scores, all_token_ids, all_parents = [scores], [token_ids], [parents]
+    all_scores, all_token_ids, expanded = [scores], [token_ids], [slots[:, :1]]
     frontier_scores, frontier_ids, frontier = scores, token_ids, level
-    slots = parents
     identity = torch.eye(top_k, dtype=torch.bool, device=token_ids.device).expand(len(token_ids), -1, -1)
     visible = identity[:, :, :0]
     num_candidates = top_k
@@ -93,7 +92,7 @@ def grow_tree(
         token_ids = token_ids.flatten(1)
         all_scores.append(scores)
         all_token_ids.append(token_ids)
-        all_parents.append(frontier[..., None].expand(-1, -1, top_k).flatten(1))
+        expanded.append(frontier)
         best = scores.sort(descending=True, stable=True).indices[:, :top_k]
         frontier_scores, frontier_ids = scores.gather(1, best), token_ids.gather(1, best)
         frontier = best + (num_candidates + 1)
@@ -114,7 +113,7 @@ def grow_tree(
         root_token_ids,
         torch.cat(all_scores, 1),
         torch.cat(all_token_ids, 1),
-        torch.cat(all_parents, 1),
+        torch.cat(expanded, 1)[..., None].expand(-1, -1, top_k).flatten(1),
         depth,
         max(num_kept, 1),
         known,
