@@ -25,6 +25,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept.update(table[: math.ceil(len(table) / config.getoption("every"))])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+    for item in items:
+        if any(item.iter_markers("slow")) or any(item.iter_markers("gpu")):
+            item.add_marker(pytest.mark.timeout(0))  # they may take as long as they do
 
 
 @pytest.fixture(scope="session", autouse=True)
