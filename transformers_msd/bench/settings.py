@@ -64,9 +64,10 @@ class BenchArguments:
             Passes after which a comparison ends, settled or not, where `repeats` is not given.
         time_limit (`float`, *optional*):
             Minutes after which a comparison begins no further pass.
-        baselines (`list[str]`, *optional*, defaults to `["static", "assisted", "prompt_lookup"]`):
-            What runs beside plain `generate` and the drafts: plain `generate` with a static cache, Transformers'
-            assisted generation with the drafts that are models of their own, prompt lookup.
+        baselines (`list[str]`, *optional*, defaults to all of these):
+            What runs beside plain `generate` and the drafts: plain `generate` with a cache that is `static`,
+            Transformers' generation `assisted` by the drafts that are models of their own, its `prompt_lookup`, and
+            our `ngrams` alone.
         num_divergences (`int`, *optional*, defaults to 0):
             Generations for which the report counts how many differ from plain's, and by which gap. 0 leaves it out.
         dtype (`str`, *optional*, defaults to `"auto"`):
