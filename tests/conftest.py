@@ -1,10 +1,15 @@
 import gc
 import math
+import os
 from collections import defaultdict
 from zlib import crc32
 
 import pytest
 import torch
+
+
+# Nobody asks the Hub or is told of a run: what is read when libraries are imported, before they are.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 import transformers_msd.costs.calibration  # and `generate` takes our assistants from here on
 

@@ -17,11 +17,6 @@ from zoo import make_target
 from transformers_msd import BlockDraftConfig, Eagle3Config, MSDConfig, MSDDraftModel, convert_msd_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def make_draft() -> MSDDraftModel:
     torch.manual_seed(0)
     return MSDDraftModel(MSDConfig.from_target(make_target("llava").config))

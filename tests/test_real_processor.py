@@ -116,9 +116,7 @@ def test_prompts_of_a_batch_begin_as_a_users_call_lets_them(processor: Any, phot
     assert inputs["attention_mask"][1].tolist() == sorted(inputs["attention_mask"][1].tolist())
 
 
-def test_photos_and_texts_train_a_draft(
-    target: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_photos_and_texts_train_a_draft(target: LlavaForConditionalGeneration, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from training_fixtures import make_trainer
 
@@ -129,7 +127,6 @@ def test_photos_and_texts_train_a_draft(
     from transformers_msd.trainer.recipe import DraftArguments
     from transformers_msd.trainer.rows import load_rows
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     processor = AutoProcessor.from_pretrained(DATA / "processors" / "llava-1.5-7b-hf-tf5-resaved")
     lines = (PHOTOS / "messages.jsonl").read_text().splitlines()[:4]
     talks = [json.loads(line) | {"images": [str(PHOTOS / json.loads(line)["images"][0])]} for line in lines]

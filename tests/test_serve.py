@@ -70,7 +70,7 @@ def free_port() -> int:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Ask a server of its own process, which ends cleanly once all tests have asked it."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "transformers_msd.cli", "serve", TARGET, "--draft-model", DRAFT]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -80,12 +80,15 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             env=environment | {"HF_HOME": str(folder)},
         )
     said = folder / "log"
-    while "Uvicorn running" not in said.read_text():
-        assert process.poll() is None, said.read_text()
-        time.sleep(0.2)
-    yield openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=300)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == -signal.SIGTERM  # once it has ended all else, uvicorn ends by what it was sent
+    try:
+        while "Uvicorn running" not in said.read_text():
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.2)
+        yield openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=240)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM  # once it has ended all else, uvicorn ends by what it was sent
+    finally:
+        process.kill()
     assert "Application shutdown complete." in said.read_text()
 
 

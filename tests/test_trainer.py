@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from training_fixtures import make_trainer, offline, tiny_dataset, tiny_processor  # noqa: F401
+from training_fixtures import make_trainer, tiny_dataset, tiny_processor  # noqa: F401
 from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from training.tiny_world.build.target import build_model

@@ -12,7 +12,6 @@ import zoo
 from training_fixtures import (  # noqa: F401
     block_recipe,
     make_trainer,
-    offline,
     tiny_dataset,
     tiny_processor,
 )

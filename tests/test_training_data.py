@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from training_fixtures import make_trainer, offline, tiny_processor  # noqa: F401
+from training_fixtures import make_trainer, tiny_processor  # noqa: F401
 from transformers import LlamaForCausalLM
 
 from training.tiny_world.build.target import CHAT_TEMPLATE, build_model, build_processor

@@ -13,7 +13,6 @@ import zoo
 from training_fixtures import (  # noqa: F401
     eagle3_recipe,
     make_trainer,
-    offline,
     recipe,
     tiny_dataset,
     tiny_processor,

@@ -22,13 +22,12 @@ from filelock import FileLock
 pytest.importorskip("trl")
 
 from safetensors.torch import load_file
-from training_fixtures import (  # noqa: F401
+from training_fixtures import (
     TWO_PROCESSES,
     block_recipe,
     eagle3_recipe,
     finish,
     launch,
-    offline,
     recipe,
     vlm_recipe,
     write_recipe,

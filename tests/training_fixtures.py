@@ -1,6 +1,7 @@
 """A small target, its processor and rows, in folders as users have them."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +23,8 @@ from transformers_msd.trainer.base import DraftTrainer
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {
     "DS_ACCELERATOR": "cpu",
-    "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",
     "PYTHONPATH": str(ROOT),
 }
 # They meet at a port that is free.
@@ -38,13 +39,6 @@ def tiny_processor():
 @pytest.fixture(name="dataset", scope="module")
 def tiny_dataset():
     return training_dataset(24)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """In each module that imports it, nobody asks the Hub."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def write_world(folder: Path, num_rows: int = 40) -> None:
@@ -146,7 +140,11 @@ def launch(arguments: list[str], **kwargs) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    """Wait for a process that must succeed; return what it printed."""
-    output, _ = process.communicate(timeout=timeout)
+    """Wait for a process that must succeed; return what it printed. Where it hangs, it says where."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        output, _ = process.communicate()
     assert process.returncode == 0, output[-3000:]
     return output
