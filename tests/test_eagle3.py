@@ -510,6 +510,13 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "one tensor more": (broken(WHOLE, more=torch.ones(2)), {}, "unexpected \\['more'\\]"),
     "another width": (broken(WHOLE, **{"fc.weight": torch.ones(HIDDEN, HIDDEN)}), {}, "fc.weight"),
     "not finite": (broken(WHOLE, **{"fc.weight": WHOLE["fc.weight"] / 0}), {}, "must be finite"),
+    "integers": (broken(WHOLE, **{"fc.weight": WHOLE["fc.weight"].int()}), {}, "must be of floating point.*int32"),
+    "8 bits": (
+        broken(WHOLE, **{"fc.weight": WHOLE["fc.weight"].to(torch.float8_e4m3fn)}),
+        {},
+        "16 bits or more, got torch.float8_e4m3fn",
+    ),
+    "a kind that is no word": (WHOLE, {"model_type": ["llama"]}, "`model_type` in .* must be a string"),
     "a target of another width": (WHOLE, {"target_hidden_size": 64}, "reads a target of 64"),
     "layers that are not there": (
         WHOLE,

@@ -57,9 +57,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json` of a draft."""
     file = folder / "config.json"
     try:
-        return dict(json.loads(file.read_text()))
+        config = dict(json.loads(file.read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{file} must hold the config of the draft: {error}. Copy the folder again.") from None
+    if not isinstance(kind := config.get("model_type"), str | None):
+        raise ValueError(f"`model_type` in {file} must be a string, got {kind!r}. Copy the folder again.")
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -116,6 +119,12 @@ def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict
             f"The weights in {folder} do not have the sizes its `config.json` and the target say: {wrong}. Check "
             "that the target is the one the draft was trained for."
         )
+    for key, value in weights.items():
+        if expected[key].is_floating_point() and not (value.is_floating_point() and value.itemsize > 1):
+            raise ValueError(
+                f"{key} in {folder} must be of floating point and 16 bits or more, got {value.dtype}. Point to the "
+                "draft as it was before it was quantised."
+            )
 
 
 def fill_draft(draft: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> PreTrainedModel:
