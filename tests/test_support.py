@@ -150,6 +150,12 @@ def in_training() -> PreTrainedModel:
     return model.train()
 
 
+def dropping() -> PreTrainedModel:
+    model = llama()
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    return model.train()
+
+
 def prompt(length: int = 12, num_rows: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     return {"input_ids": torch.randint(3, 90, (num_rows, length), generator=generator)}
@@ -262,6 +268,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "padding where pictures have no tokens": (git, padded(prompt(12, 2)), "no tokens for pictures"),
     "padding beside pictures without tokens": (git, padded(prompt(12, 2)) | pictures(2), "no tokens for pictures"),
     "gradient checkpointing": (in_training, prompt(), "call its `eval"),
+    "dropout": (dropping, prompt(), "drops at random while it trains"),
     "prompt tuning": (
         lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval(),
         prompt(),
@@ -290,6 +297,7 @@ SERVED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "positions that are dropped (HyperCLOVA X)": (hyperclovax, prompt()),
     "positions that are dropped, padded": (hyperclovax, padded(prompt(12, 2))),
     "positions that are dropped (EXAONE 4.5)": (exaone, prompt()),
+    "training without dropout": (lambda: llama().train(), prompt()),
     "a decoder that its config does not call one": (
         lambda: make(
             tf.GPTNeoXForCausalLM,

@@ -93,6 +93,8 @@ def unready_fact(model: PreTrainedModel) -> str | None:
         )
     if _keeps_no_cache(model):
         return "keeps no cache while it trains with gradient checkpointing: call its `eval()`"
+    if any(map(_drops, model.modules() if model.training else ())):
+        return "drops at random while it trains, and so says otherwise in trees than step by step: call its `eval()`"
     # PEFT puts its own method on a model that it has learned rows for.
     owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
     if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
@@ -103,6 +105,14 @@ def unready_fact(model: PreTrainedModel) -> str | None:
             "is adapted from some tokens on (PEFT's aLoRA), counted from the end of a forward, where a tree has others"
         )
     return None
+
+
+def _drops(module: nn.Module) -> bool:
+    """Tell whether a module has dropout that is on: one of PyTorch's own, or a chance that its forward hands on."""
+    if not module.training:
+        return False
+    own = [module.p] if isinstance(module, nn.Dropout) else []
+    return any(p > 0 for p in own + [p for name, p in vars(module).items() if "drop" in name and type(p) is float])
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
