@@ -540,7 +540,11 @@ def test_an_msd_draft_that_is_not_ready_is_refused(is_captured: bool) -> None:
     draft.gradient_checkpointing_enable()
     draft.train()
     assistant = StaticRuntime(draft) if is_captured else draft
-    with pytest.raises(ValueError, match="call its `eval"):
+    with pytest.raises(ValueError, match="keeps no cache"):
+        generate(target, make_inputs("llava"), assistant_model=assistant)
+    draft.gradient_checkpointing_disable()
+    draft.model.layers[0].self_attn.attention_dropout = 0.5
+    with pytest.raises(ValueError, match="drops at random"):
         generate(target, make_inputs("llava"), assistant_model=assistant)
     draft.eval().to("meta")
     with pytest.raises(ValueError, match="offloaded"):
