@@ -61,6 +61,28 @@ def instead(model: Callable[[], Any]) -> Callable[[Path], None]:
     return write
 
 
+def file(name: str, text: str) -> Callable[[Path], None]:
+    """Write a file beside the others."""
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
+def pickled(content: Any) -> Callable[[Path], None]:
+    """Put a pickle in the place of the weights: of some bytes, of what is made of the whole ones, or of a thing."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        path = folder / "pytorch_model.bin"
+        torch.save(published_weights() if callable(content) else content, path)
+        if callable(content) or isinstance(content, bytes):
+            path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+
+    return write
+
+
 def peft_draft() -> Any:
     return get_peft_model(make_draft(), LoraConfig(target_modules=["q_proj"], r=2))
 
@@ -151,6 +173,20 @@ PUBLISHED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a size that is none": (config(intermediate_size="48"), "intermediate_size"),
     "a size of nothing": (config(num_hidden_layers=0), "num_hidden_layers"),
     "another size": (config(intermediate_size=40), "do not have the sizes"),
+    "a number for what fuses": (weights(lambda own: own.update({"fc.weight": torch.tensor(1.0)})), "fc.weight"),
+    **{
+        f"an index of {text or 'nothing'}": (file("model.safetensors.index.json", text), "must say by `weight_map`")
+        for text in ("", "{", "{}", "3", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}')
+    },
+    "an index of no file": (
+        file("model.safetensors.index.json", '{"weight_map": {"fc.weight": "other.safetensors"}}'),
+        "Expected `model.safetensors`",
+    ),
+    "an empty pickle": (pickled(b""), "can't be read"),
+    "a pointer to a pickle": (pickled(b"version https://git-lfs.github.com/spec/v1"), "can't be read"),
+    "half a pickle": (pickled(lambda data: data[: len(data) // 2]), "can't be read"),
+    "a pickle of a list": (pickled([torch.ones(2)]), "must hold tensors by their names, got list"),
+    "a pickle of words": (pickled({"fc.weight": "none"}), "must hold tensors by their names, got dict"),
 }
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, Qwen2VLConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_msd.cli import main
-from transformers_msd.models import published
+from transformers_msd.models import files
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.convert_msd import convert_msd_checkpoint
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
@@ -125,6 +126,60 @@ def test_layers_are_of_the_kind_that_the_tensors_have(tmp_path, config_class, qk
     assert_same_weights(MSDDraftModel.from_pretrained(tmp_path / "ours"), weights)
 
 
+# Heads that are not the target's, of which the draft has four.
+@pytest.mark.parametrize(("num_heads", "num_shared"), [(2, 1), (2, 2), (8, 2), (4, 1)])
+@pytest.mark.parametrize("head_dim", [4, 8, 16])
+@pytest.mark.parametrize("is_said", [True, False])
+def test_heads_are_those_that_the_tensors_have(tmp_path, num_heads, num_shared, head_dim, is_said):
+    weights = published_weights()
+    for name, number in {"q": num_heads, "k": num_shared, "v": num_shared}.items():
+        weights[f"layers.0.self_attn.{name}_proj.weight"] = torch.randn(number * head_dim, 32)
+    weights["layers.0.self_attn.o_proj.weight"] = torch.randn(32, num_heads * head_dim)
+    said = {"num_attention_heads": num_heads, "num_key_value_heads": num_shared if is_said else None}
+    write_checkpoint(tmp_path, weights, **said)
+    draft = convert_msd_checkpoint(tmp_path, llava_config())
+    assert_same_weights(draft, weights)
+    layer = draft.config.get_text_config()
+    assert (layer.num_attention_heads, layer.num_key_value_heads) == (num_heads, num_shared)
+    assert layer.head_dim == head_dim
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+# What configs say of positions, and the settings that are read; the base is 10000 where none is named.
+ROPES = {
+    "nothing": ({}, {}),
+    "a base": ({"rope_theta": 5e4}, {"rope_theta": 5e4}),
+    "null": ({"rope_scaling": None, "rope_theta": 5e4}, {"rope_theta": 5e4}),
+    "a factor": (
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "as Transformers 5 does": ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}}, {"rope_theta": 7e3}),
+    "bands": ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {"rope_type": "llama3", **LLAMA3}),
+    "axes": ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, {}),
+}
+
+
+@pytest.mark.parametrize("their_own", ["the target's kind", "EAGLE's kind"])
+@pytest.mark.parametrize("name", ROPES)
+def test_positions_are_turned_as_the_config_beside_the_weights_says(tmp_path, name, their_own):
+    published, expected = ROPES[name]
+    theirs = {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}
+    config_class = LlamaConfig if their_own == "the target's kind" else Qwen3Config
+    target_config = config_class(**TEXT_CONFIG, head_dim=8, rope_parameters=theirs)
+    weights = published_weights()
+    write_checkpoint(tmp_path, weights, **published)
+    draft = convert_msd_checkpoint(tmp_path, target_config)
+    assert_same_weights(draft, weights)
+    settings = {"rope_type": "default", "rope_theta": 10000.0} | expected
+    assert draft.config.get_text_config().rope_parameters == settings
+    draft.save_pretrained(tmp_path / "ours")
+    again = MSDDraftModel.from_pretrained(tmp_path / "ours")
+    wanted = LlamaRotaryEmbedding(LlamaConfig(**TEXT_CONFIG, rope_parameters=settings)).inv_freq
+    assert torch.equal(draft.model.rotary_emb.inv_freq, wanted)
+    assert torch.equal(again.model.rotary_emb.inv_freq, wanted)
+
+
 def test_biases_of_no_known_layer_are_named(tmp_path):
     weights = published_weights(qkv_bias=True)
     write_checkpoint(tmp_path, weights | {"layers.0.self_attn.o_proj.bias": torch.ones(32)})
@@ -193,7 +248,7 @@ def test_of_weights_that_a_repository_holds_twice_one_file_is_fetched(tmp_path, 
                 shutil.copy(file, cache)
         return str(cache)
 
-    monkeypatch.setattr(published, "snapshot_download", fetch)
+    monkeypatch.setattr(files, "snapshot_download", fetch)
     assert_same_weights(convert_msd_checkpoint("someone/draft", llava_config()), weights)
     assert {file.name for file in cache.iterdir()} == {"config.json", file_names[-1]}
 

@@ -2,8 +2,10 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import test_block_drafts
@@ -11,12 +13,14 @@ import test_convert
 import test_eagle3
 import test_visual_drafts
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_eagle3 import architecture_of, make_deep_target
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from zoo import make_draft_model, make_target
 
 from transformers_msd import (
+    AutoDraftModel,
     BlockDraftConfig,
     BlockDraftModel,
     Eagle3DraftModel,
@@ -69,6 +73,60 @@ def test_drafts_of_ours_need_no_look_at_their_weights(tmp_path: Path) -> None:
     target = make_target("llava")
     MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(tmp_path)
     assert type(load_assistant(str(tmp_path), target)) is MSDDraftModel
+
+
+WRAPPED: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "PEFT": lambda target: get_peft_model(target, LoraConfig(target_modules=["q_proj"], r=2)),
+    "compiled": torch.compile,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("name", ["ours", "SafeAILab"])
+def test_a_draft_takes_the_dtype_of_a_wrapped_target(name: str, wrapper: str, tmp_path: Path) -> None:
+    target = copy.deepcopy(make_deep_target("llava")).to(torch.bfloat16)
+    if name == "ours":
+        MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(tmp_path / "draft")
+    else:
+        test_eagle3.write(tmp_path / "draft", name)
+    draft = AutoDraftModel.from_pretrained(tmp_path / "draft", WRAPPED[wrapper](target))
+    assert draft.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32), (torch.float16, torch.float16)]
+)
+@pytest.mark.parametrize("name", ["ours", "SafeAILab"])
+def test_a_dtype_may_be_a_name(name: str, dtype: Any, expected: torch.dtype, tmp_path: Path) -> None:
+    target = copy.deepcopy(make_deep_target("llava")).to(torch.float64)
+    if name == "ours":
+        MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(tmp_path / "draft")
+    else:
+        test_eagle3.write(tmp_path / "draft", name)
+    assert AutoDraftModel.from_pretrained(tmp_path / "draft", target, dtype=dtype).dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nn", torch.int8, "float8_e4m3fn", 16, torch.float8_e5m2])
+def test_a_dtype_that_no_draft_has_is_told(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`dtype` must be one of floating point and 16 bits or more"):
+        AutoDraftModel.from_pretrained(tmp_path, make_target("llava"), dtype=dtype)
+
+
+def test_what_holds_no_draft_on_features_is_told_in_a_few_words(tmp_path: Path) -> None:
+    target = make_target("llava")
+    make_draft_model("llava").save_pretrained(tmp_path)
+    for place, message in {
+        tmp_path: r"has a layer `fc`, got none in .* `VLMDrafter\(model\)`",
+        tmp_path / "model.safetensors": "must be a folder, or a repository on the Hub, got the file",
+    }.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            AutoDraftModel.from_pretrained(place, target)
+        assert len(str(caught.value)) < 500
+    weights = {f"layers.{number}.weight": torch.ones(2) for number in range(500)} | {"fc.weight": torch.ones(2, 2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="and 492 more") as caught:
+        AutoDraftModel.from_pretrained(tmp_path, target)
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:

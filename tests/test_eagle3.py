@@ -523,6 +523,8 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {"eagle_aux_hidden_state_layer_ids": [2, 16, 29]},
         "got one of 8 layers",
     ),
+    "heads of less than nothing": (WHOLE, {"head_dim": -8}, "makes none"),
+    "maps of another kind": (broken(WHOLE, t2d=WHOLE["t2d"].float().to(torch.float8_e5m2)), {}, "makes none"),
     "a window": (WHOLE, {"layer_types": ["sliding_attention"], "sliding_window": 64}, "see a window of 64"),
     "settings that are a word": (WHOLE, {"rope_scaling": "yarn"}, "must be settings or null, got 'yarn'"),
     "axes of another head": (
@@ -531,6 +533,26 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         "must divide the 6 frequencies",
     ),
 }
+
+
+SPECULATORS = make_weights("speculators")
+OF_SPECULATORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "norms that nothing is said of": (SPECULATORS, {"norm_before_residual": None}, "must say `norm_before_residual`"),
+    "norms in a word": (SPECULATORS, {"norm_before_residual": "false"}, "must be true or false, got 'false'"),
+    "an output in a number": (SPECULATORS, {"norm_output": 1}, "`norm_output` in .* must be true or false, got 1"),
+    "a lost layer": (
+        SPECULATORS,
+        {"transformer_layer_config": LAYOUTS["speculators"][0]["transformer_layer_config"] | {"num_hidden_layers": 3}},
+        "of 3 layers, got those of 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_SPECULATORS)
+def test_speculators_is_taken_at_its_word(name: str, target: PreTrainedModel, tmp_path: Path) -> None:
+    weights, changed, message = OF_SPECULATORS[name]
+    with pytest.raises(ValueError, match=message):
+        AutoDraftModel.from_pretrained(write(tmp_path / "draft", "speculators", weights, **changed), target)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -616,6 +638,9 @@ def test_layers_to_read_can_be_named(target: PreTrainedModel, tmp_path: Path) ->
         AutoDraftModel.from_pretrained(folder, target, feature_layers=[2])
     with pytest.raises(ValueError, match="got one of 8 layers"):
         AutoDraftModel.from_pretrained(folder, target, feature_layers=[2, 4, 60])
+    for odd in (3, "246", [2, 4, "6"], [2, 4, None]):
+        with pytest.raises(ValueError, match="as many as 3, got"):
+            AutoDraftModel.from_pretrained(folder, target, feature_layers=odd)
 
 
 def test_the_targets_factor_of_logits_is_not_the_drafts(target: PreTrainedModel, tmp_path: Path) -> None:

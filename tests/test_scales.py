@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -24,7 +25,7 @@ from transformers_msd import CallInputs, Committed, MSDConfig, MSDDraftModel, St
 from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.drafters.wrapped import Wrapped
 from transformers_msd.trainer.data import hidden_states
-from transformers_msd.traits.scales import Scales, logits_of, scales_of
+from transformers_msd.traits.scales import Scales, logits_of, look_up, scales_of
 from transformers_msd.traits.tokens import is_embedded_token
 
 
@@ -99,6 +100,16 @@ def test_draft_reads_what_layers_read_and_its_logits_are_made_like_theirs(name, 
     for rows in spy.rows:
         real = torch.arange(rows.token_ids.shape[1]) <= rows.last_rows[:, None]
         torch.testing.assert_close(rows.inputs_embeds[real], spy.target.embed(rows.token_ids[real]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_those_stored_also_of_a_table_that_is_offloaded(name):
+    target, ids = make(name), torch.arange(6).view(2, 3)
+    stored = target.get_input_embeddings().weight[ids].clone()
+    cpu_offload(target, execution_device=torch.device("cpu"))
+    assert target.get_input_embeddings().weight.is_meta
+    assert torch.equal(look_up(target, ids, 2.0), 2 * stored)
+    assert target.get_input_embeddings().weight.is_meta
 
 
 def test_factor_that_the_model_around_a_text_model_does_not_heed_is_none():

@@ -20,7 +20,16 @@ from transformers import (
 )
 from zoo import TEXT, VOCAB_SIZE, make_inputs
 
-from transformers_msd import MSDConfig, MSDDraftModel, StaticRuntime, TreeConfig, VLMDrafter
+from transformers_msd import (
+    BlockDraftConfig,
+    BlockDraftModel,
+    MSDConfig,
+    MSDDraftModel,
+    StaticRuntime,
+    TreeConfig,
+    VLMDrafter,
+)
+from transformers_msd.drafters.loading import load_assistant
 
 
 TREE = TreeConfig(num_nodes=16, depth=4, top_k=3, gate=False)
@@ -83,6 +92,29 @@ def test_weights_that_come_when_they_are_needed(folder: Path, tmp_path: Path, of
     check(target, drafts_itself=False)
     with pytest.raises(ValueError, match="is offloaded"):
         target.generate(torch.arange(5)[None], assistant_model=VLMDrafter(target))
+
+
+@pytest.mark.parametrize("offload", [on_disk, on_the_host])
+@pytest.mark.parametrize("kind", ["on its features", "a block that reads stored embeddings", "of its own"])
+def test_drafts_are_loaded_where_such_a_target_runs(
+    kind: str, folder: Path, tmp_path: Path, offload: Callable
+) -> None:
+    target, place = offload(folder, tmp_path), tmp_path / "draft"
+    torch.manual_seed(1)
+    if kind == "of its own":
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(place)
+    elif kind == "on its features":
+        MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained(place)
+    else:
+        scales = {"embedding_scale": 1.0, "output_multiplier": 1.0}
+        layers = {"feature_layers": [1, 2], "block_size": 4}
+        BlockDraftModel(BlockDraftConfig.from_target(target.config, **scales, **layers)).save_pretrained(place)
+    assistant = load_assistant(str(place), target)
+    drafts = assistant.models if kind == "of its own" else [assistant]
+    assert {weight.device for draft in drafts for weight in draft.parameters()} == {torch.device("cpu")}
+    assistant.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=2, gate=False)
+    call = make_inputs("llama", (0, 0), lengths=(12, 9)) | {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(target.generate(**call, assistant_model=assistant), target.generate(**call))
 
 
 def test_weights_of_8_bits(folder: Path) -> None:

@@ -607,6 +607,8 @@ def test_tokens_that_a_model_runs_its_towers_for_are_not_tried() -> None:
     settings |= {"image_pixel_values": pixels, "image_sizes": torch.tensor([[16, 16]])}
     settings["image_attention_mask"] = torch.ones(1, 2, 4, 4, dtype=torch.long)
     assert_equal_to_plain(model, settings, Mistaken([9, 95, 94, 94], [-1, 0, 0, 1]))
+    # By the first of them a draft knows where pictures are.
+    assert MSDConfig.from_target(config).visual_token_ids == [95]
 
 
 @pytest.mark.parametrize("parents", [[-1, 0, 1, 2], [0, 0, 1, 2], [-1, 2, 1, 3], [3, 0, 3, 0], [-1, 1, 9, 0]], ids=str)

@@ -27,7 +27,7 @@ from transformers_msd import (
     ViSpecDraftModel,
 )
 from transformers_msd.compat import CACHE
-from transformers_msd.models import published
+from transformers_msd.models import files
 
 
 HIDDEN, NUM_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 8, 48
@@ -454,8 +454,8 @@ BAD: dict[str, tuple[tuple[str, dict[str, torch.Tensor], dict[str, Any]], str]] 
     "another target's": (("ViSpec, LLaVA", VISPEC, {"hidden_size": 64}), "is 64 wide .* got one of 32"),
     "heads that do not divide": (("ViSpec, LLaVA", VISPEC, {"num_attention_heads": 5}), "must make a decoder"),
     "scaled positions": (
-        ("HiViS, LLaVA", HIVIS, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        "must not be scaled",
+        ("HiViS, LLaVA", HIVIS, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        "must be scaled as in default, linear",
     ),
 }
 
@@ -489,7 +489,7 @@ def test_files_are_read_once(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         weights = own if name == "EAGLE-1" else None
         folder, target = write(tmp_path / "draft", "ViSpec, LLaVA" if weights else name, weights), make_target("llava")
     read: list[Path] = []
-    monkeypatch.setattr(published, "load_file", lambda file: (read.append(file), load_file(file))[1])
+    monkeypatch.setattr(files, "load_file", lambda file: (read.append(file), load_file(file))[1])
     AutoDraftModel.from_pretrained(folder, target.config)
     assert read == [folder / "model.safetensors"]
 

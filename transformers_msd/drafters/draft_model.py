@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers_msd.caches.captures import Captures
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import last_learned_position
+from transformers_msd.traits.tokens import encoded_token_ids, visual_token_mask
 from transformers_msd.trees.masks import causal_mask
 
 
@@ -96,8 +97,10 @@ class DraftModel(Target):
         self._open_room(lengths, lengths.tolist())
 
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Bring tokens to where the draft is, those that its vocabulary lacks replaced."""
-        return token_ids.to(self.lengths.device).clamp(max=self.model.config.get_text_config().vocab_size - 1)
+        """Bring tokens to where the draft is, those replaced that its vocabulary lacks, or for which towers run."""
+        token_ids = token_ids.to(self.lengths.device).clamp(max=self.model.config.get_text_config().vocab_size - 1)
+        unfit = encoded_token_ids(self.model.config)
+        return token_ids.masked_fill(visual_token_mask(token_ids, unfit), 0) if unfit else token_ids
 
 
 def _without_settings(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,8 +13,8 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.auto import OURS, AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.configuration import DraftConfig
-from transformers_msd.models.published import find_folder, read_config, read_names
-from transformers_msd.traits.support import dtype_of, is_multimodal
+from transformers_msd.models.files import find_folder, read_config, read_names
+from transformers_msd.traits.support import device_of, dtype_of, is_multimodal
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -71,7 +71,7 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
             f"The weights in {name} must be those of its config, got none for {sorted(found['missing_keys'])[:3]}. "
             "Copy the folder again, or pass a draft."
         )
-    return model.to(target.device).eval()
+    return model.to(device_of(target)).eval()
 
 
 def load_assistant(name: str, target: PreTrainedModel) -> FeatureDraftModel | VLMDrafter:

@@ -56,7 +56,7 @@ def check_batch(draft_inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -
 def check_pictures(model: PreTrainedModel, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raise a [`Refusal`] for pictures in places that a draft takes for text."""
     ours, theirs = (set(visual_token_ids(each.config)) for each in (model, target))
-    has_pictures = any(name.startswith("pixel_values") and torch.is_tensor(arguments[name]) for name in arguments)
+    has_pictures = any("pixel_values" in name and torch.is_tensor(arguments[name]) for name in arguments)
     if has_pictures and ours and not ours & theirs:
         raise Refusal(
             f"A draft must have the target's tokens for pictures, {sorted(theirs)}, got {sorted(ours)}. Pass what its "
@@ -89,14 +89,15 @@ def prompt_of(
             Columns of the prompt that a cache lacks; all of them without one. Pictures of the call stand in these, and
             those before, which the cache alone has seen, are masked.
     """
-    names = set(inspect.signature(type(model).forward).parameters) - set(_NOT_PROMPT)
+    takes = (type(model).forward, type(model).prepare_inputs_for_generation)  # some hand on what they do not name
+    names = {name for method in takes for name in inspect.signature(method).parameters} - {*_NOT_PROMPT}
     inputs = {name: value for name, value in arguments.items() if name in names and torch.is_tensor(value)}
     inputs["input_ids"] = ids = prompt_ids(arguments)
     mask = inputs.get("attention_mask")
     inputs["attention_mask"] = mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
     visual = visual_token_mask(ids, visual_token_ids(target.config))
     if visual_token_ids(model.config):
-        if num_new is None or not any(name.startswith("pixel_values") for name in inputs):
+        if num_new is None or not any("pixel_values" in name for name in inputs):
             return inputs
         seen = visual & (torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - num_new)
         grown = {name: inputs[name] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in inputs}

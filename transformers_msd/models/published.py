@@ -1,24 +1,19 @@
-"""Drafts as others published them: their folders, configs and weights."""
+"""Drafts as others published them: where their weights go, and what is written in the words of their configs."""
 
-import json
-import zipfile
-from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from transformers_msd.models.places import check_finite, check_place
-from transformers_msd.models.weights import read_weight_map
+from transformers_msd.models.places import check_finite
 
 
 # What we write ourselves names us as `exported_by`, and means what it says.
 EXPORTER = "transformers-msd"
+_MOST_NAMES = 8  # that an error lists
 _SPECULATORS_VERSION = "0.9.0"  # whose keys they are
 _LAYER_FIELDS = (
     "model_type",
@@ -40,74 +35,13 @@ _LAYER_FIELDS = (
 )
 
 
-def find_folder(path_or_repo_id: str | Path) -> Path:
-    """Return the folder of a draft, which is downloaded if it is a repository on the Hub."""
-    folder = Path(path_or_repo_id)
-    if folder.is_dir():
-        return folder
-    check_place(str(path_or_repo_id), "checkpoint")
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
-    if not any(folder.glob("*.safetensors")):  # some repositories hold all weights twice
-        snapshot_download(str(path_or_repo_id), allow_patterns=["*.bin", "*.bin.index.json"])
-    return folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a draft."""
-    file = folder / "config.json"
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} must hold the config of the draft: {error}. Copy the folder again.") from None
-    if not isinstance(kind := config.get("model_type"), str | None):
-        raise ValueError(f"`model_type` in {file} must be a string, got {kind!r}. Copy the folder again.")
-    return config
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all weights of a draft, from safetensors or else from pickles of nothing but tensors."""
-    return _read(folder, load_file)
-
-
-def read_names(folder: Path) -> set[str]:
-    """Read what the weights of a draft are called; of safetensors no weight is read."""
-    return set(_read(folder, _names_of))
-
-
-def _read(folder: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Read all files of a draft's weights, safetensors as told."""
-    for name, load_one in (("model.safetensors", load), ("pytorch_model.bin", _load_pickle)):
-        files, index = [folder / name], folder / f"{name}.index.json"
-        if index.exists():
-            files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
-        if files[0].exists():
-            try:
-                return {key: value for file in files for key, value in load_one(file).items()}
-            except (OSError, SafetensorError, zipfile.BadZipFile) as error:
-                raise ValueError(f"The weights in {folder} can't be read: {error}. Copy the folder again.") from None
-    raise ValueError(
-        f"Expected `model.safetensors` or `pytorch_model.bin` in {folder}, got "
-        f"{sorted(file.name for file in folder.iterdir())}. Point to the folder of a published draft."
-    )
-
-
-def _names_of(file: Path) -> dict[str, None]:
-    with safe_open(file, framework="pt") as weights:
-        return dict.fromkeys(weights.keys())
-
-
-def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Raise a `ValueError` unless every weight has its place, and every place a weight."""
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
-            f"The weights in {folder} do not make a draft for this target: missing {missing}, unexpected "
-            f"{unexpected}. Check that the target is of the model family the draft was trained for."
+            f"The weights in {folder} do not make a draft for this target: missing {_first(missing)}, unexpected "
+            f"{_first(unexpected)}. Check that the target is of the model family the draft was trained for."
         )
     wrong = {
         key: f"expected {tuple(expected[key].shape)}, got {tuple(value.shape)}"
@@ -116,8 +50,8 @@ def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict
     }
     if wrong:
         raise ValueError(
-            f"The weights in {folder} do not have the sizes its `config.json` and the target say: {wrong}. Check "
-            "that the target is the one the draft was trained for."
+            f"The weights in {folder} do not have the sizes its `config.json` and the target say: "
+            f"{_first(wrong)}. Check that the target is the one the draft was trained for."
         )
     for key, value in weights.items():
         if expected[key].is_floating_point() and not (value.is_floating_point() and value.itemsize > 1):
@@ -125,6 +59,12 @@ def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict
                 f"{key} in {folder} must be of floating point and 16 bits or more, got {value.dtype}. Point to the "
                 "draft as it was before it was quantised."
             )
+
+
+def _first(found: list[str] | dict[str, str]) -> str:
+    more = len(found) - _MOST_NAMES
+    some = found[:_MOST_NAMES] if isinstance(found, list) else dict(islice(found.items(), _MOST_NAMES))
+    return f"{some}{f' and {more} more' if more > 0 else ''}"
 
 
 def fill_draft(draft: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> PreTrainedModel:
@@ -183,20 +123,6 @@ def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"The weights of a draft must have one place each, got several for {twice}. Copy them again.")
     return dict(zip(names, weights.values(), strict=True))
-
-
-def read_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Read the settings of positions wherever a config has them, as Transformers 5 names them."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(
-            f"`rope_scaling` of a draft must be settings or null, got {scaling!r}. Copy its config again."
-        )
-    own = {name: value for name, value in scaling.items() if name not in ("type", "rope_type", "rope_theta")}
-    return own | {
-        "rope_type": scaling.get("type") or scaling.get("rope_type") or "default",
-        "rope_theta": scaling.get("rope_theta") or config.get("rope_theta") or 10000.0,
-    }
 
 
 def layer_fields(text_config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Single weights of checkpoints, read without the others."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,24 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from transformers_msd.models.files import read_weight_map
 from transformers_msd.traits.support import is_multimodal
 
 
 _FILE = "model.safetensors"
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """
-    Read which file holds which weight.
-
-    Raises:
-        ValueError: If the index names files that are not beside it.
-    """
-    weight_map = json.loads(index.read_text())["weight_map"]
-    outside = [shard for shard in sorted(set(weight_map.values())) if Path(shard).name != shard]
-    if outside:
-        raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
-    return weight_map
 
 
 def read_head(name: str, target: PreTrainedModel) -> torch.Tensor:

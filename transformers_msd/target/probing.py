@@ -8,7 +8,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from transformers_msd.compat import CACHE, is_stateful
-from transformers_msd.traits.support import keeps_states
+from transformers_msd.traits.support import device_of, keeps_states
 
 
 # Tokens of the probe: a prompt, which makes most of the state, and what is run behind it at once and one by one.
@@ -29,22 +29,14 @@ def states_fact(model: PreTrainedModel) -> str | None:
         return None
     dtype, fact = _found.get(model, (None, None))
     if dtype != model.dtype:
-        with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+        with torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
             fact = _probe(model)
         _found[model] = (model.dtype, fact)
     return fact
 
 
-def _device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes tokens: weights that are offloaded are nowhere."""
-    table = model.get_input_embeddings()
-    if not table.weight.is_meta:
-        return table.weight.device
-    return torch.device(getattr(getattr(table, "_hf_hook", None), "execution_device", None) or "cpu")
-
-
 def _probe(model: PreTrainedModel) -> str | None:
-    decoder, device = model.get_decoder(), _device(model)
+    decoder, device = model.get_decoder(), device_of(model)
     config = model.config.get_text_config(decoder=True)
     ids = torch.arange(1, 1 + _PROMPT + _BEHIND, device=device)[None] % config.vocab_size
 

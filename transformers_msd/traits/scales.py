@@ -82,7 +82,11 @@ def look_up(model: PreTrainedModel, token_ids: torch.Tensor, scale: float | None
     table = model.get_input_embeddings()
     if scale is None:
         return scales_of(model).of_embeddings(table(token_ids))
-    return nn.functional.embedding(token_ids.to(table.weight.device), table.weight) * scale
+    hook = getattr(table, "_hf_hook", None) if table.weight.is_meta else None
+    if hook is not None:  # accelerate's, which brings offloaded weights and takes them away
+        (token_ids,), _ = hook.pre_forward(table, token_ids)
+    rows = nn.functional.embedding(token_ids.to(table.weight.device), table.weight) * scale
+    return rows if hook is None else hook.post_forward(table, rows)
 
 
 def logits_of(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:

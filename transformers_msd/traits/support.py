@@ -229,7 +229,7 @@ def check_reach(
 def check_padding(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raise a [`Refusal`] for padded prompts of a model that puts pictures in its cache without tokens for them."""
     mask = arguments.get("attention_mask")
-    takes_pictures = any(name.startswith("pixel_values") for name in inspect.signature(type(model).forward).parameters)
+    takes_pictures = any("pixel_values" in name for name in inspect.signature(type(model).forward).parameters)
     if takes_pictures and not visual_token_ids(model.config) and mask is not None and not mask.all():
         raise Refusal(
             f"{type(model).__name__} has no tokens for pictures: its cache may hold more columns than "
@@ -241,6 +241,14 @@ def dtype_of(model: PreTrainedModel) -> torch.dtype:
     """Return the dtype in which a model computes on tokens: a vision tower before it may have another."""
     dtype = model.get_input_embeddings().weight.dtype
     return dtype if dtype.is_floating_point else model.dtype
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device on which a model takes tokens: weights that are offloaded are on none until they run."""
+    table = model.get_input_embeddings()
+    if not table.weight.is_meta:
+        return table.weight.device
+    return torch.device(getattr(getattr(table, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 def last_learned_position(config: PreTrainedConfig) -> int | None:

@@ -17,8 +17,9 @@ def special_token_ids(config: PreTrainedConfig) -> dict[str, Any]:
 def visual_token_ids(config: PreTrainedConfig) -> list[int]:
     """List the ids that stand for image and video features in a model's prompts."""
     # Text configs have neither name, image-only ones lack the second; the names map to each config's own spelling.
-    ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-    return [token_id for token_id in ids if token_id is not None]
+    tower = getattr(config, "vision_config", None)  # where Phi-4-multimodal names it
+    ids = [getattr(part, name, None) for part in (config, tower) for name in ("image_token_id", "video_token_id")]
+    return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
 
 def encoded_token_ids(config: PreTrainedConfig) -> list[int]:

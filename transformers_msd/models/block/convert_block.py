@@ -10,15 +10,8 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers_msd.models.block.configuration_block import EDGE_TYPES, BlockDraftConfig
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.configuration import check_target_config
-from transformers_msd.models.published import (
-    draft_token_ids,
-    fill_draft,
-    find_folder,
-    read_config,
-    read_rope,
-    read_weights,
-    renamed,
-)
+from transformers_msd.models.files import find_folder, read_config, read_rope, read_weights
+from transformers_msd.models.published import draft_token_ids, fill_draft, renamed
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 

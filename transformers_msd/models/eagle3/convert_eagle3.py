@@ -10,16 +10,8 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers_msd.models.configuration import check_target_config
 from transformers_msd.models.eagle3.configuration_eagle3 import Eagle3Config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
-from transformers_msd.models.published import (
-    EXPORTER,
-    draft_token_ids,
-    fill_draft,
-    find_folder,
-    read_config,
-    read_rope,
-    read_weights,
-    renamed,
-)
+from transformers_msd.models.files import find_folder, read_config, read_flag, read_rope, read_weights
+from transformers_msd.models.published import EXPORTER, draft_token_ids, fill_draft, renamed
 from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
@@ -100,16 +92,22 @@ def _draft_config(
             f"The draft in {folder} is {text['hidden_size']} wide and reads a target of {theirs}, got one of "
             f"{target_text.hidden_size}. Pass the target that it was trained for."
         )
-    owns = theirs != text["hidden_size"] or bool(published.get("embed_requires_grad"))
+    owns = theirs != text["hidden_size"] or read_flag(folder / "config.json", published, "embed_requires_grad")
     if owns and "embed_tokens.weight" not in weights:
         raise ValueError(
             f"The draft in {folder} must hold its embeddings, `embed_tokens.weight`, got none: it is of another width "
             "than its target, or was trained with its own (`embed_requires_grad`). Copy the folder again."
         )
-    if is_of_speculators and "norm_before_residual" not in published:
+    file = folder / "config.json"
+    if is_of_speculators and published.get("norm_before_residual") is None:
         raise ValueError(
-            f"{folder / 'config.json'} must say `norm_before_residual`, got nothing, of which readers make different "
-            "things. Add what the draft was trained with."
+            f"{file} must say `norm_before_residual`, got nothing, of which readers make different things. Add what "
+            "the draft was trained with."
+        )
+    if is_of_speculators and text.get("num_hidden_layers", num_layers) != num_layers:
+        raise ValueError(
+            f"The weights in {folder} must be those of its config, of {text['num_hidden_layers']} layers, got those "
+            f"of {num_layers}. Copy the folder again."
         )
     if "sliding_attention" in (text.get("layer_types") or ()) and text.get("sliding_window"):
         raise ValueError(
@@ -137,10 +135,10 @@ def _draft_config(
         target_hidden_size=theirs,
         own_embeddings=owns,
         draft_vocab_size=None if len(token_ids) == vocab_size else len(token_ids),
-        norm_before_residual=bool(published.get("norm_before_residual", False)),
+        norm_before_residual=read_flag(file, published, "norm_before_residual"),
         fc_norm=any(key.startswith("fc_norm.") for key in weights),
         norm_before_fc="input_norm.weight" in weights,
-        norm_output=bool(published.get("norm_output", False)),
+        norm_output=read_flag(file, published, "norm_output"),
         visual_token_ids=visual_token_ids(target_config),
         mrope_section=section,
         mrope_interleaved=interleaved,

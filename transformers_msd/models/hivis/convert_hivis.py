@@ -6,10 +6,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from transformers_msd.models.configuration import check_target_config
+from transformers_msd.models.files import find_folder, read_config
 from transformers_msd.models.hivis.configuration_hivis import HiViSConfig
 from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.convert_msd import eagle_layer, read_own_weights
-from transformers_msd.models.published import fill_draft, find_folder, read_config
+from transformers_msd.models.published import fill_draft
 from transformers_msd.traits.tokens import visual_token_ids
 
 

@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from transformers_msd.models.configuration import check_target_config
+from transformers_msd.models.files import find_folder, read_config, read_rope, read_weights
 from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
-from transformers_msd.models.published import fill_draft, find_folder, read_config, read_rope, read_weights
+from transformers_msd.models.published import fill_draft
 from transformers_msd.traits.decoders import check_decoder
 from transformers_msd.traits.tokens import special_token_ids
 
@@ -27,6 +28,9 @@ _TEXT_FIELDS = (
     "hidden_act",
     "max_position_embeddings",
 )
+# What the settings of positions that they share with us are called, and what stays the target's.
+_ROPES = ("default", "linear", "llama3", "yarn")
+_KEPT_OF_ROPE = ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
 
 
 def convert_msd_checkpoint(
@@ -85,22 +89,41 @@ def eagle_layer(
     fields = {name: known[name] for name in _TEXT_FIELDS if known[name] is not None}
     config_class = Qwen2Config if "layers.0.self_attn.q_proj.bias" in weights else LlamaConfig
     base = special_token_ids(target_config) | {"vocab_size": target_text.vocab_size, "tie_word_embeddings": False}
+    fields |= _read_heads(weights, fields.get("num_attention_heads"))
     check_decoder(config_class, base, fields)
-    size, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+    fields["rope_parameters"] = _read_positions(published)
+    size = fields["hidden_size"]
     if size != target_text.hidden_size:
         raise ValueError(
             f"The draft is {size} wide and reads a target as wide, got one of {target_text.hidden_size}. Pass the "
             "target that it was trained for."
         )
-    keys = weights.get("layers.0.self_attn.k_proj.weight")
-    num_shared = 0 if keys is None or keys.ndim != 2 else len(keys) * num_heads // size
-    if num_shared and num_heads % num_shared == 0:
-        fields["num_key_value_heads"] = num_shared
-    rope = read_rope(published)
-    if rope["rope_type"] not in ("default", "mrope"):
-        raise ValueError(f"The positions of a published draft must not be scaled, got {rope}, which is not supported.")
-    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return config_class(**base, **fields, rope_parameters=plain)
+    return config_class(**base, **fields)
+
+
+def _read_heads(weights: dict[str, torch.Tensor], num_heads: Any) -> dict[str, int]:
+    """Read the size of heads, and how many are those of keys, off tensors that have so many heads."""
+    tensors = [weights.get(f"layers.0.self_attn.{name}_proj.weight") for name in "qk"]
+    if not isinstance(num_heads, int) or num_heads < 1 or any(own is None or not own.ndim for own in tensors):
+        return {}
+    of_queries, of_keys = map(len, tensors)
+    head_dim = of_queries // num_heads
+    if not of_keys or of_queries % of_keys or of_queries % num_heads or of_keys % head_dim:
+        return {}
+    return {"head_dim": head_dim, "num_key_value_heads": of_keys // head_dim}
+
+
+def _read_positions(published: dict[str, Any]) -> dict[str, Any]:
+    """Read how positions are turned, which the published code reads of the draft's own config, and on one axis."""
+    rope = {name: value for name, value in read_rope(published).items() if not name.startswith("mrope_")}
+    if rope["rope_type"] == "mrope":
+        rope["rope_type"] = "default"
+    if rope["rope_type"] not in _ROPES:
+        raise ValueError(
+            f"The positions of a published draft must be scaled as in {', '.join(_ROPES)}, got {rope}, which is not "
+            "supported."
+        )
+    return rope
 
 
 def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
@@ -115,26 +138,31 @@ def _draft_config(
     published: dict[str, Any], weights: dict[str, torch.Tensor], target_config: PreTrainedConfig
 ) -> MSDConfig:
     fields = {name: published[name] for name in _TEXT_FIELDS if name in published}
-    if "rope_theta" in published:
-        rope_parameters = target_config.get_text_config().rope_parameters
-        fields["rope_parameters"] = {**rope_parameters, "rope_theta": published["rope_theta"]}
+    heads, target_text = _read_heads(weights, fields.get("num_attention_heads")), target_config.get_text_config()
+    fields |= {name: number for name, number in heads.items() if hasattr(target_text, name)}
     own = {
         # The published code reads this name and takes a missing one as true; some that have one say they have none.
         "fc_bias": published.get("bias", True) or "fc.bias" in weights,
         "input_layernorm": "layers.0.input_layernorm.weight" in weights,
     }
     config = MSDConfig.from_target(target_config, **{"num_hidden_layers": 1, **fields}, **own)
-    if _names(config) == _named(weights).keys():
+    layer, rope = config.get_text_config(), _read_positions(published)
+    theirs = layer.rope_parameters
+    # On axes whose positions are the same, or for each kind of layer, as layers of the target's kind are told it.
+    kept = {name: value for name, value in theirs.items() if name in _KEPT_OF_ROPE}
+    layer.rope_parameters = rope | kept if "rope_type" in theirs else {kind: dict(rope) for kind in theirs}
+    shapes = {name: weight.shape for name, weight in _named(weights).items()}
+    if _shapes(config) == shapes:
         return config
     # EAGLE's code makes a layer of its own kind, whatever the target's is.
     layer = eagle_layer(published, weights, target_config)
     other = MSDConfig(text_config=layer, visual_token_ids=config.visual_token_ids, **own)
-    return other if _names(other) == _named(weights).keys() else config
+    return other if _shapes(other).keys() == shapes.keys() else config
 
 
-def _names(config: MSDConfig) -> set[str]:
+def _shapes(config: MSDConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return set(MSDDraftModel(config).state_dict())
+        return {name: weight.shape for name, weight in MSDDraftModel(config).state_dict().items()}
 
 
 def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from transformers_msd.models.configuration import check_target_config
+from transformers_msd.models.files import find_folder, read_config
 from transformers_msd.models.msd.convert_msd import eagle_layer, read_own_weights
-from transformers_msd.models.published import fill_draft, find_folder, read_config, renamed
+from transformers_msd.models.published import fill_draft, renamed
 from transformers_msd.models.vispec.configuration_vispec import ViSpecConfig
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.traits.tokens import visual_token_ids

@@ -1,0 +1,136 @@
+"""The files of a draft, as we or others published it: its folder, its config and its weights."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from transformers_msd.models.places import check_place
+
+
+# What is raised by files that are cut, empty or something else, a pointer to what was never fetched among them.
+_BROKEN = (
+    *(AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+)
+
+
+def find_folder(path_or_repo_id: str | Path) -> Path:
+    """Return the folder of a draft, which is downloaded if it is a repository on the Hub."""
+    folder = Path(path_or_repo_id)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(
+            f"A draft must be a folder, or a repository on the Hub, got the file {folder}. Pass {folder.parent}."
+        )
+    check_place(str(path_or_repo_id), "checkpoint")
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    folder = Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
+    if not any(folder.glob("*.safetensors")):  # some repositories hold all weights twice
+        snapshot_download(str(path_or_repo_id), allow_patterns=["*.bin", "*.bin.index.json"])
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of a draft."""
+    file = folder / "config.json"
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} must hold the config of the draft: {error}. Copy the folder again.") from None
+    if not isinstance(kind := config.get("model_type"), str | None):
+        raise ValueError(f"`model_type` in {file} must be a string, got {kind!r}. Copy the folder again.")
+    return config
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """
+    Read which file holds which weight.
+
+    Raises:
+        ValueError: If the index says it of no weight, or names files that are not beside it.
+    """
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (KeyError, OSError, TypeError, ValueError):
+        weight_map = None
+    is_map = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not weight_map or not is_map:
+        raise ValueError(
+            f"{index} must say by `weight_map` which file holds which weight, got none of them. Copy the folder again."
+        )
+    outside = [shard for shard in sorted(set(weight_map.values())) if Path(shard).name != shard]
+    if outside:
+        raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
+    return weight_map
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all weights of a draft, from safetensors or else from pickles of nothing but tensors."""
+    return _read(folder, load_file)
+
+
+def read_names(folder: Path) -> set[str]:
+    """Read what the weights of a draft are called; of safetensors no weight is read."""
+    return set(_read(folder, _names_of))
+
+
+def _read(folder: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Read all files of a draft's weights, safetensors as told."""
+    for name, load_one in (("model.safetensors", load), ("pytorch_model.bin", _load_pickle)):
+        files, index = [folder / name], folder / f"{name}.index.json"
+        if index.exists():
+            files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
+        if files[0].exists():
+            try:
+                return {key: value for file in files for key, value in load_one(file).items()}
+            except _BROKEN as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"The weights in {folder} can't be read: {reason}. Copy the folder again.") from None
+    raise ValueError(
+        f"Expected `model.safetensors` or `pytorch_model.bin` in {folder}, got "
+        f"{sorted(file.name for file in folder.iterdir())}. Point to the folder of a published draft."
+    )
+
+
+def _names_of(file: Path) -> dict[str, None]:
+    with safe_open(file, framework="pt") as weights:
+        return dict.fromkeys(weights.keys())
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise TypeError(f"{file.name} must hold tensors by their names, got {type(weights).__name__}")
+    return weights
+
+
+def read_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Read the settings of positions wherever a config has them, as Transformers 5 names them."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(
+            f"`rope_scaling` of a draft must be settings or null, got {scaling!r}. Copy its config again."
+        )
+    own = {name: value for name, value in scaling.items() if name not in ("type", "rope_type", "rope_theta")}
+    return own | {
+        "rope_type": scaling.get("type") or scaling.get("rope_type") or "default",
+        "rope_theta": scaling.get("rope_theta") or config.get("rope_theta") or 10000.0,
+    }
+
+
+def read_flag(file: Path, config: dict[str, Any], name: str) -> bool:
+    """Read a field of a config that is true or false, and false where nothing is said."""
+    if not isinstance(flag := config.get(name), bool | None):
+        raise ValueError(
+            f"`{name}` in {file} must be true or false, got {flag!r}. Set what the draft was trained with."
+        )
+    return bool(flag)
