@@ -15,6 +15,10 @@ from transformers import AutoModel, BartConfig, PreTrainedConfig, T5Config
 from zoo import make_target
 
 from transformers_msd import BlockDraftConfig, Eagle3Config, MSDConfig, MSDDraftModel, convert_msd_checkpoint
+from transformers_msd.cli import main
+from transformers_msd.models.exporting import export_draft
+from transformers_msd.models.sharing import write_custom_generate
+from transformers_msd.trainer import MSDTrainingConfig
 
 
 def make_draft() -> MSDDraftModel:
@@ -129,6 +133,45 @@ def test_a_folder_that_holds_no_whole_draft_is_told_and_left_alone(name: str, tm
         with pytest.raises(ValueError, match=message):
             loader.from_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+WRITERS = {
+    "a draft": lambda draft, place, target: draft.save_pretrained(place),
+    "an export": lambda draft, place, target: export_draft(draft, "sglang", target, place),
+    "custom_generate": lambda draft, place, target: write_custom_generate(place, "me/my-draft"),
+    "a run": lambda draft, place, target: MSDTrainingConfig(output_dir=str(place), use_cpu=True, bf16=False),
+}
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_no_folder_to_write_to(name: str, below: str, tmp_path: Path) -> None:
+    make_target("llama").config.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    draft = MSDDraftModel(MSDConfig.from_target(make_target("llama").config))
+    with pytest.raises(ValueError, match="must be a folder, new or not, got .*config.json.* a file. Choose another"):
+        WRITERS[name](draft, tmp_path / "config.json" / below, str(tmp_path))
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+OVER_A_TARGET = [
+    "convert draft --output target",
+    "convert draft --output ./target --to sglang",
+    "train --datasets a/b --output_dir target --dry_run --use_cpu true --bf16 false",
+]
+
+
+@pytest.mark.parametrize("command", OVER_A_TARGET)
+def test_a_target_is_not_written_over(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = make_target("llama")
+    target.save_pretrained("target", max_shard_size="10KB")
+    MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained("draft")
+    before = {file.name: file.read_bytes() for file in Path("target").iterdir()}
+    with pytest.raises(SystemExit, match="must not be the folder of the target, .* got (./)?target"):
+        main([*command.split(), "--target_model", "target"])
+    assert {file.name: file.read_bytes() for file in Path("target").iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "draft.safetensors"])

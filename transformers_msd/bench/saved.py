@@ -14,6 +14,7 @@ from transformers_msd.bench.plots import plot_acceptance, plot_speedups, plot_sp
 from transformers_msd.bench.report import to_markdown
 from transformers_msd.bench.settings import BenchArguments
 from transformers_msd.costs.provenance import commit, hardware
+from transformers_msd.models.places import check_output
 
 
 # What may differ between two calls that go on with each other: which comparisons, and where they are written.
@@ -57,6 +58,7 @@ def find_report(folder: Path, arguments: BenchArguments) -> dict[str, Any] | Non
     Raises:
         ValueError: If the folder holds a report of other settings, or of another machine or version, or no report.
     """
+    check_output(folder, "output")
     path = folder / "bench.json"
     if not path.exists():
         return None

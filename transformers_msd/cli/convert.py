@@ -8,7 +8,7 @@ from transformers_msd.cli.options import positive
 from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.exporting import LAYOUTS, export_draft
-from transformers_msd.models.places import check_place
+from transformers_msd.models.places import check_output, check_place
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             "all tokens."
         )
     check_place(arguments.target_model, "target_model")
+    check_output(arguments.output, "output", arguments.target_model)
     target_config = AutoConfig.from_pretrained(arguments.target_model)
     draft = AutoDraftModel.from_pretrained(arguments.checkpoint, target_config)
     if arguments.draft_vocab_size:

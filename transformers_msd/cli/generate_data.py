@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 from transformers_msd import attach
 from transformers_msd.cli.options import positive
 from transformers_msd.drafters.loading import check_fits, load_assistant
-from transformers_msd.models.places import check_place
+from transformers_msd.models.places import check_output, check_place
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers_msd.trainer.recipe import DraftArguments, load_target
     from transformers_msd.trainer.rows import load_rows
 
+    check_output(arguments.output, "output")
     if arguments.draft_model is not None:
         for name in ("target_model", "draft_model"):
             check_place(getattr(arguments, name), name)

@@ -56,8 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
             check_place(getattr(arguments, name), name)
     if arguments.image is not None and not arguments.image.is_file():
         raise ValueError(f"`image` must be a picture's file, got {str(arguments.image)!r}, where nothing is.")
-    if not arguments.output.absolute().parent.is_dir():
-        raise ValueError(f"`output` must be a file in a folder that exists, got {arguments.output}. Make the folder.")
+    if arguments.output.is_dir() or not arguments.output.absolute().parent.is_dir():
+        raise ValueError(
+            f"`output` must be a file in a folder that exists, got {arguments.output}. Make "
+            "the folder, or name a file in it."
+        )
     if arguments.draft_model is not None:
         check_fits(arguments.draft_model, arguments.target_model)
     keep_bars_out_of_logs()

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from transformers_msd.compat import stock_drafting_error
-from transformers_msd.models.places import check_finite, check_folder
+from transformers_msd.models.places import check_finite, check_folder, check_output
 from transformers_msd.models.sharing import write_custom_generate
 from transformers_msd.traits.scales import Scales, look_up
 from transformers_msd.trees.tree import TreeConfig
@@ -269,6 +269,7 @@ class FeatureDraftModel(PreTrainedModel):
                 "`custom_generate` must be written before the draft is uploaded, got `push_to_hub=True` with it. Call "
                 "`draft.push_to_hub(repo_id, custom_generate=True)`."
             )
+        check_output(save_directory, "save_directory")  # Transformers only logs that it is a file
         super().save_pretrained(save_directory, *args, **kwargs)
         if custom_generate:
             place = custom_generate if isinstance(custom_generate, str) else str(Path(save_directory).absolute())

@@ -18,6 +18,7 @@ from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.export_msd import msd_config, msd_weights
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
+from transformers_msd.models.places import check_output
 from transformers_msd.models.published import EXPORTER, check_kept, layers_read
 from transformers_msd.models.vispec.modeling_vispec import ViSpecDraftModel
 from transformers_msd.models.weights import read_embeddings, shapes_of
@@ -61,6 +62,7 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
             f"`draft` must be one of EAGLE-3, MSD or a block, got {type(draft).__name__}, which is not written for "
             "engines. Keep it in our own layout."
         )
+    check_output(output, "output", target_model)
     target_config = AutoConfig.from_pretrained(target_model)
     draft.check_target(target_config)
     if draft.needs_tokens:

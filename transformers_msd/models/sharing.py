@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers_msd.models.places import check_output
+
 
 # What Transformers looks for (its documentation, "Custom generation methods").
 FOLDER = "custom_generate"
@@ -45,6 +47,7 @@ def write_custom_generate(folder: str | Path, draft: str) -> None:
         draft (`str`):
             Repository or folder that the draft is loaded from.
     """
+    check_output(folder, "folder")
     place = Path(folder, FOLDER)
     place.mkdir(parents=True, exist_ok=True)
     (place / "generate.py").write_text(_GENERATE.format(draft=draft))

@@ -5,6 +5,7 @@ from os import PathLike
 
 from trl import SFTConfig
 
+from transformers_msd.models.places import check_output
 from transformers_msd.trainer.fields import check_least, check_types
 
 
@@ -129,6 +130,7 @@ class MSDTrainingConfig(SFTConfig):
         if not isinstance(self.output_dir, str | PathLike | None):
             raise ValueError(f"`output_dir` must be a folder's name, got {self.output_dir!r}. Write it in quotes.")
         super().__post_init__()
+        check_output(self.output_dir, "output_dir")
         check_types(self, (*MSDTrainingConfig.__annotations__, *_BASE_FIELDS))
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")

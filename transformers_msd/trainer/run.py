@@ -13,6 +13,7 @@ from transformers import AutoConfig, PrinterCallback, ProcessorMixin
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import TrlParser
 
+from transformers_msd.models.places import check_output
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
 from transformers_msd.trainer.configuration import MSDTrainingConfig
@@ -77,6 +78,7 @@ def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     """Train, evaluate and save the draft of a recipe."""
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard the target as it is loaded; `prepare_target` does it
     check_draft(arguments)
+    check_output(args.output_dir, "output_dir", arguments.target_model)
     target, processor = load_target(arguments)
     if args.assistant_only_loss:
         check_template(processor)
@@ -116,6 +118,7 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     """Resolve a recipe without loading a weight."""
     if arguments.draft_vlm:
         check_settings(args)
+    check_output(args.output_dir, "output_dir", arguments.target_model)
     config = AutoConfig.from_pretrained(arguments.target_model)
     processor = load_processor(arguments.target_model)
     rows, _ = hold_out(
