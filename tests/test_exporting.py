@@ -374,6 +374,53 @@ def test_a_draft_of_a_target_that_scales_its_logits_stays(tmp_path: Path) -> Non
         exported(draft, "sglang", target, tmp_path)
 
 
+def pickled(draft: FeatureDraftModel, folder: Path) -> None:
+    draft.save_pretrained(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+SAVES: dict[str, Callable[[FeatureDraftModel, Path], Any]] = {
+    "whole": lambda draft, folder: draft.save_pretrained(folder),
+    "sharded": lambda draft, folder: draft.save_pretrained(folder, max_shard_size="3KB"),
+    "sharded more": lambda draft, folder: draft.save_pretrained(folder, max_shard_size="1KB"),
+    "a variant": lambda draft, folder: draft.save_pretrained(folder, variant="fp16"),
+    "an export": lambda draft, folder: export_draft(draft, "sglang", saved(make_target("llama")), folder),
+    "pickled": pickled,
+}
+
+
+@pytest.mark.parametrize("before", SAVES)
+@pytest.mark.parametrize("after", [name for name in SAVES if name not in ("a variant", "pickled")])
+def test_what_is_saved_over_another_draft_is_all_that_readers_find(before: str, after: str, tmp_path: Path) -> None:
+    old, new = make_msd(fc_bias=False), make_msd(fc_bias=False)
+    with torch.no_grad():
+        new.fc.weight.add_(1)
+    SAVES[before](old, tmp_path / "over")
+    for name in ("notes.txt", "adapter.safetensors", "model-card.md", "model-00001.safetensors"):
+        (tmp_path / "over" / name).write_text("the user's")
+    not_ours = {file.name for file in (tmp_path / "over").iterdir() if file.name.startswith(("pytorch", "model.fp16"))}
+    for folder in ("over", "alone"):
+        SAVES[after](new, tmp_path / folder)
+    again = AutoDraftModel.from_pretrained(tmp_path / "over", make_target("llama").config)
+    assert torch.equal(again.fc.weight, new.fc.weight)
+    names = {folder: {file.name for file in (tmp_path / folder).iterdir()} for folder in ("over", "alone")}
+    kept = {"notes.txt", "adapter.safetensors", "model-card.md", "model-00001.safetensors"} | not_ours
+    assert names["over"] == names["alone"] | kept
+    assert all((tmp_path / "over" / name).read_bytes() for name in kept)
+
+
+@pytest.mark.parametrize("sizes", [("3KB", "1GB"), ("1GB", "3KB")])
+def test_variants_are_saved_over_variants(sizes: tuple[str, str], tmp_path: Path) -> None:
+    whole, drafts = make_msd(), [make_msd() for _ in sizes]
+    whole.save_pretrained(tmp_path)
+    for number, (draft, size) in enumerate(zip(drafts, sizes, strict=True)):
+        draft.fc.weight.data.add_(number + 1)
+        draft.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    for draft, variant in ((whole, None), (drafts[1], "fp16")):
+        assert torch.equal(MSDDraftModel.from_pretrained(tmp_path, variant=variant).fc.weight, draft.fc.weight)
+
+
 def test_command_writes_what_loads(tmp_path: Path) -> None:
     target = make_deep_target("llava")
     draft = draft_for("fewer tokens", target)

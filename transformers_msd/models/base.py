@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from transformers_msd.compat import stock_drafting_error
+from transformers_msd.models.files import remove_replaced
 from transformers_msd.models.places import check_finite, check_folder, check_output
 from transformers_msd.models.sharing import write_custom_generate
 from transformers_msd.traits.scales import Scales, look_up
@@ -255,13 +256,11 @@ class FeatureDraftModel(PreTrainedModel):
         Args:
             save_directory (`str` or `Path`):
                 Folder to save to.
-            args:
-                As in [`~transformers.PreTrainedModel.save_pretrained`].
             custom_generate (`bool` or `str`, *optional*, defaults to `False`):
                 Whether to write `custom_generate/generate.py` beside it, by which `generate(custom_generate=folder,
                 trust_remote_code=True)` drafts without an import. A string is the repository, or the folder, that it
                 will load the draft from; `save_directory` by default.
-            kwargs:
+            args, kwargs:
                 As in [`~transformers.PreTrainedModel.save_pretrained`].
         """
         if custom_generate and kwargs.get("push_to_hub"):
@@ -271,6 +270,9 @@ class FeatureDraftModel(PreTrainedModel):
             )
         check_output(save_directory, "save_directory")  # Transformers only logs that it is a file
         super().save_pretrained(save_directory, *args, **kwargs)
+        if self.should_save_on_this_rank(args[0] if args else kwargs.get("is_main_process", True)):
+            # Transformers has removed shards of earlier saves, and nothing else of them.
+            remove_replaced(save_directory, shards_stay=True, variant=kwargs.get("variant"))
         if custom_generate:
             place = custom_generate if isinstance(custom_generate, str) else str(Path(save_directory).absolute())
             write_custom_generate(save_directory, place)

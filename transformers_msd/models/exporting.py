@@ -15,6 +15,7 @@ from transformers_msd.models.block.export_block import block_config, block_weigh
 from transformers_msd.models.block.modeling_block import BlockDraftModel
 from transformers_msd.models.eagle3.export_eagle3 import eagle3_weights, sglang_config, speculators_config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
+from transformers_msd.models.files import remove_replaced
 from transformers_msd.models.hivis.modeling_hivis import HiViSDraftModel
 from transformers_msd.models.msd.export_msd import msd_config, msd_weights
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
@@ -86,6 +87,7 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
         check_kept(layout, {key: not torch.equal(loaded[key], old.cpu()) for key, old in draft.state_dict().items()})
         for file in written.iterdir():
             file.replace(Path(output, file.name))
+    remove_replaced(output, shards_stay=False)
 
 
 def _parts(

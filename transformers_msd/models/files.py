@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,26 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
     return weight_map
+
+
+def remove_replaced(folder: str | Path, shards_stay: bool, variant: str | None = None) -> None:
+    """
+    Remove what an earlier save left of weights in a folder: some readers would take it for those of the last.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder that weights were just saved to.
+        shards_stay (`bool`):
+            Whether shards, where there are any, are what was saved, and not one file.
+        variant (`str`, *optional*):
+            Variant that was saved, as in [`~transformers.PreTrainedModel.save_pretrained`].
+    """
+    own = f".{variant}" if variant else ""
+    name = re.compile(rf"model{re.escape(own)}-\d{{5}}-of-\d{{5}}\.safetensors")
+    shards = [file for file in Path(folder).iterdir() if name.fullmatch(file.name)]
+    whole, index = Path(folder, f"model{own}.safetensors"), Path(folder, f"model.safetensors.index{own}.json")
+    for file in [whole] if shards and shards_stay else [index, *shards]:
+        file.unlink(missing_ok=True)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
