@@ -98,7 +98,49 @@ def test_drafts_without_it_stay_without(folders: dict[str, Path], tmp_path: Path
         draft.save_pretrained(tmp_path, custom_generate=True, push_to_hub=True)
 
 
-def test_it_is_uploaded_with_the_draft(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+NAMES = ["back\\Users\\x", 'three"""quotes', "one'quote", 'ends in "', "{braces}", "new\nline", "ünï", "a b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_brings_its_draft(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+    draft = MSDDraftModel.from_pretrained(folders["draft"])
+    draft.save_pretrained(tmp_path / name, custom_generate=True)
+    target = AutoModelForCausalLM.from_pretrained(folders["target"]).eval()
+    inputs = make_inputs("llama", (0,), lengths=(12,))
+    call: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    plain = target.generate(**inputs, **call).sequences
+    drafted = target.generate(**inputs, **call, custom_generate=str(tmp_path / name), trust_remote_code=True)
+    assert torch.equal(drafted.sequences, plain)
+    assert drafted.speculative_stats.num_drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(True, "HERE/draft"), ("me/it", "me/it"), (Path("other"), "HERE/other"), (Path("/some/where"), "/some/where")],
+    ids=str,
+)
+def test_the_draft_is_loaded_from_the_place_that_was_given(
+    folders: dict[str, Path], given: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    MSDDraftModel.from_pretrained(folders["draft"]).save_pretrained("draft", custom_generate=given)
+    text = (tmp_path / "draft/custom_generate/generate.py").read_text(encoding="utf-8")
+    assert f"DRAFT = {named.replace('HERE', str(tmp_path))!r}\n" in text
+
+
+def test_a_folder_that_was_moved_says_what_to_do(folders: dict[str, Path], tmp_path: Path) -> None:
+    MSDDraftModel.from_pretrained(folders["draft"]).save_pretrained(tmp_path / "before", custom_generate=True)
+    (tmp_path / "before").rename(tmp_path / "moved")
+    target = AutoModelForCausalLM.from_pretrained(folders["target"]).eval()
+    call = {"custom_generate": str(tmp_path / "moved"), "trust_remote_code": True, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="must be where it was saved, got nothing in .*/before. Name its place as"):
+        target.generate(**make_inputs("llama", (0,), lengths=(12,)), **call)
+
+
+@pytest.mark.parametrize(("given", "named"), [(True, "me/my-draft"), ("me/other", "me/other")])
+def test_it_is_uploaded_with_the_draft(
+    folders: dict[str, Path], given: bool | str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draft = MSDDraftModel.from_pretrained(folders["draft"])
     uploaded: dict[str, str] = {}
 
@@ -111,7 +153,7 @@ def test_it_is_uploaded_with_the_draft(folders: dict[str, Path], monkeypatch: py
     monkeypatch.setattr(hub, "hf_api", lambda: Mock(create_repo=lambda repo_id, **_: Mock(repo_id=repo_id)))
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: Mock())
     monkeypatch.setattr(MSDDraftModel, "_upload_modified_files", upload)
-    draft.push_to_hub("me/my-draft", custom_generate=True)
-    assert "DRAFT = 'me/my-draft'" in uploaded["text"]
+    draft.push_to_hub("me/my-draft", custom_generate=given)
+    assert f"DRAFT = {named!r}" in uploaded["text"]
     assert {"custom_generate/generate.py", "custom_generate/requirements.txt", "config.json"} <= set(uploaded)
     assert "save_pretrained" not in vars(draft)

@@ -248,7 +248,7 @@ class FeatureDraftModel(PreTrainedModel):
         self.config.check_target(target)
 
     def save_pretrained(
-        self, save_directory: str | Path, *args: Any, custom_generate: bool | str = False, **kwargs: Any
+        self, save_directory: str | Path, *args: Any, custom_generate: bool | str | Path = False, **kwargs: Any
     ) -> None:
         """
         Save the draft as Transformers saves any model.
@@ -256,9 +256,9 @@ class FeatureDraftModel(PreTrainedModel):
         Args:
             save_directory (`str` or `Path`):
                 Folder to save to.
-            custom_generate (`bool` or `str`, *optional*, defaults to `False`):
+            custom_generate (`bool`, `str` or `Path`, *optional*, defaults to `False`):
                 Whether to write `custom_generate/generate.py` beside it, by which `generate(custom_generate=folder,
-                trust_remote_code=True)` drafts without an import. A string is the repository, or the folder, that it
+                trust_remote_code=True)` drafts without an import. A name is the repository, or the folder, that it
                 will load the draft from; `save_directory` by default.
             args, kwargs:
                 As in [`~transformers.PreTrainedModel.save_pretrained`].
@@ -274,26 +274,26 @@ class FeatureDraftModel(PreTrainedModel):
             # Transformers has removed shards of earlier saves, and nothing else of them.
             remove_replaced(save_directory, shards_stay=True, variant=kwargs.get("variant"))
         if custom_generate:
-            place = custom_generate if isinstance(custom_generate, str) else str(Path(save_directory).absolute())
-            write_custom_generate(save_directory, place)
+            write_custom_generate(save_directory, Path(save_directory) if custom_generate is True else custom_generate)
 
-    def push_to_hub(self, repo_id: str, *, custom_generate: bool = False, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, custom_generate: bool | str = False, **kwargs: Any) -> str:
         """
         Upload the draft as Transformers uploads any model.
 
         Args:
             repo_id (`str`):
                 Repository to upload to.
-            custom_generate (`bool`, *optional*, defaults to `False`):
+            custom_generate (`bool` or `str`, *optional*, defaults to `False`):
                 Whether to upload `custom_generate/generate.py`, too, by which `generate(custom_generate=repo_id,
-                trust_remote_code=True)` drafts without an import.
+                trust_remote_code=True)` drafts without an import. A name is the repository of the draft, if another.
             kwargs:
                 As in [`~transformers.PreTrainedModel.push_to_hub`].
         """
         if not custom_generate:
             return super().push_to_hub(repo_id, **kwargs)
         # It saves by a method of the draft, and uploads what that leaves.
-        self.save_pretrained = partial(self.save_pretrained, custom_generate=repo_id)
+        place = repo_id if custom_generate is True else custom_generate
+        self.save_pretrained = partial(self.save_pretrained, custom_generate=place)
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:

@@ -8,12 +8,13 @@ from transformers_msd.models.places import check_output
 # What Transformers looks for (its documentation, "Custom generation methods").
 FOLDER = "custom_generate"
 _GENERATE = '''"""
-Drafts for a model with {draft}, so that it answers sooner: the same tokens, by transformers-msd.
+Drafts for a model with the draft named below, so that it answers sooner: the same tokens, by transformers-msd.
 
     model.generate(**inputs, custom_generate="THIS REPOSITORY", trust_remote_code=True)
 """
 
 from inspect import signature
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from transformers import GenerationMixin
@@ -27,6 +28,11 @@ drafts = WeakKeyDictionary()
 def generate(*inputs, model, assistant_model=None, **arguments):
     if assistant_model is None:
         if model not in drafts:
+            if Path(DRAFT).is_absolute() and not Path(DRAFT).is_dir():
+                raise ValueError(
+                    f"The draft must be where it was saved, got nothing in {{DRAFT}}. Name its place as `DRAFT` in "
+                    "`custom_generate/generate.py`, or save it again with `custom_generate=True`."
+                )
             drafts[model] = AutoDraftModel.from_pretrained(DRAFT, model)
         assistant_model = drafts[model]
     # Of `generate` itself all parameters come, also those that were not given.
@@ -37,18 +43,19 @@ def generate(*inputs, model, assistant_model=None, **arguments):
 '''
 
 
-def write_custom_generate(folder: str | Path, draft: str) -> None:
+def write_custom_generate(folder: str | Path, draft: str | Path) -> None:
     """
     Write `custom_generate/generate.py` and its requirements.
 
     Args:
         folder (`str` or `Path`):
             Folder of a draft, or of its target, as it will be a repository.
-        draft (`str`):
-            Repository or folder that the draft is loaded from.
+        draft (`str` or `Path`):
+            Repository, or folder as a `Path`, that the draft is loaded from.
     """
     check_output(folder, "folder")
     place = Path(folder, FOLDER)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "generate.py").write_text(_GENERATE.format(draft=draft))
+    name = draft if isinstance(draft, str) else str(Path(draft).absolute())
+    (place / "generate.py").write_text(_GENERATE.format(draft=name), encoding="utf-8")
     (place / "requirements.txt").write_text("transformers-msd\n")
