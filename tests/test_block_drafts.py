@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from test_eagle3 import make_deep_target
 from test_msd_drafter import Spy, assert_same_trees
 from torch.nn.functional import silu
-from transformers import CompileConfig, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import CompileConfig, GraniteConfig, GraniteForCausalLM, PreTrainedModel, Qwen3Config
 from zoo import IMAGE_ID, TEXT, VIDEO_ID, VOCAB_SIZE, make_inputs, make_target
 
 from transformers_msd import AutoDraftModel, BlockDraftConfig, BlockDraftModel, StaticRuntime, TokenTree, TreeConfig
 from transformers_msd.compat import CACHE
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.drafters.block_candidates import BlockCandidateGenerator
+from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.models.exporting import export_draft
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.tuning import measure_costs
@@ -1032,6 +1033,49 @@ def test_drafts_that_read_what_is_stored_leave_for_engines(tmp_path: Path) -> No
         export_draft(draft, "speculators", str(tmp_path / "target"), tmp_path / "out")
 
 
+def saved_with(tree: dict[str, Any], folder: Path) -> BlockDraftModel:
+    draft = make_draft(make_target("llava"), "embeddings alone")
+    draft.save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"tree_config": tree}))
+    return draft
+
+
+def set_on_draft(tree: dict[str, Any], folder: Path) -> Any:
+    draft = make_draft(make_target("llava"), "embeddings alone")
+    draft.tree_config = tree
+    return draft
+
+
+WAYS_IN: dict[str, Callable[[dict[str, Any], Path], Any]] = {
+    "a config": lambda tree, folder: BlockDraftModel(
+        BlockDraftConfig(text_config=Qwen3Config(**TEXT), block_size=BLOCK_SIZE, tree_config=tree)
+    ),
+    "a target": lambda tree, folder: BlockDraftModel(
+        BlockDraftConfig.from_target(make_target("llava").config, block_size=BLOCK_SIZE, tree_config=tree)
+    ),
+    "a folder": lambda tree, folder: saved_with(tree, folder) and BlockDraftModel.from_pretrained(folder),
+    "any folder": lambda tree, folder: saved_with(tree, folder) and AutoDraftModel.from_pretrained(folder),
+    "a draft": set_on_draft,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_trees_deeper_than_a_block_are_told_and_others_taken(way: str, tmp_path: Path) -> None:
+    for tree in ({"depth": BLOCK_SIZE + 1}, {"topology": [[0] * level for level in range(1, 9)], "depth": 9}):
+        with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .*. Lower it."):
+            WAYS_IN[way](tree, tmp_path)
+    for tree, depth in (
+        ({"depth": BLOCK_SIZE}, BLOCK_SIZE),
+        ({"depth": 2, "num_nodes": 8}, 2),
+        ({"topology": [[0], [1]], "depth": 9}, 1),
+    ):
+        assert WAYS_IN[way](tree, tmp_path).tree_config.depth == depth
+    if way != "a draft":  # there a tree is a whole one
+        for tree in (None, {}, {"num_nodes": 8}):
+            assert WAYS_IN[way](tree, tmp_path).tree_config.depth == BLOCK_SIZE
+
+
 def test_wrong_settings_raise(tmp_path: Path) -> None:
     target = make_target("llava")
     for wrong, message in (
@@ -1059,9 +1103,9 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
             BlockDraftConfig.from_target(target.config, **wrong)
     draft = make_draft(target, "embeddings alone")
     assert draft.tree_config.depth == BLOCK_SIZE
-    draft.tree_config = TreeConfig(depth=BLOCK_SIZE + 1)
+    deeper = MSDDrafter(draft, TreeConfig(depth=BLOCK_SIZE + 1))
     with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .* got {BLOCK_SIZE + 1}"):
-        target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)
+        target.generate(**make_inputs("llava"), assistant_model=deeper, max_new_tokens=4)
     draft.tree_config = TreeConfig(topology=[[0], [VOCAB_SIZE]])
     with pytest.raises(ValueError, match=f"must name ranks below {VOCAB_SIZE}, .* got {VOCAB_SIZE}"):
         target.generate(**make_inputs("llava"), assistant_model=draft, max_new_tokens=4)

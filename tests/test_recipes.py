@@ -225,6 +225,21 @@ def test_unknown_key_raises(world, unknown, nearest, tmp_path):
         main(["train", "--config", str(path), "--dry_run"])
 
 
+@pytest.mark.parametrize("options", [["--dry_run"], []])
+def test_a_tree_that_no_block_drafts_is_told_at_once(world, options, tmp_path):
+    path = tmp_path / "deep.yaml"
+    fields = block_recipe(world, "deep")
+    fields["draft_config"] |= {"tree_config": {"num_nodes": 24, "depth": 6, "top_k": 4}}
+    path.write_text(yaml.safe_dump(fields))
+    if options:
+        with pytest.raises(SystemExit, match="`TreeConfig.depth` must be at most 4, .* got 6. Lower it."):
+            main(["train", "--config", str(path), *options])
+    else:
+        arguments, args = make_parser().parse_args_and_config(["--config", str(path)])
+        with pytest.raises(ValueError, match="`TreeConfig.depth` must be at most 4, .* got 6. Lower it."):
+            train(arguments, args)
+
+
 @pytest.mark.parametrize("name", ["no_such.yaml", "folder/no_such.yaml", "a/b/c", "org/repo:recipe.txt"])
 def test_wrong_recipe_name_raises(name):
     with pytest.raises(ValueError, match="must be a file, `org/repo` or `org/repo:file.yaml`"):

@@ -12,6 +12,7 @@ from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.drafters.prompts import prompt_ids
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.modeling_block import BlockDraftModel
+from transformers_msd.models.configuration import checked_tree
 from transformers_msd.target.target import Target
 from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.support import unready_fact
@@ -78,8 +79,4 @@ class MSDDrafter:
             raise Refusal(
                 "A draft that has embeddings of its own needs `input_ids`, got `inputs_embeds` alone. Pass both."
             )
-        if (most := self.draft.most_levels) is not None and self.tree_config.depth > most:
-            raise ValueError(
-                f"`TreeConfig.depth` must be at most {most}, as many tokens as the draft says in a block, got "
-                f"{self.tree_config.depth}. Lower it."
-            )
+        checked_tree(self.tree_config, self.draft.most_levels)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from transformers_msd.compat import stock_drafting_error
+from transformers_msd.models.configuration import checked_tree
 from transformers_msd.models.files import remove_replaced
 from transformers_msd.models.places import check_finite, check_folder, check_output
 from transformers_msd.models.sharing import write_custom_generate
@@ -80,14 +81,12 @@ class FeatureDraftModel(PreTrainedModel):
     @property
     def tree_config(self) -> TreeConfig:
         """Tree to draft with; it is saved with the model."""
-        fields = self.config.tree_config
-        if fields is None and self.most_levels is not None:
-            fields = {"depth": min(TreeConfig.depth, self.most_levels)}
-        return TreeConfig(**(fields or {}))
+        deepest = {} if self.most_levels is None else {"depth": min(TreeConfig.depth, self.most_levels)}
+        return TreeConfig(**deepest | (self.config.tree_config or {}))
 
     @tree_config.setter
     def tree_config(self, tree_config: TreeConfig) -> None:
-        self.config.tree_config = asdict(TreeConfig.checked(tree_config))
+        self.config.tree_config = asdict(checked_tree(tree_config, self.most_levels))
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -69,6 +69,22 @@ class DraftConfig(PreTrainedConfig):
             raise ValueError(" ".join(str(error).split())) from None
 
 
+def checked_tree(tree_config: TreeConfig | Mapping[str, Any], most_levels: int | None) -> TreeConfig:
+    """
+    Return a tree as it is, and make one of its fields.
+
+    Raises:
+        ValueError: If it is none, or deeper than a draft of `most_levels` can draft.
+    """
+    tree = TreeConfig.checked(tree_config)
+    if most_levels is not None and tree.depth > most_levels:
+        raise ValueError(
+            f"`TreeConfig.depth` must be at most {most_levels}, as many tokens as the draft says in a block, got "
+            f"{tree.depth}. Lower it."
+        )
+    return tree
+
+
 ConfigType = TypeVar("ConfigType", bound=DraftConfig)
 
 

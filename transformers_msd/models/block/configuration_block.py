@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 from transformers.configuration_utils import SubConfigSpec
 
-from transformers_msd.models.configuration import DraftConfig, check_target_config, make_draft_config
+from transformers_msd.models.configuration import DraftConfig, check_target_config, checked_tree, make_draft_config
 from transformers_msd.traits.decoders import llama_layers_of, llama_shape_of, number_of
 from transformers_msd.traits.tokens import visual_token_ids
 
@@ -112,6 +112,8 @@ class BlockDraftConfig(DraftConfig):
                 f"`block_size` must leave a token to draft, got {self.block_size}, of which the first row says "
                 f"{'the next' if self.predicts_next else 'none'}. 8 is common."
             )
+        # A tree whose depth is not named is no deeper than a block.
+        checked_tree({"depth": 1} | (self.tree_config or {}), self.num_levels)
         if self.edge_rank < 0:
             raise ValueError(f"`edge_rank` must not be negative, got {self.edge_rank}. 0 leaves edges out.")
         vocab_size = self.get_text_config().vocab_size
