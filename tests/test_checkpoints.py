@@ -1,9 +1,11 @@
 """Which checkpoint a run goes on from: the newest whole one, and what it lacks is said."""
 
+import copy
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ pytest.importorskip("trl")
 
 from safetensors.torch import save_file
 from training_fixtures import make_trainer
+from transformers import PreTrainedModel
 
 from training.tiny_world.build.target import build_model, build_processor
 from training.tiny_world.world.rows import training_dataset
-from transformers_msd.trainer.checkpoints import is_whole, last_checkpoint, tell_what_is_missing
+from transformers_msd.models.base import FeatureDraftModel
+from transformers_msd.trainer.checkpoints import check_same_draft, is_whole, last_checkpoint, tell_what_is_missing
+from transformers_msd.trainer.recipe import KINDS
 
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
@@ -82,6 +87,77 @@ def test_a_state_that_is_missing_is_said(tmp_path: Path, caplog: pytest.LogCaptu
         (checkpoint / name).unlink()
         tell_what_is_missing(checkpoint)
     assert f"has no state of {name.split('.')[0]}" in caplog.text
+
+
+def small_vlm(target: PreTrainedModel, **fields: Any) -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = copy.deepcopy(target.config)
+    for name, value in fields.items():
+        setattr(config.get_text_config(), name, value)
+    return type(target)(config)
+
+
+def of(kind: str, **fields: Any) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Make drafts of a kind: of a target, in a few lines that differ."""
+    draft_class = KINDS[kind]
+    return lambda target: draft_class(draft_class.config_class.from_target(target.config, **fields))
+
+
+SMALL, BLOCK = {"intermediate_size": 32}, {"intermediate_size": 32, "block_size": 4}
+OTHER_DRAFTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
+    "a size": (of("msd", **SMALL), of("msd", intermediate_size=48), "text_config.intermediate_size': 32.*: 48"),
+    "what no weight shows": (of("msd", **SMALL), of("msd", **SMALL, decoupled=False), "'decoupled': True.*: False"),
+    "positions": (
+        of("msd", **SMALL),
+        of("msd", **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        "text_config.rope_parameters.rope_theta': .*: 500000.0",
+    ),
+    "layers that are read": (
+        of("eagle3", **SMALL),
+        of("eagle3", **SMALL, feature_layers=[0, 1, 1]),
+        "'feature_layers': .*0, 1, 1",
+    ),
+    "a block": (of("block", **BLOCK), of("block", **BLOCK | {"block_size": 3}), "'block_size': 4}.*'block_size': 3"),
+    "a kind": (of("msd", **SMALL), of("eagle3", **SMALL), "'model_type': 'msd_draft'.*'model_type': 'eagle3_draft'"),
+    "a small VLM": (
+        lambda target: small_vlm(target),
+        lambda target: small_vlm(target, rms_norm_eps=1e-3),
+        "'text_config.rms_norm_eps': .*: 0.001",
+    ),
+}
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("name", OTHER_DRAFTS)
+def test_a_run_goes_on_with_its_own_draft_alone(name: str, by_name: bool, tmp_path: Path) -> None:
+    before, after, message = OTHER_DRAFTS[name]
+    processor, dataset = build_processor(num_rows=100), training_dataset(16)
+    target = build_model(processor, num_layers=1).eval()
+    checkpoint = write(tmp_path, 1)
+    before(target).save_pretrained(checkpoint)
+    losses = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0, "feature_noise": 0.0}
+    if name == "a small VLM":
+        losses = {}
+    trainer = make_trainer(target, dataset, processor, tmp_path, draft=after(target), **losses)
+    weights = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"must be the one of .*checkpoint-1 to go on from there, of .*{message}"):
+        trainer.train(str(checkpoint) if by_name else True)
+    assert all(torch.equal(value, weights[key]) for key, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OTHER_DRAFTS)
+def test_what_says_nothing_of_a_draft_may_differ(name: str, tmp_path: Path) -> None:
+    make, other, _ = OTHER_DRAFTS[name]
+    processor = build_processor(num_rows=100)
+    target = build_model(processor, num_layers=1)
+    draft, again = make(target), make(target)
+    draft.save_pretrained(tmp_path)
+    again.config.name_or_path, again.config.dtype, again.config.get_text_config().use_cache = "a/b", "bfloat16", False
+    if isinstance(again, FeatureDraftModel):
+        again.tree_config = {"num_nodes": 5, "depth": 2, "top_k": 2}
+    check_same_draft(tmp_path, again.config)
+    (tmp_path / "config.json").unlink()
+    check_same_draft(tmp_path, other(target).config)
 
 
 def test_a_run_goes_on_from_whole_checkpoints_alone(tmp_path: Path) -> None:

@@ -11,6 +11,14 @@ from transformers_msd.traits.tokens import special_token_ids
 from transformers_msd.trees.tree import TreeConfig
 
 
+# Fields of configs that say nothing of what a draft computes.
+UNSAID = {
+    *("architectures", "dtype", "transformers_version", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache"),
+    "tree_config",
+}
+
+
 class DraftConfig(PreTrainedConfig):
     """Base of the configs of drafts on a target's features."""
 

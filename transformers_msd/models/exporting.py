@@ -13,6 +13,7 @@ from transformers_msd.models.auto import AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.block.export_block import block_config, block_weights
 from transformers_msd.models.block.modeling_block import BlockDraftModel
+from transformers_msd.models.configuration import UNSAID
 from transformers_msd.models.eagle3.export_eagle3 import eagle3_weights, sglang_config, speculators_config
 from transformers_msd.models.eagle3.modeling_eagle3 import Eagle3DraftModel
 from transformers_msd.models.files import remove_replaced
@@ -28,11 +29,9 @@ from transformers_msd.traits.tokens import visual_token_ids
 
 
 LAYOUTS = ("speculators", "sglang")
-# Fields of configs that say nothing of what a draft computes, or are compared in other words.
-_NOT_COMPARED = {
-    *("architectures", "dtype", "transformers_version", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "use_cache"),
-    *("text_config", "tree_config", "feature_layers", "draft_vocab_size", "model_type", "rope_parameters"),
+# Those that are compared in other words stand here, too.
+_NOT_COMPARED = UNSAID | {
+    *("text_config", "feature_layers", "draft_vocab_size", "model_type", "rope_parameters"),
     *("causal", "conv_group_size", "embedding_scale", "fc_bias", "mrope_interleaved", "output_multiplier", "windows"),
 }
 # Nor do these where no token is visual.

@@ -17,12 +17,7 @@ from trl import SFTTrainer
 from transformers_msd.costs.provenance import hardware
 from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.base import FeatureDraftModel
-from transformers_msd.trainer.checkpoints import (
-    check_whole,
-    last_checkpoint,
-    remove_if_broken,
-    tell_what_is_missing,
-)
+from transformers_msd.trainer.checkpoints import check_checkpoint, last_checkpoint, remove_if_broken
 from transformers_msd.trainer.configuration import MSDTrainingConfig
 from transformers_msd.trainer.curriculum import RampSampler, ShuffledSampler
 from transformers_msd.trainer.data import RowCollator
@@ -253,8 +248,7 @@ class DraftTrainer(SFTTrainer):
             # Transformers would take the newest, whole or not.
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         if resume_from_checkpoint:
-            check_whole(Path(resume_from_checkpoint))
-            tell_what_is_missing(Path(resume_from_checkpoint))
+            check_checkpoint(Path(resume_from_checkpoint), self.model.config)
         # Reporters close at the end of training: what other callbacks log there must come before.
         reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
         self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))

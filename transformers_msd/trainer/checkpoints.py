@@ -8,8 +8,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from transformers_msd.models.configuration import UNSAID
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +44,51 @@ def check_whole(checkpoint: Path) -> None:
             f"{checkpoint} is no whole checkpoint. Name another, or say `resume_from_checkpoint=True` for the newest "
             "whole one."
         )
+
+
+def check_same_draft(checkpoint: Path, config: PreTrainedConfig) -> None:
+    """
+    Raise a `ValueError` unless a checkpoint is of the draft that is trained, as far as it holds a config.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+        config (`PreTrainedConfig`):
+            Config of the draft that would go on from it.
+    """
+    if not (checkpoint / CONFIG_NAME).exists():
+        return  # as some of FSDP and DeepSpeed are
+    saved, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    theirs, ours = {"model_type": saved.get("model_type")}, {"model_type": config.model_type}
+    if theirs == ours:
+        theirs, ours = (_compared(fields, type(config)) for fields in (saved, config.to_dict()))
+    names = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
+    if names:
+        expected, got = ({name: fields.get(name) for name in names} for fields in (theirs, ours))
+        raise ValueError(
+            f"The draft must be the one of {checkpoint} to go on from there, of {expected}, got {got}. Make it as it "
+            "was, or train a new one in another `output_dir`."
+        )
+
+
+def _compared(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """List what a config says of what a draft computes, what is left out by its default, by whole names."""
+    compared, waiting = {}, [("", json.loads(config_class.from_dict(fields).to_json_string(use_diff=False)))]
+    while waiting:
+        prefix, fields = waiting.pop()
+        for name in fields.keys() - UNSAID:
+            if isinstance(value := fields[name], dict):
+                waiting.append((f"{prefix}{name}.", value))
+            else:
+                compared[prefix + name] = value
+    return compared
+
+
+def check_checkpoint(checkpoint: Path, config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` for a checkpoint that a draft of a config can't go on from, and warn of what it lacks."""
+    check_whole(checkpoint)
+    check_same_draft(checkpoint, config)
+    tell_what_is_missing(checkpoint)
 
 
 def last_checkpoint(output_dir: Path) -> str | None:
