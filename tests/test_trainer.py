@@ -33,6 +33,7 @@ from transformers_msd.trainer.losses import (
     top_k_loss,
 )
 from transformers_msd.trainer.parallel import prepare_target
+from transformers_msd.trainer.run import make_parser
 
 
 @pytest.fixture(scope="module")
@@ -273,11 +274,38 @@ def test_ramp_without_pictures_raises(target, dataset, processor, tmp_path):
         ({"stage": "images"}, "`stage` must be one of"),
         ({"num_unroll_steps": 0}, "`num_unroll_steps` must be at least 1, got 0"),
         ({"num_unroll_steps": 2, "activation_checkpointing": True}, "drops the cache"),
+        ({"num_unroll_steps": 2, "gradient_checkpointing": True}, "drops the cache"),
     ],
 )
 def test_wrong_settings_raise(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MSDTrainingConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+SAVING = [
+    ({}, False),
+    *(({name: value}, bool(value)) for name in NAMES for value in (True, False, None)),
+    (dict.fromkeys(NAMES, True), True),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(("settings", "is_on"), SAVING)
+def test_both_names_turn_the_recomputation_of_activations_on(target, dataset, processor, tmp_path, settings, is_on):
+    trainer = make_trainer(target, dataset, processor, tmp_path, stage="text", save_strategy="no", **settings)
+    assert [getattr(trainer.args, name) for name in NAMES] == [is_on, is_on]
+    trainer.train()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()) == is_on
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("said", ["NAME", "NAME true", "NAME false"])
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_say_either_name(tmp_path, name, said):
+    line = f"--target_model a/b --datasets a/b --use_cpu true --bf16 false --output_dir {tmp_path}".split()
+    _, args = make_parser().parse_args_and_config([*line, *f"--{said.replace('NAME', name)}".split()])
+    assert args.activation_checkpointing == (said != "NAME false")
 
 
 def test_what_is_logged_at_the_end_is_still_reported(target, dataset, processor, tmp_path, monkeypatch):

@@ -218,6 +218,7 @@ def test_work_grows_with_blocks(target, tmp_path):
         ({"feature_loss_weight": 1.0}, "does not predict the target's features, got `feature_loss_weight=1.0`"),
         ({"num_unroll_steps": 2}, "says all levels in one forward, .* got `num_unroll_steps=2`"),
         ({"activation_checkpointing": True}, "says all levels in one forward, .*`activation_checkpointing=True`"),
+        ({"gradient_checkpointing": True}, "says all levels in one forward, .*`activation_checkpointing=True`"),
         ({"prefix_weights": True}, "`prefix_weights` takes the place of `unroll_decay`, got both .0.8."),
         ({"num_blocks": 0}, "`num_blocks` must be at least 1"),
     ],

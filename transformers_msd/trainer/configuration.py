@@ -78,8 +78,12 @@ class MSDTrainingConfig(SFTConfig):
         default=2048, metadata={"help": "Longer rows are cut, or dropped if they hold pictures."}
     )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the assistant's tokens alone."})
+    # Unset, it is off, or as `gradient_checkpointing` says, Transformers' older name of it, which TRL turns on.
     activation_checkpointing: bool | None = field(
-        default=False, metadata={"help": "Recompute activations to save memory."}
+        default=None, metadata={"help": "Recompute activations to save memory.", "nargs": "?", "const": True}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Older name of `activation_checkpointing`.", "nargs": "?", "const": True}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters that a step does not use."}
