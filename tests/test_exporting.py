@@ -242,9 +242,18 @@ def test_sglang_is_told_layers_by_their_outputs_and_tokens_by_their_distance(tmp
     assert {"midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj.weight"} <= layer
 
 
-@pytest.mark.parametrize(("fc_bias", "num_hidden_layers"), [(False, 2), (True, 1)])
-def test_a_draft_without_pictures_leaves_as_eagle(fc_bias: bool, num_hidden_layers: int, tmp_path: Path) -> None:
-    target, draft = make_target("llama"), make_msd(fc_bias=fc_bias, num_hidden_layers=num_hidden_layers)
+EAGLES: dict[str, dict[str, Any]] = {
+    "without a bias": {"fc_bias": False, "num_hidden_layers": 2},
+    "with one": {"fc_bias": True},
+    "scaled positions": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e4}},
+    "other heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("name", EAGLES)
+def test_a_draft_without_pictures_leaves_as_eagle(name: str, tmp_path: Path) -> None:
+    target, draft = make_target("llama"), make_msd(**EAGLES[name])
+    fc_bias = draft.config.fc_bias
     folder = exported(draft, "sglang", target, tmp_path)
     weights = load_file(folder / "model.safetensors")
     assert bool(weights["fc.bias"].any()) == fc_bias
@@ -351,8 +360,8 @@ REFUSED: dict[str, tuple[str, str, Callable[[], FeatureDraftModel], str]] = {
     "MSD with a norm": ("llama", "sglang", lambda: make_msd(input_layernorm=True), "`input_layernorm`"),
     "MSD of other positions": (
         *("llama", "sglang"),
-        lambda: make_msd(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-        "`rope_parameters`",
+        lambda: make_msd(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "must be scaled as in default, linear",
     ),
     "an engine that is none": ("llama", "vllm", make_msd, "must be one of speculators, sglang"),
 }
