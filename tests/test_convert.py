@@ -156,6 +156,7 @@ ROPES = {
     ),
     "as Transformers 5 does": ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}}, {"rope_theta": 7e3}),
     "bands": ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {"rope_type": "llama3", **LLAMA3}),
+    "a part of it": ({"text_config": {"rope_theta": 5e4}}, {"rope_theta": 5e4}),
     "axes": ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, {}),
 }
 

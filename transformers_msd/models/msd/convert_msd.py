@@ -115,7 +115,9 @@ def _read_heads(weights: dict[str, torch.Tensor], num_heads: Any) -> dict[str, i
 
 def _read_positions(published: dict[str, Any]) -> dict[str, Any]:
     """Read how positions are turned, which the published code reads of the draft's own config, and on one axis."""
-    rope = {name: value for name, value in read_rope(published).items() if not name.startswith("mrope_")}
+    text = published.get("text_config")  # where it is the config of a target, cut
+    read = read_rope((text if isinstance(text, dict) else {}) | published)
+    rope = {name: value for name, value in read.items() if not name.startswith("mrope_")}
     if rope["rope_type"] == "mrope":
         rope["rope_type"] = "default"
     if rope["rope_type"] not in _ROPES:
