@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from itertools import count
 from statistics import median
 
 import pytest
@@ -104,6 +105,18 @@ def test_runs_that_compile_are_not_timed():
     figures = summarize(own, plain, plain, 0.5)
     assert figures["warm_up_seconds"] == sum(run.seconds for run in own.warm_up)
     assert figures["num_captures"] == 1
+
+
+def test_a_method_that_never_stops_compiling_is_told(monkeypatch):
+    captures = count()
+    monkeypatch.setattr(
+        Method, "num_captures", property(lambda method: next(captures) if method.drafts_trees else None)
+    )
+    target, batches = make_target("llama"), [make_inputs("llama", (0,))]
+    method = Method("own", {"assistant_model": make_msd(target, TreeConfig(4, 2, 2))}, drafts_trees=True)
+    settings = {"max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(ValueError, match="got own, which compiled something in each of 16 runs"):
+        run_methods(target, batches, [PLAIN, method], settings, 1, 0, lambda: None)
 
 
 @pytest.mark.parametrize("tree", [TreeConfig(4, 6, 1), TreeConfig(8, 4, 2, min_probability=0.5)])

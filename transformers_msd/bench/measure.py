@@ -17,6 +17,9 @@ from transformers_msd.bench.methods import PLAIN, Method
 from transformers_msd.trees.host import synchronize
 
 
+_MOST_WARM_UPS = 16  # runs of one batch that compile something
+
+
 class Stopwatch(BaseStreamer):
     """Notes when `generate` hands tokens over, and how many, which it does in every mode and decodes no slower by."""
 
@@ -229,7 +232,7 @@ def run_methods(
 
     def run(runs: Runs, index: int, timer: PhaseTimer | None = None) -> Run:
         method = runs.method
-        while True:
+        for _ in range(_MOST_WARM_UPS):
             if method.simulated is not None:
                 known = last.get((method.name, index))
                 method.simulated.continuation = last[PLAIN.name, index] if known is None else known
@@ -241,6 +244,10 @@ def run_methods(
                 on_run()
                 return result
             runs.warm_up.append(result)
+        raise ValueError(
+            f"A method must stop compiling before it is timed, got {method.name}, which compiled something in each of "
+            f"{_MOST_WARM_UPS} runs. Leave it out, or pass prompts of fewer lengths."
+        )
 
     results = [Runs(method) for method in methods]
     failures: list[tuple[str, str]] = []
