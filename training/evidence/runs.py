@@ -60,7 +60,7 @@ def train_draft(
         seed (`int`):
             Seed of the starting weights.
         work (`Path`):
-            Folder of the trainer.
+            Folder of the trainer, which goes on from the newest checkpoint in it where `training` saves some.
         draft, training (`dict[str, Any]`, *optional*):
             Overrides of the draft's config and of `SETTINGS`.
         draft_class (`type[FeatureDraftModel]`, *optional*, defaults to `MSDDraftModel`):
@@ -75,7 +75,8 @@ def train_draft(
         "seed": seed,
     }
     args = MSDTrainingConfig(output_dir=str(work), **settings | (training or {}))
-    MSDTrainer(model=model, target=target, args=args, train_dataset=rows, processing_class=processor).train()
+    trainer = MSDTrainer(model=model, target=target, args=args, train_dataset=rows, processing_class=processor)
+    trainer.train(resume_from_checkpoint=True)
     target.cpu()
     return model.cpu().eval()
 

@@ -5,13 +5,14 @@ Do two stages pay? MSD (arXiv 2505.14260) trains on text first, then on ever mor
     python -m training.evidence.two_stages --target TARGET
 
 Every arm sees as many rows, in another order; the first three see as many pictures, too. The rate stays and falls only
-at the end. τ, greedy, on held-out prompts of text and pictures. A run that is broken off goes on where it stopped.
+at the end. τ, greedy, on held-out prompts of text and pictures. What is broken off goes on where it was last saved.
 `--world tiny` does the same on the tiny world's shipped target.
 """
 
 import argparse
 from pathlib import Path
 from random import Random
+from shutil import rmtree
 
 from datasets import Dataset
 from transformers.utils import logging
@@ -39,6 +40,7 @@ BUDGETS = ("150", "600", "1800")
 SEEDS = ("0", "1", "2")
 TREE = TreeConfig(24, 6, 4, gate=False, ngrams=False)
 NUM_PROMPTS = 20  # of a kind
+SAVING = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 1}
 
 
 def tiny_dataset(shares_of_pictures: list[float], seed: int) -> Dataset:
@@ -80,8 +82,11 @@ def main() -> None:
     def run(order: str, budget: str, seed: str) -> dict[str, float]:
         num_rows = int(budget) * BATCH_SIZE
         rows = make_rows([ORDERS[order](number / num_rows) for number in range(1, num_rows + 1)], seed=100 + int(seed))
-        draft = train_draft(target, processor, rows, int(seed), arguments.work)
-        return measure(target, draft, TREE, asked, PICTURES[:1])
+        work = arguments.work / f"{budget}_{seed}_{[*ORDERS].index(order)}"
+        draft = train_draft(target, processor, rows, int(seed), work, training=SAVING)
+        figures = measure(target, draft, TREE, asked, PICTURES[:1])
+        rmtree(work)
+        return figures
 
     runs = [(order, budget, seed) for seed in arguments.seeds for budget in arguments.budgets for order in ORDERS]
     output = arguments.output or DOCS / f"two_stages_{arguments.world}.json"

@@ -4,6 +4,7 @@ Measure what drafters promise about time, on the tiny world: `python -m training
 - `trees`: the cost-aware tree against fixed trees of many sizes, on prompts of each group.
 - `hostile`: what drafting costs where it is of no use, against plain decoding.
 - `views`: several views of a prompt in one batch, against one after another.
+- `rests`: which share of the tokens the gate lets come plainly, where drafting pays and where it does not.
 - `batches`: ragged batches of several sizes, against plain decoding of the same.
 
 All runs are interleaved; ratios are medians, with the quartiles in brackets.
@@ -13,6 +14,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median, quantiles
@@ -27,12 +29,15 @@ from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.build.train_draft_vlm import DRAFT_VLM_CHECKPOINT
 from training.tiny_world.measure.compare_drafters import GROUPS, Captioner
-from training.tiny_world.measure.evaluate import timed
+from training.tiny_world.measure.evaluate import MODES, timed
 from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import Caption, EnsembleDrafter, MSDDraftModel, Pooled, TextOnly, TreeConfig, VLMDrafter
 from transformers_msd.bench.assistants import PhaseTimer
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.costs.provenance import commit, hardware
+from transformers_msd.costs.rounds import forward_cost
+from transformers_msd.drafters.model import ModelCandidateGenerator
+from transformers_msd.drafters.msd_candidates import MSDCandidateGenerator
 from transformers_msd.tuning import measure_costs
 
 
@@ -71,10 +76,10 @@ class World:
         self.draft_vlm = LlavaForConditionalGeneration.from_pretrained(
             DRAFT_VLM_CHECKPOINT, dtype=torch.float32
         ).eval()
-        self.prompts: dict[str, list[BatchFeature]] = {group: [] for group in GROUPS}
+        self.all_prompts: dict[str, list[BatchFeature]] = {}
         for prompt in evaluation_prompts(num_per_group):
-            if prompt["group"] in GROUPS:
-                self.prompts[prompt["group"]].append(encode_prompts(self.processor, [prompt]))
+            self.all_prompts.setdefault(prompt["group"], []).append(encode_prompts(self.processor, [prompt]))
+        self.prompts = {group: self.all_prompts[group] for group in GROUPS}
 
     def seconds(self, prompts: list[BatchFeature], assistant: Any, **settings: Any) -> float:
         """Answer prompts; return the seconds it took."""
@@ -142,6 +147,42 @@ def hostile(world: World, repeats: int) -> dict[str, Any]:
     return results
 
 
+def rests(world: World, repeats: int) -> dict[str, Any]:
+    """
+    Count the tokens that come plainly since drafting rests, of prompts where it pays, and of those where it does not:
+    where without the gate rounds bring fewer tokens than the gate takes them to cost steps. No time is measured.
+    """
+    results: dict[str, Any] = {}
+    print("\nTokens that came plainly, of prompts where drafting pays and of those where it does not\n|---|---|")
+    generators = {MSDCandidateGenerator: world.msd, ModelCandidateGenerator: VLMDrafter(world.draft_vlm)}
+    for generator, assistant in generators.items():
+        tree = assistant.tree_config
+        cost = generator.assumed_level_cost["cpu"] * tree.depth + forward_cost(tree.num_nodes, "cpu")
+        for mode, settings in MODES.items():
+            for group, prompts in world.all_prompts.items():
+                counts = {kind: {"prompts": 0, "tokens": 0, "plain": 0} for kind in ("pays", "does not")}
+                for seed, inputs in enumerate(prompts):
+                    tau = 0.0
+                    for gate in (True, False):
+                        assistant.tree_config = replace(tree, gate=gate)
+                        call = {**inputs, **settings, "max_new_tokens": 100, "assistant_model": assistant}
+                        stats = timed(world.target, seed, **call)[0].speculative_stats
+                        if gate:
+                            num_plain, num_tokens = stats.num_plain_steps, int(stats.acceptance_lengths.sum())
+                        tau = stats.mean_acceptance_length
+                        if not num_plain:
+                            break  # without the gate it is the same
+                    counted = counts["pays" if tau >= cost else "does not"]
+                    for name, number in {"prompts": 1, "tokens": num_tokens, "plain": num_plain}.items():
+                        counted[name] += number
+                name = f"{'MSD' if assistant is world.msd else 'draft VLM'}, {mode}, {group}"
+                results[name] = {"cost": cost} | counts
+                said = (f"{own['plain']} of {own['tokens']}, {own['prompts']} prompts" for own in counts.values())
+                print(f"| {name} | {' | '.join(said)} |", flush=True)
+        assistant.tree_config = tree
+    return results
+
+
 def views(world: World, repeats: int) -> dict[str, Any]:
     """Draft with four views in one batch, and with each alone."""
     text, pooled, caption = TextOnly(), Pooled(3, 3), Caption(Captioner(world.draft_vlm, world.processor))
@@ -204,6 +245,7 @@ def batches(world: World, repeats: int) -> dict[str, Any]:
 MEASUREMENTS: dict[str, Callable[[World, int], dict[str, Any]]] = {
     "trees": trees,
     "hostile": hostile,
+    "rests": rests,
     "views": views,
     "batches": batches,
 }
