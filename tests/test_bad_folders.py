@@ -223,7 +223,7 @@ PUBLISHED: dict[str, tuple[Callable[[Path], None], str]] = {
     },
     "an index of no file": (
         file("model.safetensors.index.json", '{"weight_map": {"fc.weight": "other.safetensors"}}'),
-        "Expected `model.safetensors`",
+        "must name files beside it, got other.safetensors, which are not there",
     ),
     "an empty pickle": (pickled(b""), "can't be read"),
     "a pointer to a pickle": (pickled(b"version https://git-lfs.github.com/spec/v1"), "can't be read"),

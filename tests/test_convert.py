@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, Qwen2VLConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transformers_msd.cli import main
@@ -126,6 +134,25 @@ def test_layers_are_of_the_kind_that_the_tensors_have(tmp_path, config_class, qk
     assert_same_weights(MSDDraftModel.from_pretrained(tmp_path / "ours"), weights)
 
 
+OTHER_KINDS = (
+    *("cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm4_moe", "granite", "helium"),
+    *("ministral3", "olmo2", "phi", "qwen3", "stablelm", "starcoder2"),
+)
+
+
+# They scale, norm or turn otherwise, some with the very tensors of Llama's.
+@pytest.mark.parametrize("model_type", OTHER_KINDS)
+def test_layers_are_eagles_whatever_the_targets_are(tmp_path, model_type):
+    target_config = AutoConfig.for_model(model_type, **TEXT_CONFIG)
+    weights = published_weights()
+    write_checkpoint(tmp_path, weights, hidden_act="silu", rope_theta=5e4)
+    draft = convert_msd_checkpoint(tmp_path, target_config)
+    assert_same_weights(draft, weights)
+    layer = draft.config.get_text_config()
+    assert (type(layer), layer.hidden_act) == (LlamaConfig, "silu")
+    assert layer.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
+
+
 # Heads that are not the target's, of which the draft has four.
 @pytest.mark.parametrize(("num_heads", "num_shared"), [(2, 1), (2, 2), (8, 2), (4, 1)])
 @pytest.mark.parametrize("head_dim", [4, 8, 16])
@@ -161,12 +188,11 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("their_own", ["the target's kind", "EAGLE's kind"])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config])
 @pytest.mark.parametrize("name", ROPES)
-def test_positions_are_turned_as_the_config_beside_the_weights_says(tmp_path, name, their_own):
+def test_positions_are_turned_as_the_config_beside_the_weights_says(tmp_path, name, config_class):
     published, expected = ROPES[name]
     theirs = {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}
-    config_class = LlamaConfig if their_own == "the target's kind" else Qwen3Config
     target_config = config_class(**TEXT_CONFIG, head_dim=8, rope_parameters=theirs)
     weights = published_weights()
     write_checkpoint(tmp_path, weights, **published)
@@ -179,6 +205,34 @@ def test_positions_are_turned_as_the_config_beside_the_weights_says(tmp_path, na
     wanted = LlamaRotaryEmbedding(LlamaConfig(**TEXT_CONFIG, rope_parameters=settings)).inv_freq
     assert torch.equal(draft.model.rotary_emb.inv_freq, wanted)
     assert torch.equal(again.model.rotary_emb.inv_freq, wanted)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "must be settings of all of its layers"),
+        ({"rope_theta": 0}, "must be a number above 0, got 0"),
+        ({"rope_theta": -5.0}, "must be a number above 0"),
+        ({"rope_theta": "1e6"}, "must be a number above 0, got '1e6'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "must be scaled as in default, linear"),
+    ],
+)
+def test_positions_that_are_not_understood_are_told(tmp_path, said, message):
+    write_checkpoint(tmp_path, published_weights(), **said)
+    with pytest.raises(ValueError, match=message):
+        convert_msd_checkpoint(tmp_path, llava_config())
+
+
+def test_layers_of_the_targets_kind_are_made_where_eagle_has_none(tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+    target_config = Qwen3Config(**TEXT_CONFIG, head_dim=8, rope_parameters=rope)
+    weights = published_weights() | {f"layers.0.self_attn.{name}_norm.weight": torch.randn(8) for name in "qk"}
+    write_checkpoint(tmp_path, weights, rope_theta=5e4)
+    draft = convert_msd_checkpoint(tmp_path, target_config)
+    assert_same_weights(draft, weights)
+    layer = draft.config.get_text_config()
+    assert type(layer) is Qwen3Config
+    assert (layer.rope_parameters["rope_type"], layer.rope_parameters["rope_theta"]) == ("default", 5e4)
 
 
 def test_biases_of_no_known_layer_are_named(tmp_path):
@@ -202,8 +256,8 @@ def test_qwen_drafts_keep_their_input_norm(tmp_path):
     draft = convert_msd_checkpoint(tmp_path, target_config)
     assert_same_weights(draft, weights)
     assert draft.config.input_layernorm
-    assert draft.config.get_text_config().rope_parameters["rope_theta"] == 5e5
-    assert draft.config.get_text_config().rope_parameters["mrope_section"] == [2, 1, 1]
+    # On all axes positions would be the same.
+    assert draft.config.get_text_config().rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 
 
 def test_fc_without_bias_converts(tmp_path):
@@ -231,7 +285,7 @@ def test_weights_that_do_not_fit_raise(tmp_path, change, message):
 
 def test_another_hidden_size_than_the_target_raises(tmp_path):
     write_checkpoint(tmp_path, published_weights(), hidden_size=64)
-    with pytest.raises(ValueError, match="`hidden_size` must be the target's, 32, got 64"):
+    with pytest.raises(ValueError, match="The draft is 64 wide and reads a target as wide, got one of 32"):
         convert_msd_checkpoint(tmp_path, llava_config())
 
 

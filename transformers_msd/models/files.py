@@ -1,6 +1,7 @@
 """The files of a draft, as we or others published it: its folder, its config and its weights."""
 
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -44,7 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json` of a draft."""
     file = folder / "config.json"
     try:
-        config = dict(json.loads(file.read_text()))
+        config = json.loads(file.read_text())
+        if not isinstance(config, dict):
+            raise TypeError(f"it is a {type(config).__name__}")
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{file} must hold the config of the draft: {error}. Copy the folder again.") from None
     if not isinstance(kind := config.get("model_type"), str | None):
@@ -110,6 +113,11 @@ def _read(folder: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         files, index = [folder / name], folder / f"{name}.index.json"
         if index.exists():
             files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
+            if lost := [file.name for file in files if not file.exists()]:
+                raise ValueError(
+                    f"{index} must name files beside it, got {', '.join(lost[:3])}, which are not there. Copy the "
+                    "folder again."
+                )
         if files[0].exists():
             try:
                 return {key: value for file in files for key, value in load_one(file).items()}
@@ -137,14 +145,19 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
 def read_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Read the settings of positions wherever a config has them, as Transformers 5 names them."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise ValueError(
-            f"`rope_scaling` of a draft must be settings or null, got {scaling!r}. Copy its config again."
+            f"`rope_scaling` of a draft must be settings of all of its layers or null, got {scaling!r}. Copy its "
+            "config again, or say the settings once."
         )
     own = {name: value for name, value in scaling.items() if name not in ("type", "rope_type", "rope_theta")}
+    bases = (part.get("rope_theta") for part in (scaling, config))
+    base = next((value for value in bases if value is not None), 10000.0)
+    if not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise ValueError(f"`rope_theta` of a draft must be a number above 0, got {base!r}. Copy its config again.")
     return own | {
         "rope_type": scaling.get("type") or scaling.get("rope_type") or "default",
-        "rope_theta": scaling.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        "rope_theta": base,
     }
 
 

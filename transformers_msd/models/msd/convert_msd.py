@@ -1,6 +1,7 @@
 """Turns published MSD checkpoints into ours."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers_msd.models.msd.configuration_msd import MSDConfig
 from transformers_msd.models.msd.modeling_msd import MSDDraftModel
 from transformers_msd.models.published import fill_draft
 from transformers_msd.traits.decoders import check_decoder
-from transformers_msd.traits.tokens import special_token_ids
+from transformers_msd.traits.tokens import special_token_ids, visual_token_ids
 
 
 # The draft shares the target's embeddings, and rotary frequencies follow from the config.
@@ -28,9 +29,8 @@ _TEXT_FIELDS = (
     "hidden_act",
     "max_position_embeddings",
 )
-# What the settings of positions that they share with us are called, and what stays the target's.
+# How positions may be scaled: in no way that changes with their number.
 _ROPES = ("default", "linear", "llama3", "yarn")
-_KEPT_OF_ROPE = ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
 
 
 def convert_msd_checkpoint(
@@ -85,8 +85,9 @@ def eagle_layer(
         ValueError: If no layer can be made of it, or the target is of another width.
     """
     target_text = target_config.get_text_config()
-    known = {name: getattr(target_text, name, None) for name in _TEXT_FIELDS} | {"num_hidden_layers": 1} | published
-    fields = {name: known[name] for name in _TEXT_FIELDS if known[name] is not None}
+    theirs, names = target_text.to_dict(), target_text.attribute_map
+    known = {name: theirs.get(names.get(name, name)) for name in _TEXT_FIELDS} | {"num_hidden_layers": 1} | published
+    fields = {name: known[name] for name in _TEXT_FIELDS if known.get(name) is not None}
     config_class = Qwen2Config if "layers.0.self_attn.q_proj.bias" in weights else LlamaConfig
     base = special_token_ids(target_config) | {"vocab_size": target_text.vocab_size, "tie_word_embeddings": False}
     fields |= _read_heads(weights, fields.get("num_attention_heads"))
@@ -139,32 +140,42 @@ def _load_ours(folder: Path, target_config: PreTrainedConfig) -> MSDDraftModel:
 def _draft_config(
     published: dict[str, Any], weights: dict[str, torch.Tensor], target_config: PreTrainedConfig
 ) -> MSDConfig:
-    fields = {name: published[name] for name in _TEXT_FIELDS if name in published}
-    heads, target_text = _read_heads(weights, fields.get("num_attention_heads")), target_config.get_text_config()
-    fields |= {name: number for name, number in heads.items() if hasattr(target_text, name)}
     own = {
         # The published code reads this name and takes a missing one as true; some that have one say they have none.
         "fc_bias": published.get("bias", True) or "fc.bias" in weights,
         "input_layernorm": "layers.0.input_layernorm.weight" in weights,
+        "visual_token_ids": visual_token_ids(target_config),
     }
-    config = MSDConfig.from_target(target_config, **{"num_hidden_layers": 1, **fields}, **own)
-    layer, rope = config.get_text_config(), _read_positions(published)
-    theirs = layer.rope_parameters
-    # On axes whose positions are the same, or for each kind of layer, as layers of the target's kind are told it.
-    kept = {name: value for name, value in theirs.items() if name in _KEPT_OF_ROPE}
-    layer.rope_parameters = rope | kept if "rope_type" in theirs else {kind: dict(rope) for kind in theirs}
-    shapes = {name: weight.shape for name, weight in _named(weights).items()}
-    if _shapes(config) == shapes:
-        return config
     # EAGLE's code makes a layer of its own kind, whatever the target's is.
-    layer = eagle_layer(published, weights, target_config)
-    other = MSDConfig(text_config=layer, visual_token_ids=config.visual_token_ids, **own)
-    return other if _shapes(other).keys() == shapes.keys() else config
+    config = MSDConfig(text_config=eagle_layer(published, weights, target_config), **own)
+    names = _named(weights).keys()
+    if _names(config) != names:
+        with suppress(ValueError):  # which would tell of settings that nobody made
+            other = _of_targets_kind(published, weights, target_config, own)
+            return other if _names(other) == names else config
+    return config
 
 
-def _shapes(config: MSDConfig) -> dict[str, torch.Size]:
+def _of_targets_kind(
+    published: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    target_config: PreTrainedConfig,
+    own: dict[str, Any],
+) -> MSDConfig:
+    """Make the config of a draft of layers of the target's own kind, as some train them."""
+    target_text = target_config.get_text_config()
+    known, heads = target_text.to_dict(), _read_heads(weights, published.get("num_attention_heads"))
+    fields = {name: published[name] for name in _TEXT_FIELDS if name in published} | heads
+    fields = {"num_hidden_layers": 1} | {name: value for name, value in fields.items() if name in known}
+    theirs = known.get("rope_parameters") or {}
+    if "rope_type" in theirs:  # some say it for each kind of layer
+        fields["rope_parameters"] = theirs | _read_positions(published)
+    return MSDConfig.from_target(target_config, **fields, **own)
+
+
+def _names(config: MSDConfig) -> set[str]:
     with torch.device("meta"):
-        return {name: weight.shape for name, weight in MSDDraftModel(config).state_dict().items()}
+        return set(MSDDraftModel(config).state_dict())
 
 
 def _named(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
