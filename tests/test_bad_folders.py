@@ -87,6 +87,16 @@ def pickled(content: Any) -> Callable[[Path], None]:
     return write
 
 
+def indexed(text: str) -> Callable[[Path], None]:
+    """Give the weights another name, and write an index for them."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return write
+
+
 def peft_draft() -> Any:
     return get_peft_model(make_draft(), LoraConfig(target_modules=["q_proj"], r=2))
 
@@ -108,6 +118,20 @@ DRAFTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights cut at the end": (cut("model.safetensors", 0.99), "can't be read"),
     "empty weights": (cut("model.safetensors", 0), "can't be read"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "must hold `config.json`"),
+    "a config that is a list": (file("config.json", "[3]"), "must hold the config of the draft: it is a list"),
+    "integers": (weights(lambda own: own.update({"fc.weight": own["fc.weight"].to(torch.int8)})), "got I8"),
+    "8 bits": (weights(lambda own: own.update({"fc.weight": own["fc.weight"].to(torch.float8_e5m2)})), "got F8_E5M2"),
+    **{
+        f"an index of {text or 'nothing'}": (indexed(text), "must say by `weight_map`")
+        for text in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}')
+    },
+    "an index without more": (indexed('{"weight_map": {"fc.weight": "other.safetensors"}}'), "must hold `metadata`"),
+    "an index of no file": (
+        indexed('{"metadata": {}, "weight_map": {"fc.weight": "nowhere.safetensors"}}'),
+        "must name files beside it, got nowhere.safetensors",
+    ),
+    "a pointer to a pickle": (pickled(b"version https://git-lfs.github.com/spec/v1"), "can't be read"),
+    "an empty pickle": (pickled(b""), "can't be read"),
     "an adapter of no draft": (instead(peft_draft), "merge_and_unload"),
     "a target": (instead(lambda: make_target("llava")), "'msd_draft', got 'llava'"),
     "another tree": (config(tree_config={"nodes": 3}), "tree_config"),
@@ -128,7 +152,7 @@ def test_a_folder_that_holds_no_whole_draft_is_told_and_left_alone(name: str, tm
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     # Where there is a draft's config, `AutoModel` finds the way here.
     for loader in (MSDDraftModel, AutoModel)[
-        : 1 if name in ("no config", "an adapter of no draft", "a target") else 2
+        : 1 if name in ("no config", "a config that is a list", "an adapter of no draft", "a target") else 2
     ]:
         with pytest.raises(ValueError, match=message):
             loader.from_pretrained(folder)

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from transformers_msd.compat import stock_drafting_error
 from transformers_msd.models.configuration import checked_tree
-from transformers_msd.models.files import remove_replaced
-from transformers_msd.models.places import check_finite, check_folder, check_output
+from transformers_msd.models.files import BROKEN, check_folder, remove_replaced
+from transformers_msd.models.places import check_finite, check_output
 from transformers_msd.models.sharing import write_custom_generate
 from transformers_msd.traits.scales import Scales, look_up
 from transformers_msd.trees.tree import TreeConfig
@@ -50,13 +49,13 @@ class FeatureDraftModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name, settings = str(pretrained_model_name_or_path), {"ignore_mismatched_sizes": True} | kwargs
-        if not {"config", "state_dict"} & kwargs.keys():
-            check_folder(name, kwargs.get("subfolder") or "")
+        if "state_dict" not in kwargs:
+            check_folder(name, kwargs.get("subfolder") or "", needs_config="config" not in kwargs)
         try:
             draft, loaded = super().from_pretrained(
                 pretrained_model_name_or_path, *args, **settings | {"output_loading_info": True}
             )
-        except SafetensorError as error:
+        except BROKEN as error:
             raise ValueError(f"The weights in {name} can't be read: {error}. Copy the folder again.") from None
         wrong = {kind: sorted(map(str, loaded[kind])) for kind in ("missing_keys", "unexpected_keys")}
         if "ignore_mismatched_sizes" not in kwargs:

@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,48 @@ from transformers_msd.models.places import check_place
 
 
 # What is raised by files that are cut, empty or something else, a pointer to what was never fetched among them.
-_BROKEN = (
-    *(AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
-)
+BROKEN = (EOFError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
+_BROKEN = (*BROKEN, AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+# Dtypes of weights, as safetensors calls them.
+_STORED = ("BF16", "F16", "F32", "F64")
+
+
+def check_folder(name: str, subfolder: str = "", needs_config: bool = True) -> None:
+    """Raise a `ValueError` for the name of a place on this machine that holds no draft, but maybe its config."""
+    check_place(name, "pretrained_model_name_or_path")
+    folder = Path(name, subfolder)
+    if not folder.is_dir():
+        return
+    names = sorted(file.name for file in folder.iterdir())
+    adapter = folder / "adapter_config.json"
+    if adapter.name in names and not json.loads(adapter.read_text()).get("base_model_name_or_path"):
+        raise ValueError(
+            f"An adapter must name its draft, got no `base_model_name_or_path` in {adapter}. Save the draft with the "
+            "adapter merged into it: `merge_and_unload()`."
+        )
+    if needs_config and not {"config.json", adapter.name} & set(names):
+        raise ValueError(f"The folder of a draft must hold `config.json`, got {names} in {folder}. Copy it again.")
+    is_quantised = "config.json" in names and "quantization_config" in read_config(folder)
+    for weights, index in ((name, f"{name}.index.json") for name in ("model.safetensors", "pytorch_model.bin")):
+        if weights in names:
+            break
+        if index in names:
+            _shards(folder / index)
+            if "metadata" not in json.loads((folder / index).read_text()):
+                raise ValueError(f"{folder / index} must hold `metadata`, got none. Copy the folder again.")
+            break
+    if not is_quantised:
+        _check_stored(folder)
+
+
+def _check_stored(folder: Path) -> None:
+    """Raise a `ValueError` for weights that were quantised, where no config tells how."""
+    for file in folder.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(file, framework="pt") as weights:  # told where they are loaded
+            dtypes = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+            wrong = [key for key, dtype in dtypes.items() if dtype not in _STORED and key != "draft_token_ids"]
+            if wrong:
+                raise quantised_error(wrong[0], folder, dtypes[wrong[0]])
 
 
 def find_folder(path_or_repo_id: str | Path) -> Path:
@@ -55,6 +94,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def quantised_error(name: str, folder: Path, dtype: object) -> ValueError:
+    """Tell of a weight that is an integer or of 8 bits."""
+    return ValueError(
+        f"{name} in {folder} must be of floating point and 16 bits or more, got {dtype}. Point to the draft as it was "
+        "before it was quantised."
+    )
+
+
 def read_weight_map(index: Path) -> dict[str, str]:
     """
     Read which file holds which weight.
@@ -75,6 +122,17 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise ValueError(f"{index.name} must name files beside it, got {outside}. Don't trust that folder.")
     return weight_map
+
+
+def _shards(index: Path) -> list[Path]:
+    """List the files that an index names, all of which must be there."""
+    files = [index.parent / shard for shard in sorted(set(read_weight_map(index).values()))]
+    if lost := [file.name for file in files if not file.exists()]:
+        raise ValueError(
+            f"{index} must name files beside it, got {', '.join(lost[:3])}, which are not there. Copy the folder "
+            "again."
+        )
+    return files
 
 
 def remove_replaced(folder: str | Path, shards_stay: bool, variant: str | None = None) -> None:
@@ -112,12 +170,7 @@ def _read(folder: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     for name, load_one in (("model.safetensors", load), ("pytorch_model.bin", _load_pickle)):
         files, index = [folder / name], folder / f"{name}.index.json"
         if index.exists():
-            files = [folder / shard for shard in sorted(set(read_weight_map(index).values()))]
-            if lost := [file.name for file in files if not file.exists()]:
-                raise ValueError(
-                    f"{index} must name files beside it, got {', '.join(lost[:3])}, which are not there. Copy the "
-                    "folder again."
-                )
+            files = _shards(index)
         if files[0].exists():
             try:
                 return {key: value for file in files for key, value in load_one(file).items()}

@@ -1,6 +1,5 @@
 """Where models, drafts and data are loaded from, a place here or a repository on the Hub, and what must be there."""
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -48,23 +47,6 @@ def check_output(folder: str | Path, what: str, target_model: str | None = None)
             f"`{what}` must not be the folder of the target, whose weights would be replaced, got {folder}. Choose "
             "another."
         )
-
-
-def check_folder(name: str, subfolder: str = "") -> None:
-    """Raise a `ValueError` for the name of a place on this machine that holds no draft."""
-    check_place(name, "pretrained_model_name_or_path")
-    folder = Path(name, subfolder)
-    if not folder.is_dir():
-        return
-    names = sorted(file.name for file in folder.iterdir())
-    adapter = folder / "adapter_config.json"
-    if adapter.name in names and not json.loads(adapter.read_text()).get("base_model_name_or_path"):
-        raise ValueError(
-            f"An adapter must name its draft, got no `base_model_name_or_path` in {adapter}. Save the draft with the "
-            "adapter merged into it: `merge_and_unload()`."
-        )
-    if not {"config.json", adapter.name} & set(names):
-        raise ValueError(f"The folder of a draft must hold `config.json`, got {names} in {folder}. Copy it again.")
 
 
 def check_finite(draft: PreTrainedModel, name: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_msd.models.files import quantised_error
 from transformers_msd.models.places import check_finite
 
 
@@ -55,10 +56,7 @@ def check_weights(folder: Path, weights: dict[str, torch.Tensor], expected: dict
         )
     for key, value in weights.items():
         if expected[key].is_floating_point() and not (value.is_floating_point() and value.itemsize > 1):
-            raise ValueError(
-                f"{key} in {folder} must be of floating point and 16 bits or more, got {value.dtype}. Point to the "
-                "draft as it was before it was quantised."
-            )
+            raise quantised_error(key, folder, value.dtype)
 
 
 def _first(found: list[str] | dict[str, str]) -> str:
