@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers_msd.compat import CACHE
 from transformers_msd.costs.calibration import save_costs
 from transformers_msd.drafters.block_candidates import BlockCandidateGenerator
 from transformers_msd.drafters.msd import MSDDrafter
+from transformers_msd.models.block import configuration_block
 from transformers_msd.models.exporting import export_draft
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.tuning import measure_costs
@@ -1047,6 +1049,7 @@ def set_on_draft(tree: dict[str, Any], folder: Path) -> Any:
     return draft
 
 
+TOO_DEEP = f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .*. Lower it."
 WAYS_IN: dict[str, Callable[[dict[str, Any], Path], Any]] = {
     "a config": lambda tree, folder: BlockDraftModel(
         BlockDraftConfig(text_config=Qwen3Config(**TEXT), block_size=BLOCK_SIZE, tree_config=tree)
@@ -1063,17 +1066,42 @@ WAYS_IN: dict[str, Callable[[dict[str, Any], Path], Any]] = {
 @pytest.mark.parametrize("way", WAYS_IN)
 def test_trees_deeper_than_a_block_are_told_and_others_taken(way: str, tmp_path: Path) -> None:
     for tree in ({"depth": BLOCK_SIZE + 1}, {"topology": [[0] * level for level in range(1, 9)], "depth": 9}):
-        with pytest.raises(ValueError, match=f"`TreeConfig.depth` must be at most {BLOCK_SIZE}, .*. Lower it."):
-            WAYS_IN[way](tree, tmp_path)
+        is_saved = way in ("a folder", "any folder")  # what was saved so before is drafted with nevertheless
+        with nullcontext() if is_saved else pytest.raises(ValueError, match=TOO_DEEP):
+            assert WAYS_IN[way](tree, tmp_path).tree_config.depth == BLOCK_SIZE
     for tree, depth in (
         ({"depth": BLOCK_SIZE}, BLOCK_SIZE),
         ({"depth": 2, "num_nodes": 8}, 2),
         ({"topology": [[0], [1]], "depth": 9}, 1),
     ):
         assert WAYS_IN[way](tree, tmp_path).tree_config.depth == depth
-    if way != "a draft":  # there a tree is a whole one
-        for tree in (None, {}, {"num_nodes": 8}):
-            assert WAYS_IN[way](tree, tmp_path).tree_config.depth == BLOCK_SIZE
+    for tree in ({}, {"num_nodes": 8}, *([None] if way != "a draft" else [])):
+        assert WAYS_IN[way](tree, tmp_path).tree_config.depth == BLOCK_SIZE
+
+
+def test_trees_that_were_saved_too_deep_are_cut_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(configuration_block.logger, "warning", told.append)
+    saved_with({"num_nodes": 9, "depth": BLOCK_SIZE + 2}, tmp_path)
+    draft = BlockDraftModel.from_pretrained(tmp_path)
+    assert (draft.tree_config.num_nodes, draft.tree_config.depth) == (9, BLOCK_SIZE)
+    assert len(told) == 1
+    assert f"got a saved one of depth {BLOCK_SIZE + 2}. It is cut to {BLOCK_SIZE}" in told[0]
+    for given, depth in (({"depth": 2}, 2), ({"num_nodes": 5}, BLOCK_SIZE), (None, BLOCK_SIZE)):
+        draft = BlockDraftModel.from_pretrained(tmp_path, tree_config=given)
+        assert (draft.config.tree_config, draft.tree_config.depth) == (given, depth)
+    assert BlockDraftModel.from_pretrained(tmp_path, block_size=BLOCK_SIZE + 2).tree_config.depth == BLOCK_SIZE + 2
+    with pytest.raises(ValueError, match=TOO_DEEP):
+        BlockDraftModel.from_pretrained(tmp_path, tree_config={"depth": BLOCK_SIZE + 1})
+    assert len(told) == 1
+    draft = BlockDraftModel.from_pretrained(tmp_path, block_size=2, text_config={"rms_norm_eps": 0.5})
+    assert (draft.tree_config.depth, draft.config.text_config.rms_norm_eps) == (2, 0.5)
+    assert draft.config.text_config.hidden_size == TEXT["hidden_size"]
+    draft.tree_config = {"num_nodes": 8}
+    assert (draft.tree_config.num_nodes, draft.tree_config.depth) == (8, 2)
+    draft.config.tree_config = {"dpth": 2}
+    with pytest.raises(ValueError, match="`tree_config` must be a `TreeConfig`, or some of its fields"):
+        draft.tree_config  # noqa: B018
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:

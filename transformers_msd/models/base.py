@@ -80,8 +80,7 @@ class FeatureDraftModel(PreTrainedModel):
     @property
     def tree_config(self) -> TreeConfig:
         """Tree to draft with; it is saved with the model."""
-        deepest = {} if self.most_levels is None else {"depth": min(TreeConfig.depth, self.most_levels)}
-        return TreeConfig(**deepest | (self.config.tree_config or {}))
+        return checked_tree(self.config.tree_config or {}, self.most_levels)
 
     @tree_config.setter
     def tree_config(self, tree_config: TreeConfig) -> None:

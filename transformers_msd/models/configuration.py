@@ -1,6 +1,7 @@
 """What configs of drafts on a target's features have in common."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -63,6 +64,19 @@ class DraftConfig(PreTrainedConfig):
             )
 
     @classmethod
+    def fit_saved(cls, saved: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Bring what a file says into the form that is asked for today.
+
+        Args:
+            saved (`dict[str, Any]`):
+                Fields of the file that are used.
+            given (`dict[str, Any]`):
+                Fields that a user sets in place of those of the file.
+        """
+        return saved
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         found = config_dict.get("model_type")
         if found != cls.model_type:
@@ -71,19 +85,27 @@ class DraftConfig(PreTrainedConfig):
                 "folder of a draft, one that others published by `AutoDraftModel.from_pretrained(folder, "
                 f"target=target)`; for a target there is `{cls.__name__}.from_target(target.config)`."
             )
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        given = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        for name in cls.sub_configs_defaults.keys() & given.keys():
+            if isinstance(given[name], dict) and isinstance(config_dict.get(name), dict):
+                given[name] = config_dict[name] | given[name]
+        saved = {name: value for name, value in config_dict.items() if name not in given}
         try:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(given | cls.fit_saved(saved, given), **kwargs)
         except StrictDataclassError as error:
             raise ValueError(" ".join(str(error).split())) from None
 
 
 def checked_tree(tree_config: TreeConfig | Mapping[str, Any], most_levels: int | None) -> TreeConfig:
     """
-    Return a tree as it is, and make one of its fields.
+    Return a tree as it is, and make one of its fields, as deep as the draft can where they don't say how deep.
 
     Raises:
         ValueError: If it is none, or deeper than a draft of `most_levels` can draft.
     """
+    if most_levels is not None and isinstance(tree_config, Mapping):
+        tree_config = {"depth": min(TreeConfig.depth, most_levels), **tree_config}
     tree = TreeConfig.checked(tree_config)
     if most_levels is not None and tree.depth > most_levels:
         raise ValueError(

@@ -1,17 +1,21 @@
 """Settings of the block draft model."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from transformers_msd.models.configuration import DraftConfig, check_target_config, checked_tree, make_draft_config
 from transformers_msd.traits.decoders import llama_layers_of, llama_shape_of, number_of
 from transformers_msd.traits.tokens import visual_token_ids
+from transformers_msd.trees.tree import TreeConfig
 
 
+logger = logging.get_logger(__name__)
 _OF_LLAMA_ALONE = ("mlp_bias", "model_type", "pretraining_tp")
 VISUAL_ROWS = ("kept", "decoupled", "dropped")
 EDGE_TYPES = ("vanilla", "gated", "bilinear")
@@ -112,8 +116,7 @@ class BlockDraftConfig(DraftConfig):
                 f"`block_size` must leave a token to draft, got {self.block_size}, of which the first row says "
                 f"{'the next' if self.predicts_next else 'none'}. 8 is common."
             )
-        # A tree whose depth is not named is no deeper than a block.
-        checked_tree({"depth": 1} | (self.tree_config or {}), self.num_levels)
+        checked_tree(self.tree_config or {}, self.num_levels)
         if self.edge_rank < 0:
             raise ValueError(f"`edge_rank` must not be negative, got {self.edge_rank}. 0 leaves edges out.")
         vocab_size = self.get_text_config().vocab_size
@@ -174,6 +177,23 @@ class BlockDraftConfig(DraftConfig):
     def num_levels(self) -> int:
         """Tokens that a block drafts."""
         return self.block_size - (not self.predicts_next)
+
+    @classmethod
+    def fit_saved(cls, saved: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        tree, of_block = saved.get("tree_config"), saved | dict(given)
+        block_size, predicts_next = (
+            of_block.get(name, getattr(cls, name)) for name in ("block_size", "predicts_next")
+        )
+        if not isinstance(tree, dict) or not isinstance(block_size, int):
+            return saved
+        num_levels = block_size - (not predicts_next)
+        if num_levels < 1 or "depth" not in tree or (depth := TreeConfig.checked(tree).depth) <= num_levels:
+            return saved
+        logger.warning(
+            f"The tree of a draft must be no deeper than its block, of {num_levels} tokens, got a saved one of depth "
+            f"{depth}. It is cut to {num_levels}; set `draft.tree_config` to another, and save the draft."
+        )
+        return saved | {"tree_config": tree | {"depth": num_levels}}
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "BlockDraftConfig":
