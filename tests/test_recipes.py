@@ -240,6 +240,23 @@ def test_a_tree_that_no_block_drafts_is_told_at_once(world, options, tmp_path):
             train(arguments, args)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--gradient_checkpointing true", "says all levels in one forward, .*`activation_checkpointing=True`"),
+        ("--activation_checkpointing true", "says all levels in one forward, .*`activation_checkpointing=True`"),
+        ("--num_unroll_steps 2", "says all levels in one forward, .*`num_unroll_steps=2`"),
+        ("--prefix_weights true --unroll_decay 0.8", "`prefix_weights` takes the place of `unroll_decay`"),
+        ("--feature_loss_weight 1", "does not predict the target's features"),
+    ],
+)
+def test_settings_that_no_block_is_trained_with_are_told_in_a_dry_run(world, options, message, tmp_path):
+    path = tmp_path / "block.yaml"
+    path.write_text(yaml.safe_dump(block_recipe(world, "block")))
+    with pytest.raises(SystemExit, match=message):
+        main(["train", "--config", str(path), "--dry_run", *options.split()])
+
+
 @pytest.mark.parametrize("name", ["no_such.yaml", "folder/no_such.yaml", "a/b/c", "org/repo:recipe.txt"])
 def test_wrong_recipe_name_raises(name):
     with pytest.raises(ValueError, match="must be a file, `org/repo` or `org/repo:file.yaml`"):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PrinterCallback, ProcessorMixin
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import TrlParser
 
+from transformers_msd.models.auto import OURS
 from transformers_msd.models.places import check_output
 from transformers_msd.trainer.base import DraftTrainer
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
@@ -31,7 +32,7 @@ from transformers_msd.trainer.recipe import (
     read_recipe,
 )
 from transformers_msd.trainer.rows import hold_out, load_rows
-from transformers_msd.trainer.trainer import MSDTrainer
+from transformers_msd.trainer.trainer import MSDTrainer, check_draft_settings
 from transformers_msd.trainer.vlm import VLMDraftTrainer, check_settings
 
 
@@ -129,6 +130,8 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     rows = usable_rows(rows, processor, args.max_length)
     dtype = config.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     draft = draft_config(arguments, config)
+    if not arguments.draft_vlm:
+        check_draft_settings(OURS[draft.model_type], args)
     text_rows, _ = rows_of_stage(rows, args.stage)
     trained = rows.select(text_rows) if args.stage == "text" else rows
     sample = sample_rows(trained)

@@ -59,12 +59,7 @@ class MSDTrainer(DraftTrainer):
     ) -> None:
         check_trainable(model)
         model.check_target(target)
-        check_block_settings(model, args)
-        if args.feature_loss_weight and not model.predicts_features:
-            raise ValueError(
-                f"{type(model).__name__} does not predict the target's features, got `feature_loss_weight="
-                f"{args.feature_loss_weight}`. Set it to 0, and `token_loss_weight` to 1."
-            )
+        check_draft_settings(type(model), args)
         self._tag_names = ["transformers-msd", model.tag, "speculative-decoding", "draft-model"]
         self._card = self._card | {"method": model.method}
         # TRL writes special token ids there, and a model that can't generate has none.
@@ -190,12 +185,12 @@ class MSDTrainer(DraftTrainer):
         return lambda rows: scales.of_logits(draft.own_logits(rows)), token_ids
 
 
-def check_block_settings(model: FeatureDraftModel, args: MSDTrainingConfig) -> None:
-    """Raise a `ValueError` if settings are none for a block draft, or for one of blocks alone."""
-    if not isinstance(model, BlockDraftModel):
+def check_draft_settings(draft_class: type[FeatureDraftModel], args: MSDTrainingConfig) -> None:
+    """Raise a `ValueError` if settings are none for drafts of a class."""
+    if not issubclass(draft_class, BlockDraftModel):
         if args.prefix_weights:
             raise ValueError(
-                f"`prefix_weights` weighs the levels of a `BlockDraftModel`, got {type(model).__name__}. Leave it out."
+                f"`prefix_weights` weighs the levels of a `BlockDraftModel`, got {draft_class.__name__}. Leave it out."
             )
     elif args.num_unroll_steps > 1 or args.activation_checkpointing:
         raise ValueError(
@@ -206,4 +201,9 @@ def check_block_settings(model: FeatureDraftModel, args: MSDTrainingConfig) -> N
     elif args.prefix_weights and args.unroll_decay != 1:
         raise ValueError(
             f"`prefix_weights` takes the place of `unroll_decay`, got both ({args.unroll_decay}). Leave one out."
+        )
+    if args.feature_loss_weight and not draft_class.predicts_features:
+        raise ValueError(
+            f"{draft_class.__name__} does not predict the target's features, got `feature_loss_weight="
+            f"{args.feature_loss_weight}`. Set it to 0, and `token_loss_weight` to 1."
         )
