@@ -8,6 +8,7 @@ import pytest
 import torch
 from zoo import IMAGE_ID, VIDEO_ID, make_draft_model, make_inputs, make_target
 
+from training.evidence.tiny import make_model, make_prompts
 from transformers_msd import (
     Caption,
     EnsembleDrafter,
@@ -173,6 +174,21 @@ def test_what_a_model_said_itself_and_what_comes_later_change_no_token(
         turn = and_say(turn, *[IMAGE_ID] * len(image_columns(later)), 6)
         turn |= {name: later[name] for name in later if name in ("pixel_values", "image_sizes")}
     assert_plain(architecture, turn, assistant, **{CACHE: first[CACHE]})
+
+
+# By what each of them takes its pictures as.
+@pytest.mark.parametrize("name", ["llava", "video_llava", "fuyu"])
+def test_a_new_picture_in_a_later_turn_changes_no_token_of_any_kind_of_pixels(name: str) -> None:
+    target = make_model(name)
+    inputs = make_prompts(target, "pictures", (8,))
+    settings = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    sequences = []
+    for assistant in (None, VLMDrafter(target, tree_config=TREE)):
+        first = target.generate(**inputs, **settings, return_dict_in_generate=True, assistant_model=assistant)
+        ids = torch.cat([first.sequences, inputs["input_ids"]], dim=1)
+        turn = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: first[CACHE]}
+        sequences.append(target.generate(**turn, **settings, assistant_model=assistant))
+    assert torch.equal(*sequences)
 
 
 def test_the_pictures_of_a_call_stand_where_its_cache_ends() -> None:

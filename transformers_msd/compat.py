@@ -169,7 +169,7 @@ check_names(NAMES)
 # What a cache is called by `generate`, by models, and in what they return: the old name, and what it is today.
 CACHE_NAMES = ("past_key_values", "cache")
 # What a model takes pictures and videos as.
-_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PREPARE_INPUTS = inspect.unwrap(pkgutil.resolve_name(f"{_MIXIN}.prepare_inputs_for_generation"))
 CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(PREPARE_INPUTS).parameters)
 
@@ -205,12 +205,12 @@ def encode_pictures(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     Returns:
         `dict[str, Any]`: The arguments with what the tower made of the pictures in their place.
     """
-    if not any(name in inputs for name in _PIXELS) or not model._supports_mm_encoder_outputs():
+    if not any(name in inputs for name in PIXELS) or not model._supports_mm_encoder_outputs():
         return dict(inputs)
     encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))["mm_encoder_outputs"]
     if not encoded:  # Fuyu has no tower, and reads its patches in the forward
         return dict(inputs)
-    rest = {name: value for name, value in inputs.items() if name not in _PIXELS}
+    rest = {name: value for name, value in inputs.items() if name not in PIXELS}
     return rest | {"mm_encoder_outputs": encoded}
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers_msd.compat import CACHE_NAMES
 from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.support import TOKEN_TYPES
-from transformers_msd.traits.tokens import visual_token_ids, visual_token_mask
+from transformers_msd.traits.tokens import is_of_pictures, visual_token_ids, visual_token_mask
 
 
 # What tells how many prompts a call has.
@@ -56,7 +56,7 @@ def check_batch(draft_inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -
 def check_pictures(model: PreTrainedModel, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raise a [`Refusal`] for pictures in places that a draft takes for text."""
     ours, theirs = (set(visual_token_ids(each.config)) for each in (model, target))
-    has_pictures = any("pixel_values" in name and torch.is_tensor(arguments[name]) for name in arguments)
+    has_pictures = any(is_of_pictures(name) and torch.is_tensor(arguments[name]) for name in arguments)
     if has_pictures and ours and not ours & theirs:
         raise Refusal(
             f"A draft must have the target's tokens for pictures, {sorted(theirs)}, got {sorted(ours)}. Pass what its "
@@ -97,7 +97,7 @@ def prompt_of(
     inputs["attention_mask"] = mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
     visual = visual_token_mask(ids, visual_token_ids(target.config))
     if visual_token_ids(model.config):
-        if num_new is None or not any("pixel_values" in name for name in inputs):
+        if num_new is None or not any(map(is_of_pictures, inputs)):
             return inputs
         seen = visual & (torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - num_new)
         grown = {name: inputs[name] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in inputs}

@@ -18,6 +18,7 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer.loading import encode_prompts
 from transformers_msd.trainer.metrics import AcceptanceLength
 from transformers_msd.trainer.progress import Progress
+from transformers_msd.traits.tokens import is_of_pictures
 
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class AcceptanceLengthCallback(TrainerCallback):
             for number, messages in enumerate(self.prompts):
                 progress.update(number)
                 inputs = encode_prompts(trainer.processing_class, [messages]).to(device)
-                kind = "_image" if "pixel_values" in inputs else "_text"
+                kind = "_image" if any(map(is_of_pictures, inputs)) else "_text"
                 if compare and not answers:
                     self._timed(inputs, draft)  # warm up
                 plain_seconds = self._timed(inputs, None)[1] if compare else 0.0

@@ -21,7 +21,7 @@ from transformers_msd.compat import (
     update_model_kwargs_of,
 )
 from transformers_msd.traits.refusal import Refusal
-from transformers_msd.traits.tokens import visual_token_ids
+from transformers_msd.traits.tokens import is_of_pictures, visual_token_ids
 from transformers_msd.traits.windows import layer_windows, takes_masks_by_type
 
 
@@ -229,7 +229,7 @@ def check_reach(
 def check_padding(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raise a [`Refusal`] for padded prompts of a model that puts pictures in its cache without tokens for them."""
     mask = arguments.get("attention_mask")
-    takes_pictures = any("pixel_values" in name for name in inspect.signature(type(model).forward).parameters)
+    takes_pictures = any(map(is_of_pictures, inspect.signature(type(model).forward).parameters))
     if takes_pictures and not visual_token_ids(model.config) and mask is not None and not mask.all():
         raise Refusal(
             f"{type(model).__name__} has no tokens for pictures: its cache may hold more columns than "

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from transformers_msd.compat import PIXELS
+
 
 def special_token_ids(config: PreTrainedConfig) -> dict[str, Any]:
     """Find the eos, bos and pad ids of a model, which its config holds at the top or in the text part."""
@@ -20,6 +22,11 @@ def visual_token_ids(config: PreTrainedConfig) -> list[int]:
     tower = getattr(config, "vision_config", None)  # where Phi-4-multimodal names it
     ids = [getattr(part, name, None) for part in (config, tower) for name in ("image_token_id", "video_token_id")]
     return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
+
+
+def is_of_pictures(name: str) -> bool:
+    """Tell by its name whether an input of a model holds pictures or videos."""
+    return "pixel_values" in name or name in PIXELS
 
 
 def encoded_token_ids(config: PreTrainedConfig) -> list[int]:
