@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import IMAGE_ID, READ_EMBEDS, TEXT, make_draft_model, make_inputs, make_target
 
+from training.evidence.tiny import make_model, make_prompts
 from transformers_msd import (
     Caption,
     EnsembleDrafter,
@@ -23,6 +24,7 @@ from transformers_msd.drafters.draft_model import DraftModel
 from transformers_msd.drafters.ensemble.drafter import EnsembleCandidateGenerator, simplex
 from transformers_msd.drafters.ensemble.views import left_pad
 from transformers_msd.drafters.prompts import prompt_of
+from transformers_msd.traits.refusal import Refusal
 
 
 TREE = TreeConfig(num_nodes=9, depth=4, top_k=2, ngrams=False)
@@ -278,3 +280,29 @@ def test_ensembles_and_single_drafts_agree_on_what_they_refuse():
     for drafter in (EnsembleDrafter(target, views=("text_only",)), VLMDrafter(target)):
         with pytest.raises(ValueError, match="got no `input_ids`"):
             generate(target, embeds, assistant_model=drafter)
+
+
+# Whose pictures views can't ask for, and why: by what its class has, or takes besides.
+@pytest.mark.parametrize(
+    ("name", "lack"),
+    [
+        ("janus", "has none"),
+        ("emu3", "has none"),
+        ("deepseek_vl", "has none"),
+        ("molmo2", "needs .'image_token_pooling', 'image_grids'., too"),
+    ],
+)
+def test_pictures_that_views_cannot_ask_for_are_told_before_anything_runs(name, lack):
+    target = make_model(name)
+    inputs, ran = make_prompts(target, "pictures", (8,)), []
+    target.register_forward_pre_hook(lambda *args: ran.append(1))
+    message = f"Views ask a draft for its pictures by `get_image_features`, got {type(target).__name__}, which {lack}"
+    with pytest.raises(Refusal, match=message):
+        generate(target, inputs, assistant_model=EnsembleDrafter(target))
+    assert not ran
+    with pytest.raises(ValueError, match=message):
+        Prompts(target, inputs).pictures  # noqa: B018
+    # Text is read, beside pictures, too.
+    for views, own in (("multimodal", make_prompts(target, "", (8,))), ("text_only", inputs)):
+        drafted = generate(target, own, assistant_model=EnsembleDrafter(target, views=(views,)))
+        assert torch.equal(drafted.sequences, generate(target, own).sequences)

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from transformers_msd.drafters.base import CallInputs
 from transformers_msd.drafters.draft_model import DraftModel
-from transformers_msd.drafters.ensemble.views import VIEWS, Pooled, Prompts, View, check_no_video, left_pad
+from transformers_msd.drafters.ensemble.readable import check_encodes, check_no_video
+from transformers_msd.drafters.ensemble.views import VIEWS, Multimodal, Pooled, Prompts, View, left_pad
 from transformers_msd.drafters.model import ModelCandidateGenerator, ModelDrafter
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.refusal import Refusal
 from transformers_msd.traits.tokens import visual_token_ids
 from transformers_msd.trees.host import keep_rows, to_device
 from transformers_msd.trees.tree import TreeConfig
@@ -102,6 +104,8 @@ class EnsembleDrafter(ModelDrafter):
                 for model in self.models:
                     if isinstance(view, Pooled) and visual_token_ids(model.config):
                         view.check_model(model)
+                    if isinstance(view, Multimodal) and visual_token_ids(model.config):
+                        check_encodes(model, inputs, Refusal)
 
     def candidate_generator(self, target: Target, inputs: CallInputs) -> "EnsembleCandidateGenerator":
         return EnsembleCandidateGenerator(self, target, inputs)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from transformers_msd.traits.refusal import Refusal
+from transformers_msd.drafters.ensemble.readable import ENCODED, check_encodes, check_ids, check_no_video
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -28,18 +28,6 @@ class ViewPrompt:
 
     inputs_embeds: torch.Tensor
     position_ids: torch.Tensor | None = None
-
-
-def check_no_video(inputs: Mapping[str, Any]) -> None:
-    """Raise a [`Refusal`] for what views can't read."""
-    if inputs.get("pixel_values_videos") is not None:
-        raise Refusal("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
-
-
-def check_ids(ids: Any, name: str) -> None:
-    """Raise a `ValueError` for what is no sequence of tokens."""
-    if not isinstance(ids, list | tuple) or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-        raise ValueError(f"`{name}` must hold ids of tokens, got {ids!r}. Encode the text by the draft's tokenizer.")
 
 
 class Prompts:
@@ -85,8 +73,8 @@ class Prompts:
         """What the model makes of each picture, of shape `(num_tokens, hidden_size)`; encoded when first asked for."""
         if self.num_pictures == 0:
             return []
-        names = ("pixel_values", "image_sizes", "image_grid_thw")
-        vision = {name: self.inputs[name] for name in names if name in self.inputs}
+        check_encodes(self.model, self.inputs)
+        vision = {name: self.inputs[name] for name in ENCODED if name in self.inputs}
         vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
         features = self.model.get_image_features(**vision, return_dict=True).pooler_output
         return [picture.flatten(0, -2) for picture in features]

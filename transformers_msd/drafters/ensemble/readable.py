@@ -1,0 +1,52 @@
+"""What views can read: tokens, and pictures that a model encodes by itself."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from transformers_msd.traits.refusal import Refusal
+
+
+# Inputs that say what pictures are, for a model that encodes them.
+ENCODED = ("pixel_values", "image_sizes", "image_grid_thw")
+_COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def check_no_video(inputs: Mapping[str, Any]) -> None:
+    """Raise a [`Refusal`] for what views can't read."""
+    if inputs.get("pixel_values_videos") is not None:
+        raise Refusal("Views read pictures, got `pixel_values_videos`. Use `VLMDrafter`, or drop the video.")
+
+
+def check_ids(ids: Any, name: str) -> None:
+    """Raise a `ValueError` for what is no sequence of tokens."""
+    if not isinstance(ids, list | tuple) or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"`{name}` must hold ids of tokens, got {ids!r}. Encode the text by the draft's tokenizer.")
+
+
+def check_encodes(model: PreTrainedModel, inputs: Mapping[str, Any], error: type[ValueError] = ValueError) -> None:
+    """
+    Raise an error unless a model can be asked what it makes of the pictures of a call.
+
+    Args:
+        model (`PreTrainedModel`):
+            The draft model.
+        inputs (`dict[str, Any]`):
+            Prompts as for `generate`.
+        error (`type[ValueError]`, *optional*, defaults to `ValueError`):
+            Class of the error.
+    """
+    encode, lack = getattr(model, "get_image_features", None), "has none"
+    if encode is not None:
+        parameters = inspect.signature(encode).parameters.values()
+        needed = [one.name for one in parameters if one.default is one.empty and one.kind not in _COLLECTING]
+        missing = [name for name in needed if name not in ENCODED or inputs.get(name) is None]
+        if not missing:
+            return
+        lack = f"needs {missing}, too"
+    raise error(
+        f"Views ask a draft for its pictures by `get_image_features`, got {type(model).__name__}, which {lack}. Use "
+        "`VLMDrafter`, another draft, or the view `text_only` alone."
+    )
