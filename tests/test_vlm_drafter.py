@@ -179,3 +179,24 @@ def test_two_threads_share_a_drafter(drafter_class):
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[number, attempt], plain[number]) for number in range(2) for attempt in range(3))
+
+
+# Pictures of each as the other does not take them, although both have the same token for them.
+@pytest.mark.parametrize(("name", "other"), [("llava", "llava_next"), ("llava_next", "llava"), ("qwen2_vl", "llava")])
+def test_a_draft_that_cannot_read_the_pictures_of_another_says_what_to_pass(name, other):
+    target, draft = make_target(name), make_draft_model(other)
+    inputs, drafter = make_inputs(name, (1,)), VLMDrafter(draft)
+    classes = f"made for {type(target).__name__}, got {type(draft).__name__}, which could not: .*: `draft_inputs=...`"
+    with pytest.raises(ValueError, match=classes) as raised:
+        generate(target, inputs, assistant_model=drafter)
+    assert raised.value.__cause__ is not None
+    # What its own processor makes is read, and so are prompts without pictures.
+    for own, settings in ((inputs, {"draft_inputs": make_inputs(other, (1,))}), (make_inputs(name, (0,)), {})):
+        drafted = generate(target, own, assistant_model=VLMDrafter(draft, **settings))
+        assert torch.equal(drafted.sequences, generate(target, own).sequences)
+    # Other errors stay as they are.
+    for wrong, settings in ((make_inputs(name, (0,)), {}), (inputs, {"draft_inputs": make_inputs(other, (1,))})):
+        broken = copy.deepcopy(draft)
+        broken.register_forward_pre_hook(lambda *args: {}["a key"])
+        with pytest.raises(KeyError, match="a key"):
+            generate(target, wrong, assistant_model=VLMDrafter(broken, **settings))

@@ -1,15 +1,17 @@
 """A model of its own as one call drafts with it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_msd.caches.captures import Captures
+from transformers_msd.drafters.prompts import has_pictures
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import last_learned_position
-from transformers_msd.traits.tokens import encoded_token_ids, visual_token_mask
+from transformers_msd.traits.tokens import encoded_token_ids, visual_token_ids, visual_token_mask
 from transformers_msd.trees.masks import causal_mask
 
 
@@ -108,3 +110,33 @@ def _without_settings(model: PreTrainedModel) -> PreTrainedModel:
     twin = object.__new__(type(model))
     twin.__dict__.update(vars(model), generation_config=GenerationConfig())
     return twin
+
+
+@contextmanager
+def telling_of_others(model: PreTrainedModel, target: PreTrainedModel, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """
+    Run a prompt with pictures, as the target's processor has made it, by a draft.
+
+    Args:
+        model (`PreTrainedModel`):
+            The draft.
+        target (`PreTrainedModel`):
+            The target.
+        arguments (`dict[str, Any]`):
+            The keyword arguments of `generate`, where they are what the draft reads.
+
+    Raises:
+        ValueError: If the body raises, and the draft is of another class than the target.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each model has its own, for what others take
+        if type(model) is type(target) or not visual_token_ids(model.config) or not has_pictures(arguments):
+            raise
+        raise ValueError(
+            f"The draft must read the pictures that the target's processor made for {type(target).__name__}, got "
+            f"{type(model).__name__}, which could not: {' '.join(str(error).split())}. Pass what its own processor "
+            "makes of the prompt: `draft_inputs=...`."
+        ) from error

@@ -13,7 +13,7 @@ from transformers_msd.compat import stock_drafting_error
 from transformers_msd.costs.calibration import load_sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_draft
-from transformers_msd.drafters.draft_model import DraftModel
+from transformers_msd.drafters.draft_model import DraftModel, telling_of_others
 from transformers_msd.drafters.prompts import check_batch, check_pictures, check_prompt, prompt_ids, prompt_of
 from transformers_msd.target.capturing import capturing
 from transformers_msd.target.committed import Committed
@@ -145,13 +145,13 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
 
     def start(self, batch_size: int) -> list[DraftModel]:
         """Run the prompts; the rows of a model are those of its first view, then those of its second, and so on."""
-        drafts = []
+        given, arguments, drafts = self._drafter.draft_inputs, self._inputs.arguments, []
         for model in self._drafter.models:
-            inputs = self._drafter.draft_inputs
+            inputs = given
             if inputs is None:
-                inputs = prompt_of(model, self._target.model, self._inputs.arguments, self._target.num_prompt_rows)
+                inputs = prompt_of(model, self._target.model, arguments, self._target.num_prompt_rows)
             copies = batch_size // len(inputs["input_ids"])
-            with capturing(model):
+            with capturing(model), telling_of_others(model, self._target.model, {} if given else arguments):
                 drafts.append(DraftModel.start(model, self.read(model, inputs), copies, self._inputs.captures))
         return drafts
 

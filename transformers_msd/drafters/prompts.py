@@ -56,12 +56,16 @@ def check_batch(draft_inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -
 def check_pictures(model: PreTrainedModel, target: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raise a [`Refusal`] for pictures in places that a draft takes for text."""
     ours, theirs = (set(visual_token_ids(each.config)) for each in (model, target))
-    has_pictures = any(is_of_pictures(name) and torch.is_tensor(arguments[name]) for name in arguments)
-    if has_pictures and ours and not ours & theirs:
+    if has_pictures(arguments) and ours and not ours & theirs:
         raise Refusal(
             f"A draft must have the target's tokens for pictures, {sorted(theirs)}, got {sorted(ours)}. Pass what its "
             "own processor makes of the prompt: `draft_inputs=...`."
         )
+
+
+def has_pictures(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether there are pictures or videos among the arguments of `generate`."""
+    return any(is_of_pictures(name) and torch.is_tensor(value) for name, value in arguments.items())
 
 
 def _described(value: Any) -> str:
