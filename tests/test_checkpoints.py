@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,30 @@ def test_what_says_nothing_of_a_draft_may_differ(name: str, tmp_path: Path) -> N
     check_same_draft(tmp_path, other(target).config)
 
 
+NO_CONFIGS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "a list": lambda fields: "[1, 2]",
+    "cut": lambda fields: json.dumps(fields)[:40],
+    "empty": lambda fields: "",
+    "a number as kind": lambda fields: json.dumps(fields | {"model_type": 3}),
+    "a number as part": lambda fields: json.dumps(fields | {"text_config": 3}),
+    "a list as part": lambda fields: json.dumps(fields | {"text_config": [1]}),
+    "another kind of field": lambda fields: json.dumps(fields | {"tree_config": "deep", "vision_config": "wide"}),
+}
+
+
+@pytest.mark.parametrize("name", ["a size", "a small VLM"])
+@pytest.mark.parametrize("broken", NO_CONFIGS)
+def test_a_checkpoint_whose_config_is_broken_names_it(broken: str, name: str, tmp_path: Path) -> None:
+    target = build_model(build_processor(num_rows=100), num_layers=1)
+    draft = OTHER_DRAFTS[name][0](target)
+    draft.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    check_same_draft(tmp_path, draft.config)
+    file.write_text(NO_CONFIGS[broken](json.loads(file.read_text())))
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        check_same_draft(tmp_path, draft.config)
+
+
 def test_a_run_goes_on_from_whole_checkpoints_alone(tmp_path: Path) -> None:
     processor, dataset = build_processor(num_rows=100), training_dataset(16)
     target = build_model(processor, num_layers=1).eval()
@@ -169,5 +194,8 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(tmp_path: Path) -> None:
     trainer = make_trainer(target, dataset, processor, tmp_path, **settings)
     with pytest.raises(ValueError, match="checkpoint-2 is no whole checkpoint"):
         trainer.train(str(tmp_path / "checkpoint-2"))
+    for wrong in ("", 3):
+        with pytest.raises(ValueError, match=f"must be a folder, or true for the newest .*, got {wrong!r}"):
+            trainer.train(wrong)
     trainer.train(True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]

@@ -182,6 +182,8 @@ def test_a_checkpoint_that_is_not_there_is_told_before_anything_is_launched(tmp_
     missing = tmp_path / "checkpoint-9"
     with pytest.raises(SystemExit, match="checkpoint-9 is no whole checkpoint"):
         main(f"train {TARGET} --datasets {ROOT} {CPU} --resume_from_checkpoint {missing}".split())
+    with pytest.raises(SystemExit, match="must be a folder, or true for the newest whole checkpoint, got ''"):
+        main([*f"train {TARGET} --datasets {ROOT} {CPU} --resume_from_checkpoint".split(), ""])
 
 
 def test_versions_are_told(capsys: pytest.CaptureFixture) -> None:

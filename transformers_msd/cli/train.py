@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers_msd.cli.options import check_fields
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     parsed[0].check_places()
     checkpoint = training.checkpoint_of(parsed[1])
     if isinstance(checkpoint, str):
-        check_whole(Path(checkpoint))
+        check_whole(checkpoint)
     if arguments.dry_run:
         keep_bars_out_of_logs()
         print(training.plan(*parsed, num_processes=launch.num_processes or 1))

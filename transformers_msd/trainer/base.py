@@ -247,8 +247,8 @@ class DraftTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             # Transformers would take the newest, whole or not.
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
-        if resume_from_checkpoint:
-            check_checkpoint(Path(resume_from_checkpoint), self.model.config)
+        if resume_from_checkpoint not in (None, False):
+            check_checkpoint(resume_from_checkpoint, self.model.config)
         # Reporters close at the end of training: what other callbacks log there must come before.
         reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
         self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, reporters))

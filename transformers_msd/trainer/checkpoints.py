@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from transformers_msd.models.configuration import UNSAID
+from transformers_msd.models.files import read_config
 
 
 logger = logging.getLogger(__name__)
 # Transformers writes it last.
 _LAST_FILE = "trainer_state.json"
+# What is raised where a config makes no draft.
+_MAKES_NONE = (AttributeError, LookupError, StrictDataclassError, TypeError, ValueError)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -37,9 +41,14 @@ def is_whole(checkpoint: Path) -> bool:
     return all(zipfile.is_zipfile(file) for file in pickles)
 
 
-def check_whole(checkpoint: Path) -> None:
+def check_whole(checkpoint: str | Path) -> None:
     """Raise a `ValueError` for a checkpoint that is not there, or was not written to its end."""
-    if not is_whole(checkpoint):
+    if not isinstance(checkpoint, str | Path) or not str(checkpoint):
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a folder, or true for the newest whole checkpoint, got {checkpoint!r}. "
+            "Leave it out to begin anew."
+        )
+    if not is_whole(Path(checkpoint)):
         raise ValueError(
             f"{checkpoint} is no whole checkpoint. Name another, or say `resume_from_checkpoint=True` for the newest "
             "whole one."
@@ -56,12 +65,20 @@ def check_same_draft(checkpoint: Path, config: PreTrainedConfig) -> None:
         config (`PreTrainedConfig`):
             Config of the draft that would go on from it.
     """
-    if not (checkpoint / CONFIG_NAME).exists():
+    file = checkpoint / CONFIG_NAME
+    if not file.exists():
         return  # as some of FSDP and DeepSpeed are
-    saved, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    saved = read_config(checkpoint)
     theirs, ours = {"model_type": saved.get("model_type")}, {"model_type": config.model_type}
     if theirs == ours:
-        theirs, ours = (_compared(fields, type(config)) for fields in (saved, config.to_dict()))
+        ours = _compared(config.to_dict(), type(config))
+        try:
+            theirs = _compared(saved, type(config))
+        except _MAKES_NONE as error:
+            raise ValueError(
+                f"{file} must be as it was saved, the config of a draft, got what makes none: "
+                f"{' '.join(str(error).split())}. Name another checkpoint."
+            ) from error
     names = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
     if names:
         expected, got = ({name: fields.get(name) for name in names} for fields in (theirs, ours))
@@ -84,11 +101,11 @@ def _compared(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> d
     return compared
 
 
-def check_checkpoint(checkpoint: Path, config: PreTrainedConfig) -> None:
+def check_checkpoint(checkpoint: str | Path, config: PreTrainedConfig) -> None:
     """Raise a `ValueError` for a checkpoint that a draft of a config can't go on from, and warn of what it lacks."""
     check_whole(checkpoint)
-    check_same_draft(checkpoint, config)
-    tell_what_is_missing(checkpoint)
+    check_same_draft(Path(checkpoint), config)
+    tell_what_is_missing(Path(checkpoint))
 
 
 def last_checkpoint(output_dir: Path) -> str | None:
