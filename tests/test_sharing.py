@@ -137,6 +137,24 @@ def test_a_folder_that_was_moved_says_what_to_do(folders: dict[str, Path], tmp_p
         target.generate(**make_inputs("llama", (0,), lengths=(12,)), **call)
 
 
+@pytest.mark.parametrize("given", [3, 0, "", ["me/it"], [], b"me/it", {"draft": "me/it"}], ids=repr)
+def test_what_names_no_draft_is_told_and_nothing_written(
+    folders: dict[str, Path], given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = MSDDraftModel.from_pretrained(folders["draft"])
+    monkeypatch.setattr(hub, "hf_api", lambda: pytest.fail("the Hub was asked"))
+    for save in (
+        lambda: draft.save_pretrained(tmp_path / "draft", custom_generate=given),
+        lambda: draft.push_to_hub("me/my-draft", custom_generate=given),
+    ):
+        with pytest.raises(ValueError, match="`custom_generate` must be true or false, or the repository or folder"):
+            save()
+    with pytest.raises(ValueError, match="`draft` must be the repository or folder that it is loaded from"):
+        write_custom_generate(tmp_path / "draft", given)
+    assert list(tmp_path.iterdir()) == []
+    assert "save_pretrained" not in vars(draft)
+
+
 @pytest.mark.parametrize(("given", "named"), [(True, "me/my-draft"), ("me/other", "me/other")])
 def test_it_is_uploaded_with_the_draft(
     folders: dict[str, Path], given: bool | str, named: str, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from transformers_msd.compat import stock_drafting_error
 from transformers_msd.models.configuration import checked_tree
 from transformers_msd.models.files import BROKEN, check_folder, remove_replaced
 from transformers_msd.models.places import check_finite, check_output
-from transformers_msd.models.sharing import write_custom_generate
+from transformers_msd.models.sharing import check_custom_generate, write_custom_generate
 from transformers_msd.traits.scales import Scales, look_up
 from transformers_msd.trees.tree import TreeConfig
 
@@ -260,11 +260,7 @@ class FeatureDraftModel(PreTrainedModel):
             args, kwargs:
                 As in [`~transformers.PreTrainedModel.save_pretrained`].
         """
-        if custom_generate and kwargs.get("push_to_hub"):
-            raise ValueError(
-                "`custom_generate` must be written before the draft is uploaded, got `push_to_hub=True` with it. Call "
-                "`draft.push_to_hub(repo_id, custom_generate=True)`."
-            )
+        check_custom_generate(custom_generate, bool(kwargs.get("push_to_hub")))
         check_output(save_directory, "save_directory")  # Transformers only logs that it is a file
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.should_save_on_this_rank(args[0] if args else kwargs.get("is_main_process", True)):
@@ -286,6 +282,7 @@ class FeatureDraftModel(PreTrainedModel):
             kwargs:
                 As in [`~transformers.PreTrainedModel.push_to_hub`].
         """
+        check_custom_generate(custom_generate)
         if not custom_generate:
             return super().push_to_hub(repo_id, **kwargs)
         # It saves by a method of the draft, and uploads what that leaves.

@@ -1,6 +1,7 @@
 """What lets a repository be named in `generate`, so that nobody has to import anything: `custom_generate`."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers_msd.models.places import check_output
 
@@ -43,6 +44,20 @@ def generate(*inputs, model, assistant_model=None, **arguments):
 '''
 
 
+def check_custom_generate(custom_generate: Any, is_uploaded: bool = False) -> None:
+    """Raise a `ValueError` for what names no draft, and where it would be written after an upload."""
+    if not isinstance(custom_generate, bool | str | Path | None) or custom_generate == "":
+        raise ValueError(
+            "`custom_generate` must be true or false, or the repository or folder that the draft is loaded from, got "
+            f"{custom_generate!r}. `True` is the one it is saved to."
+        )
+    if custom_generate and is_uploaded:
+        raise ValueError(
+            "`custom_generate` must be written before the draft is uploaded, got `push_to_hub=True` with it. Call "
+            "`draft.push_to_hub(repo_id, custom_generate=True)`."
+        )
+
+
 def write_custom_generate(folder: str | Path, draft: str | Path) -> None:
     """
     Write `custom_generate/generate.py` and its requirements.
@@ -54,6 +69,8 @@ def write_custom_generate(folder: str | Path, draft: str | Path) -> None:
             Repository, or folder as a `Path`, that the draft is loaded from.
     """
     check_output(folder, "folder")
+    if not isinstance(draft, str | Path) or draft == "":
+        raise ValueError(f"`draft` must be the repository or folder that it is loaded from, got {draft!r}. Name it.")
     place = Path(folder, FOLDER)
     place.mkdir(parents=True, exist_ok=True)
     name = draft if isinstance(draft, str) else str(Path(draft).absolute())
