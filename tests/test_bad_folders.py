@@ -179,23 +179,27 @@ def test_a_file_is_no_folder_to_write_to(name: str, below: str, tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-OVER_A_TARGET = [
-    "convert draft --output target",
-    "convert draft --output ./target --to sglang",
-    "train --datasets a/b --output_dir target --dry_run --use_cpu true --bf16 false",
-]
+OVER_WHAT_IS_READ = {
+    "convert draft --output target": "target",
+    "convert draft --output ./target --to sglang": "target",
+    "train --datasets a/b --output_dir target --dry_run --use_cpu true --bf16 false": "target",
+    "convert draft --output draft": "checkpoint",
+    "convert draft --output target/../draft --to sglang": "checkpoint",
+    "convert link --output draft": "checkpoint",
+}
 
 
-@pytest.mark.parametrize("command", OVER_A_TARGET)
-def test_a_target_is_not_written_over(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", OVER_WHAT_IS_READ)
+def test_what_is_read_is_not_written_over(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     target = make_target("llama")
     target.save_pretrained("target", max_shard_size="10KB")
     MSDDraftModel(MSDConfig.from_target(target.config)).save_pretrained("draft")
-    before = {file.name: file.read_bytes() for file in Path("target").iterdir()}
-    with pytest.raises(SystemExit, match="must not be the folder of the target, .* got (./)?target"):
+    Path("link").symlink_to("draft")
+    before = {file: file.read_bytes() for file in Path().glob("*/*")}
+    with pytest.raises(SystemExit, match=f"must not be the folder of the {OVER_WHAT_IS_READ[command]}, .* got "):
         main([*command.split(), "--target_model", "target"])
-    assert {file.name: file.read_bytes() for file in Path("target").iterdir()} == before
+    assert {file: file.read_bytes() for file in Path().glob("*/*")} == before
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "draft.safetensors"])

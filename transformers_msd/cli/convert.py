@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             "all tokens."
         )
     check_place(arguments.target_model, "target_model")
-    check_output(arguments.output, "output", arguments.target_model)
+    check_output(arguments.output, "output", target=arguments.target_model, checkpoint=arguments.checkpoint)
     target_config = AutoConfig.from_pretrained(arguments.target_model)
     draft = AutoDraftModel.from_pretrained(arguments.checkpoint, target_config)
     if arguments.draft_vocab_size:

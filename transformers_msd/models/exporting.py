@@ -62,7 +62,7 @@ def export_draft(draft: FeatureDraftModel, layout: str, target_model: str, outpu
             f"`draft` must be one of EAGLE-3, MSD or a block, got {type(draft).__name__}, which is not written for "
             "engines. Keep it in our own layout."
         )
-    check_output(output, "output", target_model)
+    check_output(output, "output", target=target_model)
     target_config = AutoConfig.from_pretrained(target_model)
     draft.check_target(target_config)
     if draft.needs_tokens:

@@ -25,28 +25,29 @@ def check_place(name: str, what: str) -> None:
         raise ValueError(f"`{what}` must be a path or a repository on the Hub, got {name!r}, where nothing is.")
 
 
-def check_output(folder: str | Path, what: str, target_model: str | None = None) -> None:
+def check_output(folder: str | Path, what: str, **kept: str | None) -> None:
     """
-    Raise a `ValueError` for a place that can't be a folder to write to, or where a target would be written over.
+    Raise a `ValueError` for a place that can't be a folder to write to, or where what is read would be written over.
 
     Args:
         folder (`str` or `Path`):
             Where something is to be written.
         what (`str`):
             What the place is called.
-        target_model (`str`, *optional*):
-            Folder or repository of the target, whose files must stay.
+        kept (`str`, *optional*):
+            Folders or repositories whose files must stay, by what is in them.
     """
     place = Path(folder).absolute()
     for path in (place, *place.parents):
         if path.exists() and not path.is_dir():
             where = "which is" if path == place else f"below {path},"
             raise ValueError(f"`{what}` must be a folder, new or not, got {folder}, {where} a file. Choose another.")
-    if target_model is not None and place.exists() and Path(target_model).exists() and place.samefile(target_model):
-        raise ValueError(
-            f"`{what}` must not be the folder of the target, whose weights would be replaced, got {folder}. Choose "
-            "another."
-        )
+    for content, name in kept.items():
+        if name is not None and place.exists() and Path(name).exists() and place.samefile(name):
+            raise ValueError(
+                f"`{what}` must not be the folder of the {content}, whose weights would be replaced, got {folder}. "
+                "Choose another."
+            )
 
 
 def check_finite(draft: PreTrainedModel, name: str) -> None:

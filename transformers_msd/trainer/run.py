@@ -79,7 +79,7 @@ def train(arguments: DraftArguments, args: MSDTrainingConfig) -> DraftTrainer:
     """Train, evaluate and save the draft of a recipe."""
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard the target as it is loaded; `prepare_target` does it
     check_draft(arguments)
-    check_output(args.output_dir, "output_dir", arguments.target_model)
+    check_output(args.output_dir, "output_dir", target=arguments.target_model)
     target, processor = load_target(arguments)
     if args.assistant_only_loss:
         check_template(processor)
@@ -119,7 +119,7 @@ def plan(arguments: DraftArguments, args: MSDTrainingConfig, num_processes: int)
     """Resolve a recipe without loading a weight."""
     if arguments.draft_vlm:
         check_settings(args)
-    check_output(args.output_dir, "output_dir", arguments.target_model)
+    check_output(args.output_dir, "output_dir", target=arguments.target_model)
     config = AutoConfig.from_pretrained(arguments.target_model)
     processor = load_processor(arguments.target_model)
     rows, _ = hold_out(
