@@ -695,7 +695,11 @@ BAD: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
         {"dflash_config": {"mask_token_id": 3, "input_embedding_scale": math.nan}},
         "`embedding_scale` must be a number above 0, got nan",
     ),
-    "settings that are a word": (None, {"rope_scaling": "yarn"}, "must be settings of all of its layers or null, got 'yarn'"),
+    "settings that are a word": (
+        None,
+        {"rope_scaling": "yarn"},
+        "must be settings of all of its layers or null, got 'yarn'",
+    ),
     "convolutions of other groups": (
         None,
         {"dflash_config": {"mask_token_id": 3, "conv_kernel_size": 2, "conv_group_size": 5}},

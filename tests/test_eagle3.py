@@ -526,7 +526,11 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "heads of less than nothing": (WHOLE, {"head_dim": -8}, "makes none"),
     "maps of another kind": (broken(WHOLE, t2d=WHOLE["t2d"].float().to(torch.float8_e5m2)), {}, "makes none"),
     "a window": (WHOLE, {"layer_types": ["sliding_attention"], "sliding_window": 64}, "see a window of 64"),
-    "settings that are a word": (WHOLE, {"rope_scaling": "yarn"}, "must be settings of all of its layers or null, got 'yarn'"),
+    "settings that are a word": (
+        WHOLE,
+        {"rope_scaling": "yarn"},
+        "must be settings of all of its layers or null, got 'yarn'",
+    ),
     "axes of another head": (
         WHOLE,
         {"rope_scaling": {"type": "default", "mrope_section": [4, 4, 4]}},
