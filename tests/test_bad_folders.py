@@ -257,6 +257,7 @@ PUBLISHED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pointer to a pickle": (pickled(b"version https://git-lfs.github.com/spec/v1"), "can't be read"),
     "half a pickle": (pickled(lambda data: data[: len(data) // 2]), "can't be read"),
     "a pickle of a list": (pickled([torch.ones(2)]), "must hold tensors by their names, got list"),
+    "a pickle of numbers": (pickled({1: torch.ones(2)}), "must hold tensors by their names, got dict"),
     "a pickle of words": (pickled({"fc.weight": "none"}), "must hold tensors by their names, got dict"),
 }
 

@@ -190,7 +190,8 @@ def _names_of(file: Path) -> dict[str, None]:
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     weights = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+    named = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(key, str) and torch.is_tensor(value) for key, value in named):
         raise TypeError(f"{file.name} must hold tensors by their names, got {type(weights).__name__}")
     return weights
 
