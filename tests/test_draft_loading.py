@@ -129,11 +129,25 @@ def test_what_holds_no_draft_on_features_is_told_in_a_few_words(tmp_path: Path) 
     assert len(str(caught.value)) < 2000
 
 
-def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+# What becomes of one of its weights, and what is said.
+OF_THEIR_OWN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], str]] = {
+    "none": (lambda weight: None, "must be those of its config, got none for .*q_proj"),
+    "another shape": (lambda weight: weight[:3], "must be those of its config, got none for .*q_proj"),
+    "NaN": (lambda weight: weight * float("nan"), "must be finite, got NaN or inf in .*q_proj"),
+    "8 bits": (lambda weight: weight.to(torch.float8_e5m2), "q_proj.* must be of floating point.* got F8_E5M2"),
+    "integers": (lambda weight: weight.to(torch.int8), "q_proj.* must be of floating point.* got I8"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THEIR_OWN)
+def test_a_model_whose_weights_are_not_whole_is_refused(name: str, tmp_path: Path) -> None:
+    change, message = OF_THEIR_OWN[name]
     make_draft_model("llama").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: value for name, value in weights.items() if "q_proj" not in name}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="must be those of its config, got none for .*q_proj"):
+    broken = {key: change(value).contiguous() for key, value in weights.items() if "q_proj" in key and name != "none"}
+    kept = {key: value for key, value in weights.items() if "q_proj" not in key}
+    save_file(kept | broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
         load_assistant(str(tmp_path), make_target("llama"))
 
 

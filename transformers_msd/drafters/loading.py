@@ -13,7 +13,8 @@ from transformers_msd.drafters.vlm import VLMDrafter
 from transformers_msd.models.auto import OURS, AutoDraftModel
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.configuration import DraftConfig
-from transformers_msd.models.files import find_folder, read_config, read_names
+from transformers_msd.models.files import check_stored, find_folder, read_config, read_names
+from transformers_msd.models.places import check_finite
 from transformers_msd.traits.support import device_of, dtype_of, is_multimodal
 
 
@@ -65,12 +66,16 @@ def load_draft(name: str, target: PreTrainedModel) -> PreTrainedModel:
     if read_config(find_folder(name)).get("model_type") in OURS or is_published(name):
         return AutoDraftModel.from_pretrained(name, target=target)
     model_class = auto_class(AutoConfig.from_pretrained(name))
-    model, found = model_class.from_pretrained(name, dtype=dtype_of(target), output_loading_info=True)
-    if found["missing_keys"]:
+    check_stored(find_folder(name))
+    settings = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = model_class.from_pretrained(name, dtype=dtype_of(target), **settings)
+    wrong = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in found[kind]})
+    if wrong:
         raise ValueError(
-            f"The weights in {name} must be those of its config, got none for {sorted(found['missing_keys'])[:3]}. "
-            "Copy the folder again, or pass a draft."
+            f"The weights in {name} must be those of its config, got none for {wrong[:3]}. Copy the folder again, or "
+            "pass a draft."
         )
+    check_finite(model, name)
     return model.to(device_of(target)).eval()
 
 

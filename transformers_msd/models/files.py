@@ -40,7 +40,6 @@ def check_folder(name: str, subfolder: str = "", needs_config: bool = True) -> N
         )
     if needs_config and not {"config.json", adapter.name} & set(names):
         raise ValueError(f"The folder of a draft must hold `config.json`, got {names} in {folder}. Copy it again.")
-    is_quantised = "config.json" in names and "quantization_config" in read_config(folder)
     for weights, index in ((name, f"{name}.index.json") for name in ("model.safetensors", "pytorch_model.bin")):
         if weights in names:
             break
@@ -49,12 +48,13 @@ def check_folder(name: str, subfolder: str = "", needs_config: bool = True) -> N
             if "metadata" not in json.loads((folder / index).read_text()):
                 raise ValueError(f"{folder / index} must hold `metadata`, got none. Copy the folder again.")
             break
-    if not is_quantised:
-        _check_stored(folder)
+    check_stored(folder)
 
 
-def _check_stored(folder: Path) -> None:
+def check_stored(folder: Path) -> None:
     """Raise a `ValueError` for weights that were quantised, where no config tells how."""
+    if (folder / "config.json").exists() and "quantization_config" in read_config(folder):
+        return
     for file in folder.glob("*.safetensors"):
         with suppress(SafetensorError), safe_open(file, framework="pt") as weights:  # told where they are loaded
             dtypes = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
