@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"`image` must be a picture's file, got {str(arguments.image)!r}, where nothing is.")
     if arguments.output.is_dir() or not arguments.output.absolute().parent.is_dir():
         raise ValueError(
-            f"`output` must be a file in a folder that exists, got {arguments.output}. Make "
-            "the folder, or name a file in it."
+            f"`output` must be a file in a folder that exists, got {arguments.output}. Make the folder, or "
+            "name a file in it."
         )
     if arguments.draft_model is not None:
         check_fits(arguments.draft_model, arguments.target_model)

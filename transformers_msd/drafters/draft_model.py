@@ -11,7 +11,7 @@ from transformers_msd.caches.captures import Captures
 from transformers_msd.drafters.prompts import has_pictures
 from transformers_msd.target.target import Target
 from transformers_msd.traits.support import last_learned_position
-from transformers_msd.traits.tokens import encoded_token_ids, visual_token_ids, visual_token_mask
+from transformers_msd.traits.tokens import encoded_token_ids, visual_token_ids
 from transformers_msd.trees.masks import causal_mask
 
 
@@ -101,8 +101,9 @@ class DraftModel(Target):
     def readable(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Bring tokens to where the draft is, those replaced that its vocabulary lacks, or for which towers run."""
         token_ids = token_ids.to(self.lengths.device).clamp(max=self.model.config.get_text_config().vocab_size - 1)
-        unfit = encoded_token_ids(self.model.config)
-        return token_ids.masked_fill(visual_token_mask(token_ids, unfit), 0) if unfit else token_ids
+        for unfit in encoded_token_ids(self.model.config):
+            token_ids = token_ids.masked_fill(token_ids == unfit, 0)
+        return token_ids
 
 
 def _without_settings(model: PreTrainedModel) -> PreTrainedModel:

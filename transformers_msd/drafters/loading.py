@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from transformers_msd.drafters.vlm import VLMDrafter
-from transformers_msd.models.auto import OURS, AutoDraftModel
+from transformers_msd.models.auto import OURS, AutoDraftModel, fuses
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.configuration import DraftConfig
 from transformers_msd.models.files import check_stored, find_folder, read_config, read_names
@@ -28,10 +28,7 @@ def auto_class(config: PreTrainedConfig) -> type:
 def is_published(name: str) -> bool:
     """Whether this is a draft that reads a target's features, as others published it."""
     folder = find_folder(name)
-    # It joins them with something else, which no model of its own does by this name.
-    return read_config(folder).get("model_type") not in OURS and any(
-        key.removeprefix("model.") == "fc.weight" for key in read_names(folder)
-    )
+    return read_config(folder).get("model_type") not in OURS and fuses(read_names(folder))
 
 
 def check_fits(draft_model: str, target_model: str) -> None:

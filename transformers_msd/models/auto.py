@@ -1,5 +1,6 @@
 """Drafts of any kind, told by their files."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ THEIRS = (
 )
 # What is raised where a config and weights make no draft, sizes below nothing among it.
 _MAKES_NONE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError)
+
+
+def fuses(names: Iterable[str]) -> bool:
+    """Tell whether weights of these names join a target's features with something else, as drafts on them do."""
+    return any(name.removeprefix("model.") == "fc.weight" for name in names)
 
 
 class AutoDraftModel:
@@ -130,7 +136,7 @@ class AutoDraftModel:
 
 
 def _load_others(folder: Path, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> MSDDraftModel:
-    if not any(key.removeprefix("model.") == "fc.weight" for key in weights):
+    if not fuses(weights):
         raise ValueError(
             f"A draft that reads the target's features has a layer `fc`, got none in {folder}. A model of its own "
             "drafts as `VLMDrafter(model)`."

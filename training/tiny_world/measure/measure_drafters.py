@@ -162,24 +162,20 @@ def rests(world: World, repeats: int) -> dict[str, Any]:
             for group, prompts in world.all_prompts.items():
                 counts = {kind: {"prompts": 0, "tokens": 0, "plain": 0} for kind in ("pays", "does not")}
                 for seed, inputs in enumerate(prompts):
-                    tau = 0.0
-                    for gate in (True, False):
-                        assistant.tree_config = replace(tree, gate=gate)
-                        call = {**inputs, **settings, "max_new_tokens": 100, "assistant_model": assistant}
+                    call = {**inputs, **settings, "max_new_tokens": 100, "assistant_model": assistant}
+                    gated = stats = timed(world.target, seed, **call)[0].speculative_stats
+                    if gated.num_plain_steps:  # else it is the same without the gate
+                        assistant.tree_config = replace(tree, gate=False)
                         stats = timed(world.target, seed, **call)[0].speculative_stats
-                        if gate:
-                            num_plain, num_tokens = stats.num_plain_steps, int(stats.acceptance_lengths.sum())
-                        tau = stats.mean_acceptance_length
-                        if not num_plain:
-                            break  # without the gate it is the same
-                    counted = counts["pays" if tau >= cost else "does not"]
-                    for name, number in {"prompts": 1, "tokens": num_tokens, "plain": num_plain}.items():
-                        counted[name] += number
+                        assistant.tree_config = tree
+                    counted = counts["pays" if stats.mean_acceptance_length >= cost else "does not"]
+                    counted["prompts"] += 1
+                    counted["tokens"] += int(gated.acceptance_lengths.sum())
+                    counted["plain"] += gated.num_plain_steps
                 name = f"{'MSD' if assistant is world.msd else 'draft VLM'}, {mode}, {group}"
                 results[name] = {"cost": cost} | counts
                 said = (f"{own['plain']} of {own['tokens']}, {own['prompts']} prompts" for own in counts.values())
                 print(f"| {name} | {' | '.join(said)} |", flush=True)
-        assistant.tree_config = tree
     return results
 
 
