@@ -388,10 +388,11 @@ def test_batches_and_turns_equal_plain_ones(name: str, do_sample: bool, is_compi
     for key, value in draft.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
     call = {"max_new_tokens": 24, "do_sample": do_sample, "return_dict_in_generate": True}
-    compiled = {"compile_config": CompileConfig(backend="eager", mode=None), "assistant_model": StaticRuntime(again)}
+    whole = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiled = {"compile_config": whole, "assistant_model": StaticRuntime(again)}
     inputs = make_inputs(architecture_of(name), (2, 0, 1))
     outputs = []
-    for assisted in ({}, {"assistant_model": again}, *([compiled] if is_compiled else [])):
+    for assisted in ({}, *([compiled] if is_compiled else []), {"assistant_model": again}):
         torch.manual_seed(2)
         first = target.generate(**inputs, **call, **assisted)
         ids = torch.cat([first.sequences, torch.full((3, 2), 7)], dim=1)

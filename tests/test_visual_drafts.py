@@ -364,7 +364,7 @@ def test_batches_and_turns_equal_plain_ones(name: str, way: str, do_sample: bool
     for key, value in draft.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
     call = {"max_new_tokens": 12, "do_sample": do_sample, "return_dict_in_generate": True}
-    call |= {"compile_config": CompileConfig(backend="eager", mode=None)} if way == "captured" else {}
+    call |= {"compile_config": CompileConfig(backend="eager", mode=None, fullgraph=True)} if way == "captured" else {}
     assistant = again if way == "eager" else StaticRuntime(again)
     outputs = []
     for assisted in ({}, {"assistant_model": assistant}):

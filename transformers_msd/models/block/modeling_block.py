@@ -1,7 +1,5 @@
 """The block draft: a few decoder layers that say all levels of a tree in one forward."""
 
-from functools import cached_property
-
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
@@ -47,6 +45,10 @@ class BlockDraftModel(FeatureDraftModel):
         self.hidden_norm, self.norm = norm_of(), norm_of()
         self.visual_fc = nn.Linear(size, size, bias=False) if config.visual_rows == "decoupled" else None
         self.join = nn.Linear(2 * size, size, bias=False) if config.reads_feature else None
+        # What rows of a block see, in one layer or another: those before them alone or all, and how far.
+        kinds = list(dict.fromkeys(config.layer_sights))
+        self.sights = [(causal, None if window is None else BlockWindow(window)) for causal, window in kinds]
+        self._sight_of_layer = [kinds.index(own) for own in config.layer_sights]
         self.mask_embedding = nn.Parameter(torch.empty(size)) if config.mask_token_id is None else None
         self.edge_from = nn.Embedding(vocab_size, config.edge_rank) if config.edge_rank else None
         self.edge_to = nn.Linear(config.edge_rank, vocab_size, bias=False) if config.edge_rank else None
@@ -85,19 +87,6 @@ class BlockDraftModel(FeatureDraftModel):
     @property
     def pools(self) -> bool:
         return self.config.visual_rows != "kept"
-
-    @cached_property
-    def sights(self) -> list[tuple[bool, BlockWindow | None]]:
-        """What rows of a block see, in one layer or another: those before them alone or all, and how far."""
-        return [
-            (causal, None if window is None else BlockWindow(window))
-            for causal, window in dict.fromkeys(self.config.layer_sights)
-        ]
-
-    @cached_property
-    def _sight_of_layer(self) -> list[int]:
-        kinds = list(dict.fromkeys(self.config.layer_sights))
-        return [kinds.index(own) for own in self.config.layer_sights]
 
     def get_input_embeddings(self) -> None:
         """None: they are the target's."""
