@@ -70,7 +70,7 @@ class Untuned(TreeCandidateGenerator):
 
 
 def test_assumed_costs_by_hand():
-    assert [forward_cost(num_tokens, "cpu") for num_tokens in (1, 8, 16, 24)] == [1.0, 1.9, 2.0, 2.25]
+    assert [forward_cost(num_tokens, "cpu") for num_tokens in (1, 2, 4, 8, 16, 24)] == [1, 1.5, 1.5, 1.65, 2, 2.25]
     assert forward_cost(40, "cpu") == pytest.approx(2.75)
     # Elsewhere 256 tokens take as long as the weights.
     assert [forward_cost(num_tokens, "cuda") for num_tokens in (1, 258)] == [1.0, 2.0]

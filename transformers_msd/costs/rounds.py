@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # Assumed where it was not measured: tokens whose arithmetic takes as long as reading the weights does, and what a
 # forward over so many tokens costs on a CPU beside one over a single token.
 TOKENS_BESIDE_WEIGHTS = 256
-CPU_FORWARD = ([1, 8, 16, 24], [1.0, 1.9, 2.0, 2.25])
+CPU_FORWARD = ([1, 2, 4, 8, 16, 24], [1.0, 1.5, 1.5, 1.65, 2.0, 2.25])
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Evidence:
         Returns:
             `int`: Plain steps to take now. Two witnesses must speak for a rest: what was won and lost, which tells
             little after a few rounds, and the draft, by what it expects of its trees, scaled by how this turned out.
+            The less that is of what a round costs, the less may be lost.
         """
         self.expected += expected - FORGOTTEN * (self.expected - PRIOR)
         self.accepted += accepted - FORGOTTEN * (self.accepted - PRIOR)
@@ -53,7 +54,8 @@ class Evidence:
         self.won = min(self.won + 1 + accepted - cost, CREDIT * may_lose)
         if self.won >= 0:
             self.rest = FIRST_REST
-        if self.won >= -may_lose or 1 + expected * self.accepted / self.expected >= cost:
+        promised = (1 + expected * self.accepted / self.expected) / cost
+        if promised >= 1 or self.won >= -may_lose * promised:
             return 0
         num_steps, self.rest, self.won = self.rest, self.rest * LONGER, (AFTER_REST - 1) * may_lose
         return num_steps
