@@ -1,7 +1,6 @@
 """Where drafting does not pay it rests; the tokens stay the same, and it comes back when it pays again."""
 
 import copy
-from itertools import groupby
 from typing import Any
 
 import pytest
@@ -62,8 +61,8 @@ def test_rests_grow_and_probes_are_short():
     lengths = output.speculative_stats.acceptance_lengths[:, 0]
     assert lengths.float().mean() < 1.2
     num_drafted_rounds = len(lengths) - output.speculative_stats.num_plain_steps
-    # A round of three levels and four nodes costs 2 steps and gives one token, and the draft promises little more.
-    # Rests of 16 and 96 steps come after two or three rounds and then one each.
+    # A round of three levels and four nodes costs 2 steps and gives one token. The draft promises more than that until
+    # the third, when it is known to be wrong. Rests of 16 and 96 steps come after that, with a round between them.
     assert num_drafted_rounds == 3 + 1 + 1
     assert output.speculative_stats.num_plain_steps > FIRST_REST * (1 + LONGER)
 
@@ -104,12 +103,16 @@ def test_draft_knows_what_came_to_stand_while_it_rested(architecture, monkeypatc
     # Rounds count as bad whatever they give.
     monkeypatch.setattr("transformers_msd.drafters.base.TreeCandidateGenerator.round_cost", lambda self, tree: 7.0)
     monkeypatch.setattr("transformers_msd.drafters.gate.LONGER", 1)
+    # A random model is right without being sure of it.
+    observe = Evidence.observe
+    monkeypatch.setattr(Evidence, "observe", lambda self, accepted, _, cost: observe(self, accepted, accepted, cost))
     output = generate(target, make_inputs(architecture, (1,)), max_new_tokens=80, assistant_model=drafter)
     lengths = output.speculative_stats.acceptance_lengths[:-1, 0].tolist()
-    # Whatever was drafted is right, after rests, too.
-    runs = [(length, len([*run])) for length, run in groupby(lengths)]
-    assert [length for length, _ in runs[:5]] == [5, 1, 5, 1, 5]
-    assert [number for length, number in runs[:-1] if length == 1] == [FIRST_REST] * (len(runs[:-1]) // 2)
+    # Each of 5 tokens loses 2 steps, of 5/7 of 9 that may be lost, of which a rest gives back no more than one round.
+    first, rest, probe = [5] * 4, [1] * FIRST_REST, [5]
+    expected = first + (rest + probe) * 3
+    assert lengths == expected[: len(lengths)]
+    assert len(lengths) > len(first + rest + probe)
 
 
 def test_good_draft_never_rests():

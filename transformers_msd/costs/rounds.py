@@ -69,8 +69,9 @@ def forward_cost(num_tokens: int, device_type: str) -> float:
     """
     Tell what a forward over so many tokens costs beside one over a single token, where it was not measured.
 
-    On a CPU, as was measured of a Llama of 135 million parameters in float32 on 2 cores; elsewhere as if arithmetic
-    took as long as the reading of the weights at `TOKENS_BESIDE_WEIGHTS` tokens.
+    On a CPU, between what was measured on two of a Llama of 135 million parameters in float32, and level from 2 tokens
+    to 4, of which 2 and 3 cost more than 4 do; elsewhere as if arithmetic took as long as reading the weights does at
+    `TOKENS_BESIDE_WEIGHTS` tokens.
     """
     if device_type == "cpu":
         return _linear(num_tokens, *CPU_FORWARD)

@@ -8,7 +8,7 @@ from transformers_msd.target.committed import Committed
 from transformers_msd.trees.tree import TokenTree
 
 
-# What drafting may lose before it rests, in plain steps, and in rounds in vain where these cost more.
+# What drafting may lose before it rests, at the most: in plain steps, and in rounds in vain where these cost more.
 LOST_STEPS, LOST_ROUNDS = 3.0, 1.5
 # Of this, what it may lose after a rest, and what it may win beyond.
 AFTER_REST, CREDIT = 1 / 3, 5 / 3
@@ -46,7 +46,7 @@ class Evidence:
         Returns:
             `int`: Plain steps to take now. Two witnesses must speak for a rest: what was won and lost, which tells
             little after a few rounds, and the draft, by what it expects of its trees, scaled by how this turned out.
-            The less that is of what a round costs, the less may be lost.
+            Where that is less than the round costs, less may be lost in proportion.
         """
         self.expected += expected - FORGOTTEN * (self.expected - PRIOR)
         self.accepted += accepted - FORGOTTEN * (self.accepted - PRIOR)
