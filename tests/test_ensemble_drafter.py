@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from zoo import IMAGE_ID, READ_EMBEDS, TEXT, make_draft_model, make_inputs, make_target
 
-from training.evidence.tiny import make_model, make_prompts
+from training.evidence.tiny import FIRST_SPECIAL, make_model, make_prompts
+from training.evidence.tiny_fields import VOCAB_SIZE
 from transformers_msd import (
     Caption,
     EnsembleDrafter,
@@ -280,6 +281,29 @@ def test_ensembles_and_single_drafts_agree_on_what_they_refuse():
     for drafter in (EnsembleDrafter(target, views=("text_only",)), VLMDrafter(target)):
         with pytest.raises(ValueError, match="got no `input_ids`"):
             generate(target, embeds, assistant_model=drafter)
+
+
+# With a mask of the pieces of pictures, and with positions on four axes.
+@pytest.mark.parametrize("name", ["granite_docling", "hunyuan_vl"])
+def test_multimodal_view_of_models_that_say_more_of_pictures(name):
+    model = make_model(name)
+    inputs = make_prompts(model, "pictures")
+    with torch.no_grad():
+        rows = Multimodal()(Prompts(model, prompt_of(model, model, inputs)))
+        said = logits_after(model, left_pad(rows)), logits_after(model, prompt_of(model, model, inputs))
+    if name == "hunyuan_vl":  # the other's pictures enter at further layers, too, which a view leaves out
+        torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)
+    drafter = EnsembleDrafter(model, ("multimodal", "text_only"), (0.5, 0.5), tree_config=TREE)
+    for do_sample in (False, True):
+        settings = {"do_sample": do_sample, "suppress_tokens": list(range(FIRST_SPECIAL, VOCAB_SIZE))}
+        drafted = generate(model, inputs, assistant_model=drafter, **settings)
+        assert torch.equal(drafted.sequences, generate(model, inputs, **settings).sequences)
+
+
+def test_pictures_that_only_layers_read_are_told():
+    model = make_model("granite4_vision")
+    with pytest.raises(ValueError, match="which gives what several of its layers read. Use `VLMDrafter`"):
+        generate(model, make_prompts(model, "pictures"), assistant_model=EnsembleDrafter(model))
 
 
 # Whose pictures views can't ask for, and why: by what its class has, or takes besides.

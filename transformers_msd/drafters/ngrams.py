@@ -190,6 +190,8 @@ class NgramBranches:
     def _length(self, guesses: list[list[float]], num_nodes: int, forward_cost: Callable[[int], float]) -> int:
         """Choose how long chains are: what fits into the trees, and beyond them what pays."""
         longest = min(max(map(len, guesses)), self._config.num_nodes - 1)
+        if not longest:
+            return 0
         best, best_rate = 0, (LEAST_GAIN if num_nodes == 1 else 1.0) / forward_cost(num_nodes)
         expected, paths = 1.0, [1.0] * len(guesses)
         for length in range(1, longest + 1):

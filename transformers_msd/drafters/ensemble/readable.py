@@ -4,13 +4,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from transformers_msd.traits.refusal import Refusal
 
 
-# Inputs that say what pictures are, for a model that encodes them.
+# Inputs that say what pictures are, for a model that encodes them, and those that only some models take.
 ENCODED = ("pixel_values", "image_sizes", "image_grid_thw")
+_TAKEN_BY_SOME = ("pixel_attention_mask",)
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -46,7 +48,32 @@ def check_encodes(model: PreTrainedModel, inputs: Mapping[str, Any], error: type
         if not missing:
             return
         lack = f"needs {missing}, too"
-    raise error(
+    raise error(_lacking(model, lack))
+
+
+def encode(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """
+    Return what a model makes of each picture, of shape `(num_tokens, hidden_size)`.
+
+    Args:
+        model (`PreTrainedModel`):
+            The draft model.
+        inputs (`dict[str, torch.Tensor]`):
+            Prompts as for `generate`, with pictures, on its device.
+    """
+    check_encodes(model, inputs)
+    named = inspect.signature(model.get_image_features).parameters
+    names = (*ENCODED, *(name for name in _TAKEN_BY_SOME if name in named))
+    vision = {name: inputs[name] for name in names if name in inputs}
+    vision["pixel_values"] = vision["pixel_values"].to(model.dtype)
+    features = model.get_image_features(**vision, return_dict=True).pooler_output
+    if features is None:
+        raise ValueError(_lacking(model, "gives what several of its layers read"))
+    return [picture.flatten(0, -2) for picture in features]
+
+
+def _lacking(model: PreTrainedModel, lack: str) -> str:
+    return (
         f"Views ask a draft for its pictures by `get_image_features`, got {type(model).__name__}, which {lack}. Use "
         "`VLMDrafter`, another draft, or the view `text_only` alone."
     )

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from transformers_msd.drafters.ensemble.readable import ENCODED, check_encodes, check_ids, check_no_video
+from transformers_msd.drafters.ensemble.readable import check_ids, check_no_video, encode
 from transformers_msd.traits.tokens import visual_token_ids
 
 
@@ -71,13 +71,7 @@ class Prompts:
     @cached_property
     def pictures(self) -> list[torch.Tensor]:
         """What the model makes of each picture, of shape `(num_tokens, hidden_size)`; encoded when first asked for."""
-        if self.num_pictures == 0:
-            return []
-        check_encodes(self.model, self.inputs)
-        vision = {name: self.inputs[name] for name in ENCODED if name in self.inputs}
-        vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
-        features = self.model.get_image_features(**vision, return_dict=True).pooler_output
-        return [picture.flatten(0, -2) for picture in features]
+        return encode(self.model, self.inputs) if self.num_pictures else []
 
     def replace_pictures(self, replacements: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
@@ -146,7 +140,7 @@ class Multimodal:
         is_counted = not prompts.num_pictures or "mm_token_type_ids" not in inputs
         if is_counted or not hasattr(prompts.model.model, "get_rope_index"):
             return [ViewPrompt(rows) for rows in embeds]
-        # Pictures have positions on three axes.
+        # Pictures have positions on several axes.
         positions, _ = prompts.model.model.get_rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
@@ -265,13 +259,14 @@ def left_pad(rows: list[ViewPrompt]) -> dict[str, torch.Tensor]:
     mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
     batch = {"inputs_embeds": torch.stack(embeds), "attention_mask": mask.to(embeds[0].device)}
     if any(row.position_ids is not None for row in rows):
-        counted = [torch.arange(length, device=mask.device).expand(3, -1) for length in lengths]
+        num_axes = next(len(row.position_ids) for row in rows if row.position_ids is not None)
+        counted = [torch.arange(length, device=mask.device).expand(num_axes, -1) for length in lengths]
         axes = [
             count if row.position_ids is None else row.position_ids.to(mask.device)
             for row, count in zip(rows, counted, strict=True)
         ]
-        # The axis that counts tokens comes before those of the pictures.
-        axes = [torch.cat([count[:1], own]) for count, own in zip(counted, axes, strict=True)]
+        if num_axes == 3:  # the axis that counts tokens comes before those of the pictures
+            axes = [torch.cat([count[:1], own]) for count, own in zip(counted, axes, strict=True)]
         padded = [F.pad(own, (longest - length, 0)) for own, length in zip(axes, lengths, strict=True)]
         batch["position_ids"] = torch.stack(padded, dim=1)
     return batch
