@@ -5,9 +5,10 @@ What do n-grams add? Calls with and without what stood before as branches of the
     python -m training.evidence.ngrams --compiled                                  # with compiled drafting
     python -m training.evidence.ngrams --target SMOLLM2 --prompts FOLDER           # a language model, without a draft
 
-Each prompt is answered plainly and with every assistant in turn, several times; told are τ, the share of all tokens
-that plain steps gave because drafting rested, and the median of the speed-ups of the passes with their range. `FOLDER`
-holds mt_bench.jsonl, gsm8k.jsonl, and so on, with `turns`.
+Each prompt is answered plainly and with every assistant in turn, several times, every other time the other way round.
+Told are τ, the share of all tokens that plain steps gave because drafting rested, and the median of the speed-ups of
+the passes with their range; of the draft with n-grams also its speed over that without, prompt by prompt, the median
+and the quartiles. `FOLDER` holds mt_bench.jsonl, gsm8k.jsonl, and so on, with `turns`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from training.real_llava.measure import TEXTS, asked
 from training.tiny_world.build.target import encode_prompts, load_target
 from training.tiny_world.build.train_draft import DRAFT_CHECKPOINT
 from training.tiny_world.measure.evaluate import MODES, acceptance_length, timed
+from training.tiny_world.measure.measure_drafters import spread
 from training.tiny_world.world.rows import evaluation_prompts
 from transformers_msd import MSDDraftModel, NgramDrafter, StaticRuntime
 from transformers_msd.costs.provenance import hardware
@@ -33,6 +35,7 @@ from transformers_msd.drafters.msd import MSDDrafter
 
 
 DOCS = Path(__file__).parents[2] / "docs"
+DRAFT, BOTH = "draft", "draft and n-grams"
 # Also of Transformers' own, greedily, for it draws other samples, and without pictures, for it loses them.
 PROMPT_LOOKUP = "prompt lookup (Transformers)"
 
@@ -45,14 +48,18 @@ def compare(
     if not call["do_sample"] and "pixel_values" not in prompts[0]:
         calls[PROMPT_LOOKUP] = {"prompt_lookup_num_tokens": 10}
     seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in ("plain", *calls)}
+    over_draft: list[float] = []
     rounds: dict[str, list[list[int]]] = {name: [] for name in calls}
     equal, num_rested, num_tokens = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0), 0
     for number in range(repeats + 1):  # the first pass warms up, over one prompt
         for seed, inputs in enumerate(prompts if number else prompts[:1]):
             plain, plain_seconds = timed(target, seed, **inputs, **call)
-            found = {name: timed(target, seed, **inputs, **call, **own) for name, own in calls.items()}
+            order = list(calls.items())[:: -1 if number % 2 else 1]
+            found = {name: timed(target, seed, **inputs, **call, **own) for name, own in order}
             if not number:
                 continue
+            if BOTH in found:
+                over_draft.append(found[DRAFT][1] / found[BOTH][1])
             seconds["plain"][number - 1] += plain_seconds
             num_tokens += plain.sequences.shape[1] - inputs["input_ids"].shape[1]
             for name, (output, elapsed) in found.items():
@@ -71,6 +78,8 @@ def compare(
             "range": [min(ratios), max(ratios)],
             "equal": f"{equal[name]} of {repeats * len(prompts)}",
         }
+    if over_draft:
+        results[BOTH]["over the draft"] = spread(over_draft)
     return results
 
 
@@ -80,8 +89,8 @@ def tiny_pair(num_prompts: int, is_compiled: bool) -> tuple[PreTrainedModel, dic
     draft = MSDDraftModel.from_pretrained(DRAFT_CHECKPOINT, dtype=torch.float32)
     tree = draft.tree_config
     assistants: dict[str, Any] = {
-        "draft": MSDDrafter(draft, replace(tree, ngrams=False)),
-        "draft and n-grams": MSDDrafter(draft, replace(tree, ngrams=True)),
+        DRAFT: MSDDrafter(draft, replace(tree, ngrams=False)),
+        BOTH: MSDDrafter(draft, replace(tree, ngrams=True)),
     }
     if is_compiled:
         assistants = {name: StaticRuntime(assistant) for name, assistant in assistants.items()}
@@ -130,6 +139,7 @@ def main() -> None:
             shown = [
                 f"{name} {own['speedup']:.2f}x ({own['range'][0]:.2f} to {own['range'][1]:.2f}), {own['equal']}"
                 + ("" if own["tau"] is None else f", τ {own['tau']:.2f}, rested {own['rested']:.1%}")
+                + (f", {own['over the draft']['median']:.3f} of the draft's speed" if name == BOTH else "")
                 for name, own in figures.items()
             ]
             print(f"{kind}, {mode} | {found['plain step, ms']:.1f} ms | " + " | ".join(shown), flush=True)
