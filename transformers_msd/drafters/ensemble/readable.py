@@ -40,9 +40,9 @@ def check_encodes(model: PreTrainedModel, inputs: Mapping[str, Any], error: type
         error (`type[ValueError]`, *optional*, defaults to `ValueError`):
             Class of the error.
     """
-    encode, lack = getattr(model, "get_image_features", None), "has none"
-    if encode is not None:
-        parameters = inspect.signature(encode).parameters.values()
+    get_features, lack = getattr(model, "get_image_features", None), "has none"
+    if get_features is not None:
+        parameters = inspect.signature(get_features).parameters.values()
         needed = [one.name for one in parameters if one.default is one.empty and one.kind not in _COLLECTING]
         missing = [name for name in needed if name not in ENCODED or inputs.get(name) is None]
         if not missing:
