@@ -17,7 +17,7 @@ from zoo import make_draft_model, make_target
 
 from transformers_msd import EnsembleDrafter, MSDConfig, MSDDraftModel, StaticRuntime
 from transformers_msd.bench.settings import BenchArguments
-from transformers_msd.costs.calibration import load_sizing, save_costs
+from transformers_msd.costs.calibration import load_costs, save_costs
 from transformers_msd.costs.rounds import Costs
 from transformers_msd.trainer import AcceptanceLength, ExactMatch, MSDTrainingConfig
 from transformers_msd.trainer.callbacks import AcceptanceLengthCallback
@@ -144,10 +144,10 @@ def test_broken_costs_are_not_read(broken: str, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("transformers_msd.costs.calibration.HF_HOME", str(tmp_path))
     target, draft = make_target("llama"), make_draft_model("llama")
     path = save_costs([Costs(1.0, [2], [1.5], 0.1, 2)], [draft], target)
-    assert load_sizing([draft], target) is not None
+    assert load_costs([draft], target) is not None
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     path.write_text(broken)
-    assert load_sizing([draft], target) is None
+    assert load_costs([draft], target) is None
     # A call with this pair goes on without them.
     ids = torch.tensor([[5, 6, 7]])
     drafter = EnsembleDrafter(draft, views=("text_only",))

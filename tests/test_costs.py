@@ -27,10 +27,11 @@ from transformers_msd import (
 )
 from transformers_msd.bench.models import load_model
 from transformers_msd.cli import main
-from transformers_msd.costs.calibration import costs_path, load_sizing, save_costs
-from transformers_msd.costs.rounds import Costs, forward_cost, round_cost
+from transformers_msd.costs.calibration import costs_path, load_costs, save_costs
+from transformers_msd.costs.rounds import Costs, assumed_costs, forward_cost, round_cost
 from transformers_msd.costs.settling import uncertainty
 from transformers_msd.costs.sizing import Sizing
+from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.target import Target
 from transformers_msd.tuning import measure_costs
 
@@ -74,6 +75,9 @@ def test_assumed_costs_by_hand():
     assert forward_cost(40, "cpu") == pytest.approx(2.75)
     # Elsewhere 256 tokens take as long as the weights.
     assert [forward_cost(num_tokens, "cuda") for num_tokens in (1, 258)] == [1.0, 2.0]
+    # A tree of eight nodes in three levels, of a draft that costs 0.2 steps, and 0.17 more for each level.
+    assert assumed_costs(0.2, 0.17, "cpu").round(8, 3) == pytest.approx(0.2 + 3 * 0.17 + 1.65)
+    assert assumed_costs(0.0, 0.08, "cuda").round(60, 3) == pytest.approx(3 * 0.08 + 316 / 257)
     # Four levels, and a forward over 440 tokens in place of one over 20.
     tokens = torch.zeros(20, 22, dtype=torch.long)
     own = Untuned().round_cost(TokenTree(tokens, tokens, tokens, 4))
@@ -174,16 +178,42 @@ def test_tokens_are_equal_and_trees_follow_the_costs(kind, do_sample):
     assert drafted[3] < 2
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("drafter", [VLMDrafter, EnsembleDrafter])
+def test_trees_follow_assumed_costs_where_none_were_measured(drafter, do_sample):
+    target = make_target("llama")
+    with torch.no_grad():
+        target.get_output_embeddings().weight.mul_(100.0)  # sure of every token
+    inputs = make_inputs("llama", (0,), lengths=(7,))
+    plain = generate(target, inputs, do_sample=do_sample)
+    sizes = {}
+    for name, draft in (("sure", copy.deepcopy(target)), ("unsure", make_draft_model("llama"))):
+        for gate in (True, False):
+            tree = TreeConfig(num_nodes=12, depth=5, top_k=3, gate=gate, ngrams=False)
+            assistant = drafter(draft, tree_config=tree)
+            output = generate(target, inputs, do_sample=do_sample, assistant_model=assistant)
+            assert torch.equal(output.sequences, plain.sequences)
+            stats = output.speculative_stats
+            sizes[name, gate] = stats.num_drafted / (stats.num_rounds - stats.num_plain_steps)
+    assert sizes["sure", False] == sizes["unsure", False] == 11
+    # Where the first child is certain its siblings don't pay. Where none is likely three are tried: a forward takes as
+    # long for four nodes as for two.
+    assert 4.5 < sizes["sure", True] <= 6
+    assert 3 <= sizes["unsure", True] <= 4
+    output = generate(target, inputs, do_sample=do_sample, assistant_model=Ungated(assistant))
+    assert output.speculative_stats.num_drafted == 11 * output.speculative_stats.num_rounds
+
+
 def test_costs_of_another_pair_or_machine_are_ignored(monkeypatch):
     target, draft = make_target("llama"), make_draft_model("llama")
     save_costs([costs(1.0)], [draft], target)
-    assert load_sizing([draft], target).costs == costs(1.0)
-    assert load_sizing([make_draft_model("llava")], target) is None
-    assert load_sizing([draft, draft], target) is None
-    assert load_sizing([draft], copy.deepcopy(target).to(torch.bfloat16)) is None
-    assert load_sizing([draft], make_target("llama", "eager")) is None
+    assert load_costs([draft], target) == [costs(1.0)]
+    assert load_costs([make_draft_model("llava")], target) is None
+    assert load_costs([draft, draft], target) is None
+    assert load_costs([draft], copy.deepcopy(target).to(torch.bfloat16)) is None
+    assert load_costs([draft], make_target("llama", "eager")) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert load_sizing([draft], target) is None
+    assert load_costs([draft], target) is None
 
 
 def test_several_prompts_are_drafted_with_the_fixed_tree():
@@ -254,7 +284,7 @@ def test_command_measures_and_saves(pair, capsys, few_rounds):
     target = type(make_target("llama")).from_pretrained(pair / "target")
     draft = MSDDraftModel.from_pretrained(pair / "draft")
     saved = json.loads(costs_path([draft], target).read_text())
-    assert load_sizing([draft], target).measured == [Costs(**each) for each in saved]
+    assert load_costs([draft], target) == [Costs(**each) for each in saved]
     assert [each["batch_size"] for each in saved] == [1, 4, 16]
     assert saved[2]["step"] > 0
 
@@ -270,7 +300,7 @@ def test_command_measures_a_draft_as_others_published_it(tmp_path, capsys, few_r
     assert written.replace("Written to", "Stored in") in capsys.readouterr().out
     target = load_model(str(tmp_path / "target"), "auto", "cpu")
     draft = AutoDraftModel.from_pretrained(tmp_path / "draft", target=target)
-    assert load_sizing([draft], target) is not None
+    assert load_costs([draft], target) is not None
 
 
 CHECKPOINTS = Path(__file__).parents[1] / "training/tiny_world/checkpoints"
@@ -316,7 +346,7 @@ def test_what_is_stored_is_shown_and_removed_without_loading_weights(draft, dtyp
     assert "A plain step takes 10.00 ms, a further level of a tree 4.00 ms." in said
     assert "A round of   4 nodes in 2 levels: 30.00 ms, 3.00 plain steps" in said
     assert f"Stored in {path}." in said
-    assert load_sizing([model], target).costs == Costs(0.01, [2, 4], [0.02, 0.03], 0.004, 2)
+    assert load_costs([model], target) == [Costs(0.01, [2, 4], [0.02, 0.03], 0.004, 2)]
     main([*look, "--forget"])
     assert capsys.readouterr().out == f"Removed {path}.\n"
     assert not path.exists()

@@ -103,6 +103,7 @@ def test_draft_knows_what_came_to_stand_while_it_rested(architecture, monkeypatc
     # Rounds count as bad whatever they give.
     monkeypatch.setattr("transformers_msd.drafters.base.TreeCandidateGenerator.round_cost", lambda self, tree: 7.0)
     monkeypatch.setattr("transformers_msd.drafters.gate.LONGER", 1)
+    monkeypatch.setattr("transformers_msd.drafters.base.TreeCandidateGenerator.follow_costs", lambda *_: None)
     # A random model is right without being sure of it.
     observe = Evidence.observe
     monkeypatch.setattr(Evidence, "observe", lambda self, accepted, _, cost: observe(self, accepted, accepted, cost))

@@ -60,7 +60,7 @@ def assert_tree_is(tree: TokenTree, tensors: dict[str, torch.Tensor], name: str)
 def golden_candidates(name: str) -> tuple[MSDCandidateGenerator, dict, dict[str, torch.Tensor], torch.Tensor]:
     meta, tensors = load_golden(name)
     draft, embed_tokens = golden_draft(meta, tensors)
-    draft.tree_config = TreeConfig(meta["total_tokens"], meta["depth"] + 1, meta["top_k"])
+    draft.tree_config = TreeConfig(meta["total_tokens"], meta["depth"] + 1, meta["top_k"], gate=False)
     target = GoldenTarget(embed_tokens, tensors["lm_head.weight"])
     inputs = CallInputs({}, Sampler(LogitsProcessorList(), emission=None, noise=None))
     return MSDCandidateGenerator(draft, draft.tree_config, target, inputs), meta, tensors, embed_tokens
@@ -110,7 +110,7 @@ class Spy(Wrapped):
 def make_draft(target: Any) -> MSDDraftModel:
     torch.manual_seed(1)
     draft = MSDDraftModel(MSDConfig.from_target(target.config, initializer_range=0.3)).eval()
-    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, ngrams=False)
+    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False, ngrams=False)
     return draft
 
 
@@ -139,7 +139,9 @@ def test_each_row_of_a_batch_is_drafted_as_if_alone(architecture: str) -> None:
         sequence = target.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=alone)
         assert torch.equal(sequence[0], generated[row, num_pads:])
         # Until the first row ends, round by round the same tree.
-        for ours, theirs in zip(spy.trees[: len(alone.trees) - 2], alone.trees, strict=False):
+        whole = [tree for tree in spy.trees[: len(alone.trees) - 2] if len(tree.token_ids) == 3]
+        assert whole
+        for ours, theirs in zip(whole, alone.trees, strict=False):
             of_row = TokenTree(*(getattr(ours, name)[row : row + 1] for name in ("token_ids", "parents", "scores")), 3)
             assert_same_trees(of_row, theirs)
 

@@ -1,6 +1,7 @@
 """Visual rows are averaged or left out alike in training and decoding, and no token changes."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,6 +179,7 @@ def test_turns_after_a_rest_of_the_gate_go_on_with_pooled_rows(num_images, visua
     target, inputs = make_target("llava_next"), make_inputs("llava_next", num_images)
     draft = make_draft(target)
     draft.config.visual_pool_size = visual_pool_size
+    draft.tree_config = replace(draft.tree_config, gate=True)
     settings = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
     settings["suppress_tokens"] = [IMAGE_ID, VIDEO_ID]
     plain = target.generate(**inputs, **settings)
@@ -277,7 +279,7 @@ def test_fixed_shapes_pool_the_same_rows(pair, visual_pool_size):
     draft = copy.deepcopy(draft)
     draft.config.visual_pool_size = visual_pool_size
     # Deep: with a picture of one row, the prompt of the second turn is no longer than what a round may commit.
-    draft.tree_config = TreeConfig(num_nodes=16, depth=12, top_k=2)
+    draft.tree_config = TreeConfig(num_nodes=16, depth=12, top_k=2, gate=False)
     inputs = encode_prompts(processor, evaluation_prompts(1)[1:2])
     settings = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "eos_token_id": 10**6}
     spies = [Spy(draft), Spy(draft)]

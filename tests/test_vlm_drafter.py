@@ -14,9 +14,9 @@ from transformers_msd.compat import CACHE
 from transformers_msd.drafters.draft_model import DraftModel
 
 
-TREE = TreeConfig(num_nodes=9, depth=4, top_k=2, ngrams=False)
+TREE = TreeConfig(num_nodes=9, depth=4, top_k=2, gate=False, ngrams=False)
 # A tree would try what is likeliest over the whole path, a chain what the target says next.
-CHAIN = TreeConfig(num_nodes=5, depth=4, top_k=1, ngrams=False)
+CHAIN = TreeConfig(num_nodes=5, depth=4, top_k=1, gate=False, ngrams=False)
 NUM_TOKENS = 24
 
 

@@ -59,14 +59,12 @@ def save_costs(measured: Sequence[Costs], drafts: Sequence[PreTrainedModel], tar
     return path
 
 
-def load_sizing(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> Sizing | None:
-    """Make the sizing of a call from what was measured; None where nothing was, or the file is broken."""
+def load_costs(drafts: Sequence[PreTrainedModel], target: PreTrainedModel) -> list[Costs] | None:
+    """Load what was measured with a pair on this machine; None where nothing was, or the file is broken."""
     if not _folder().exists():  # names and sizes of models need not be looked up
         return None
-    path = costs_path(drafts, target)
     try:
-        measured = read_costs(path)
-        return None if measured is None else Sizing(measured)
+        return read_costs(costs_path(drafts, target))
     except ValueError as error:
         logger.warning_once(str(error))
         return None

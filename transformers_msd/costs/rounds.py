@@ -65,6 +65,23 @@ def round_cost(measured: Sequence[Costs], batch_size: int, num_nodes: int, depth
     return seconds / _linear(batch_size, sizes, [costs.step for costs in measured])
 
 
+def assumed_costs(draft: float, level: float, device_type: str) -> Costs:
+    """
+    Tell what rounds with one prompt are taken to cost, in plain steps, where it was not measured.
+
+    Args:
+        draft (`float`):
+            What drafting costs before the first level.
+        level (`float`):
+            A level of a tree.
+        device_type (`str`):
+            Where the target runs.
+    """
+    num_nodes = CPU_FORWARD[0]
+    rounds = [draft + forward_cost(number, device_type) for number in num_nodes]
+    return Costs(step=1.0, num_nodes=num_nodes, rounds=rounds, level=level, depth=0)
+
+
 def forward_cost(num_tokens: int, device_type: str) -> float:
     """
     Tell what a forward over so many tokens costs beside one over a single token, where it was not measured.

@@ -2,20 +2,22 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 from transformers.utils import logging
 
 from transformers_msd.caches.captures import Captures
 from transformers_msd.call.sampling import Sampler
-from transformers_msd.costs.rounds import forward_cost, round_cost
+from transformers_msd.costs.rounds import Costs, assumed_costs, forward_cost, round_cost
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.trees.host import has_to_wait
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
@@ -47,7 +49,9 @@ class CallInputs:
 class TreeCandidateGenerator(CandidateGenerator, ABC):
     """Drafts the token trees of one `generate` call and holds the call's draft caches."""
 
-    # Chooses the size of trees, where the costs of this pair were measured on this machine.
+    # What rounds of this pair cost on this machine, where it was measured.
+    measured: Sequence[Costs] | None = None
+    # Chooses the size of trees by what rounds cost; without it they are as large as they are set.
     sizing: Sizing | None = None
     # What a level of a tree is taken to cost where it was not measured, in plain steps: as one layer's does in eager
     # mode, six of which were measured to take 1.0 steps of a tiny target on a CPU, and 0.5 of LLaVA-1.5-7B on an H100.
@@ -62,6 +66,27 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
             committed (`Committed`):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
+
+    def follow_costs(self, measured: Sequence[Costs] | None, tree_config: TreeConfig, device: torch.device) -> None:
+        """
+        Let trees be as large as pays by what rounds cost: as measured, or else as assumed, unless they are drafted
+        whether they pay or not. A device that the host would wait for is not asked for the sake of an assumption: a
+        node costs it little.
+
+        Args:
+            measured (`Sequence[Costs]`, *optional*):
+                What was measured, with one prompt and with larger batches.
+            tree_config ([`TreeConfig`]):
+                Size and shape of the largest trees.
+            device (`torch.device`):
+                Where trees grow.
+        """
+        self.measured = measured
+        if measured is not None:
+            self.sizing = Sizing(measured)
+        elif tree_config.gate and not has_to_wait(device):
+            draft, deeper = (self.assumed_draft_cost(1, depth, device.type) for depth in (0, 1))
+            self.sizing = Sizing([assumed_costs(draft, deeper - draft, device.type)])
 
     def keep_sequences(self, kept: list[bool]) -> bool:
         """
@@ -83,23 +108,24 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         """What a round with a tree costs, in plain steps: as measured, or as assumed."""
         batch_size, num_nodes = tree.token_ids.shape
         device_type = tree.token_ids.device.type
-        if self.sizing is None:
-            return self.assumed_draft_cost(tree, device_type) + self.forward_cost(batch_size, num_nodes, device_type)
-        return round_cost(self.sizing.measured, batch_size, num_nodes, tree.depth)
+        if self.measured is None:
+            drafting = self.assumed_draft_cost(batch_size, tree.depth, device_type)
+            return drafting + self.forward_cost(batch_size, num_nodes, device_type)
+        return round_cost(self.measured, batch_size, num_nodes, tree.depth)
 
     def assumed_level(self, device_type: str) -> float:
         """What a forward of the draft is taken to cost where it was not measured, in plain steps."""
         return self.assumed_level_cost.get(device_type, self.assumed_level_cost["cuda"])
 
-    def assumed_draft_cost(self, tree: TokenTree, device_type: str) -> float:
+    def assumed_draft_cost(self, batch_size: int, depth: int, device_type: str) -> float:
         """What drafting a tree is taken to cost where it was not measured, in plain steps."""
-        return tree.depth * self.assumed_level(device_type)
+        return depth * self.assumed_level(device_type)
 
     def forward_cost(self, batch_size: int, num_nodes: int, device_type: str) -> float:
         """What the target's forward over trees of so many nodes costs, in plain steps of the same batch."""
-        if self.sizing is None:
+        if self.measured is None:
             return forward_cost(batch_size * num_nodes, device_type) / forward_cost(batch_size, device_type)
-        return max(round_cost(self.sizing.measured, batch_size, num_nodes, 0), 1.0)
+        return max(round_cost(self.measured, batch_size, num_nodes, 0), 1.0)
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""

@@ -126,11 +126,11 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
     def _num_drafted_rows(self) -> int:
         return self._draft.config.block_size
 
-    def assumed_draft_cost(self, tree: TokenTree, device_type: str) -> float:
+    def assumed_draft_cost(self, batch_size: int, depth: int, device_type: str) -> float:
         num_layers = self._draft.config.get_text_config().num_hidden_layers
         # Its layers are read once, by all rows of the block.
-        num_rows = len(tree.token_ids) * self._draft.config.block_size
-        rows_cost = forward_cost(num_rows, device_type) / forward_cost(len(tree.token_ids), device_type)
+        num_rows = batch_size * self._draft.config.block_size
+        rows_cost = forward_cost(num_rows, device_type) / forward_cost(batch_size, device_type)
         return num_layers * self.assumed_level(device_type) * rows_cost
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from transformers_msd.caches.carried import Owner
 from transformers_msd.compat import stock_drafting_error
-from transformers_msd.costs.calibration import load_sizing
+from transformers_msd.costs.calibration import load_costs
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.check import check_draft
 from transformers_msd.drafters.draft_model import DraftModel, telling_of_others
@@ -127,8 +127,8 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
     def __init__(self, drafter: "ModelDrafter", target: Target, inputs: CallInputs, views: Sequence[Any] = ()) -> None:
         self._drafter = drafter
         self._owner = Owner(drafter.models, tuple(views))
-        if inputs.captures is None:  # what was measured is not the cost of compiled rounds
-            self.sizing = load_sizing(drafter.models, target.model)
+        if inputs.captures is None:  # compiled rounds have fixed shapes, and other costs
+            self.follow_costs(load_costs(drafter.models, target.model), drafter.tree_config, target.device)
         self._target, self._inputs = target, inputs
         self._sampler = inputs.sampler
         self._vocab_size = target.model.config.get_text_config().vocab_size

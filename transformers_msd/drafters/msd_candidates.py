@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from transformers_msd.caches.carried import Owner
 from transformers_msd.caches.room import Room
-from transformers_msd.costs.calibration import load_sizing
+from transformers_msd.costs.calibration import load_costs
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.drafters.base import CallInputs, TreeCandidateGenerator
 from transformers_msd.drafters.msd_captured import draft_trees
@@ -68,8 +68,8 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         self._positions = target.axes if draft.reads_axes else lambda places: places
         # Draft and target are captured together.
         self._captures = inputs.captures if self._device == target.device else None
-        if self._captures is None:  # what was measured is not the cost of compiled rounds
-            self.sizing = load_sizing([draft], target.model)
+        if self._captures is None:  # compiled rounds have fixed shapes, and other costs
+            self.follow_costs(load_costs([draft], target.model), tree_config, target.device)
         self._cache = DynamicCache(config=draft.config.get_text_config())
         self._room: Room | None = None
         self._pending: Committed | None = None

@@ -66,3 +66,9 @@ class Ungated(Wrapped):
     def tree_config(self) -> TreeConfig:
         """Tree of what drafts, without a gate and without n-grams."""
         return replace(super().tree_config or TreeConfig(), gate=False, ngrams=False)
+
+    def candidate_generator(self, target: Target, inputs: CallInputs) -> TreeCandidateGenerator:
+        candidates = super().candidate_generator(target, inputs)
+        if candidates.measured is None:
+            candidates.sizing = None
+        return candidates

@@ -29,7 +29,8 @@ class TreeConfig:
             the tree is as large as the draft is sure of itself (Spec-LLaVA, arXiv 2509.11961, on probabilities in
             place of its raw logits). 0 always fills the tree.
         gate (`bool`, *optional*, defaults to `True`):
-            Whether to decode plainly for a while where few drafted tokens are accepted of late.
+            Whether to decode plainly for a while where few drafted tokens are accepted of late, and on a CPU to draft
+            as much of the tree as pays by what rounds are assumed to cost, where `transformers-msd tune` never ran.
         ngrams (`bool`, *optional*, defaults to `True`):
             Whether what followed the last words where they stood before, in the prompt or the answer, is tried as a
             branch in place of the least likely nodes, and alone while the gate is closed.

@@ -28,8 +28,9 @@ from transformers_msd import Caption, EnsembleDrafter, MSDDraftModel, Pooled, Te
 
 
 GROUPS = ("image", "images", "second turn")
-FIXED = TreeConfig(num_nodes=16, depth=5, top_k=3, ngrams=False)
-DYNAMIC = TreeConfig(num_nodes=24, depth=8, top_k=3, min_probability=0.1, ngrams=False)
+FIXED = TreeConfig(num_nodes=16, depth=5, top_k=3, gate=False, ngrams=False)
+DYNAMIC = TreeConfig(num_nodes=24, depth=8, top_k=3, min_probability=0.1, gate=False, ngrams=False)
+BY_COSTS = TreeConfig(num_nodes=24, depth=8, top_k=3, ngrams=False)
 CAPTION_LENGTH = 24
 
 
@@ -75,6 +76,7 @@ def make_drafters(
         },
         "Spec-LLaVA, fixed tree": VLMDrafter(draft_vlm, tree_config=FIXED),
         "Spec-LLaVA, dynamic tree": VLMDrafter(draft_vlm, tree_config=DYNAMIC),
+        "a small VLM, tree by costs": VLMDrafter(draft_vlm, tree_config=BY_COSTS),
         "MSD": msd,
         "Transformers' assistant": draft_vlm,
     }

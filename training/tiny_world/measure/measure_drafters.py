@@ -91,7 +91,7 @@ class World:
 
 
 def trees(world: World, repeats: int) -> dict[str, Any]:
-    """Answer every group with fixed trees, and with trees sized by what rounds cost here."""
+    """Answer every group with fixed trees, and with trees sized by what rounds cost here, and by what is assumed."""
     results: dict[str, Any] = {}
     for name, assistant in {"draft VLM": VLMDrafter(world.draft_vlm), "MSD": world.msd}.items():
         settings = assistant.tree_config
@@ -99,15 +99,16 @@ def trees(world: World, repeats: int) -> dict[str, Any]:
             drafts = [world.msd] if assistant is world.msd else [world.draft_vlm]
             save_costs([measure_costs(world.target, assistant, tolerance=TOLERANCE)], drafts, world.target)
             configs = {
-                f"{n} nodes, depth {d}, top-k {k}": TreeConfig(n, d, k, ngrams=False) for n, d, k in FIXED_TREES
+                f"{n} nodes, depth {d}, top-k {k}": TreeConfig(n, d, k, gate=False, ngrams=False)
+                for n, d, k in FIXED_TREES
             }
+            configs = {"costs measured": LARGEST, "costs assumed": LARGEST} | configs
             for group, prompts in world.prompts.items():
-                seconds: dict[str, list[float]] = {label: [] for label in ("cost-aware", "plain", *configs)}
+                seconds: dict[str, list[float]] = {label: [] for label in ("plain", *configs)}
                 for repeat in range(repeats + 1):  # the first one warms up
-                    for label, config in {"plain": None, "cost-aware": LARGEST, **configs}.items():
+                    for label, config in {"plain": None, **configs}.items():
                         assistant.tree_config = config or settings
-                        # Costs found elsewhere are not looked at: then a tree is as large as it is set.
-                        where = home if label == "cost-aware" else f"{home}/nowhere"
+                        where = home if label == "costs measured" else f"{home}/nowhere"
                         with patch("transformers_msd.costs.calibration.HF_HOME", where):
                             elapsed = world.seconds(prompts, assistant if config else None)
                         if repeat:
@@ -150,7 +151,7 @@ def hostile(world: World, repeats: int) -> dict[str, Any]:
 def rests(world: World, repeats: int) -> dict[str, Any]:
     """
     Count the tokens that come plainly since drafting rests, of prompts where it pays, and of those where it does not:
-    where without the gate rounds bring fewer tokens than the gate takes them to cost steps. No time is measured.
+    where whole trees in every round bring fewer tokens than they are taken to cost steps. No time is measured.
     """
     results: dict[str, Any] = {}
     print("\nTokens that came plainly, of prompts where drafting pays and of those where it does not\n|---|---|")
@@ -163,11 +164,10 @@ def rests(world: World, repeats: int) -> dict[str, Any]:
                 counts = {kind: {"prompts": 0, "tokens": 0, "plain": 0} for kind in ("pays", "does not")}
                 for seed, inputs in enumerate(prompts):
                     call = {**inputs, **settings, "max_new_tokens": 100, "assistant_model": assistant}
-                    gated = stats = timed(world.target, seed, **call)[0].speculative_stats
-                    if gated.num_plain_steps:  # else it is the same without the gate
-                        assistant.tree_config = replace(tree, gate=False)
-                        stats = timed(world.target, seed, **call)[0].speculative_stats
-                        assistant.tree_config = tree
+                    gated = timed(world.target, seed, **call)[0].speculative_stats
+                    assistant.tree_config = replace(tree, gate=False)
+                    stats = timed(world.target, seed, **call)[0].speculative_stats
+                    assistant.tree_config = tree
                     counted = counts["pays" if stats.mean_acceptance_length >= cost else "does not"]
                     counted["prompts"] += 1
                     counted["tokens"] += int(gated.acceptance_lengths.sum())

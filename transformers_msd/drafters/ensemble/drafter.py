@@ -125,10 +125,10 @@ class EnsembleCandidateGenerator(ModelCandidateGenerator):
     """
 
     def __init__(self, drafter: EnsembleDrafter, target: Target, inputs: CallInputs) -> None:
-        super().__init__(drafter, target, inputs, drafter.views)
         # Further views are rows of the same forward, further models are forwards.
         more = len(drafter.models) * (1 + 0.25 * (len(drafter.views) - 1))
         self.assumed_level_cost = {device: cost * more for device, cost in self.assumed_level_cost.items()}
+        super().__init__(drafter, target, inputs, drafter.views)
         # What the views said in the last round: after the root, then after each level of the tree.
         self._said: list[torch.Tensor] = []
         self._weights: torch.Tensor | None = None  # (num_views, batch_size)
