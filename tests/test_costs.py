@@ -28,7 +28,7 @@ from transformers_msd import (
 from transformers_msd.bench.models import load_model
 from transformers_msd.cli import main
 from transformers_msd.costs.calibration import costs_path, load_costs, save_costs
-from transformers_msd.costs.rounds import Costs, assumed_costs, forward_cost, round_cost
+from transformers_msd.costs.rounds import Costs, assumed_costs, costs_of_batch, forward_cost, round_cost
 from transformers_msd.costs.settling import uncertainty
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.drafters.wrapped import Ungated
@@ -78,6 +78,7 @@ def test_assumed_costs_by_hand():
     # A tree of eight nodes in three levels, of a draft that costs 0.2 steps, and 0.17 more for each level.
     assert assumed_costs(0.2, 0.17, "cpu").round(8, 3) == pytest.approx(0.2 + 3 * 0.17 + 1.65)
     assert assumed_costs(0.0, 0.08, "cuda").round(60, 3) == pytest.approx(3 * 0.08 + 316 / 257)
+    assert assumed_costs(0.0, 0.08, "cuda", 4).round(60, 3) == pytest.approx(3 * 0.08 + 496 / 260)
     # Four levels, and a forward over 440 tokens in place of one over 20.
     tokens = torch.zeros(20, 22, dtype=torch.long)
     own = Untuned().round_cost(TokenTree(tokens, tokens, tokens, 4))
@@ -145,9 +146,9 @@ def test_probabilities_are_scaled_by_how_they_turned_out():
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 3
     for _ in range(20):
         sizing.settle([0.9, 0.5, 0.4], depth=3, most=3)
-        sizing.observe(0)
+        sizing.observe([0])
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 1
-    sizing.observe(7)  # more than the tree was deep: it rested since, and nothing is learned
+    sizing.observe([7])  # more than the tree was deep: it rested since, and nothing is learned
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 1
 
 
@@ -216,14 +217,34 @@ def test_costs_of_another_pair_or_machine_are_ignored(monkeypatch):
     assert load_costs([draft], target) is None
 
 
-def test_several_prompts_are_drafted_with_the_fixed_tree():
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_trees_of_several_prompts_follow_what_their_batch_costs(do_sample):
     target = make_target("llava")
-    drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(12, 5, 3, gate=False))
-    save_costs([costs(level=5.0)], [*drafter.models], target)
-    inputs = make_inputs("llava", (1, 1))
-    output = generate(target, inputs, assistant_model=drafter)
-    assert torch.equal(output.sequences, generate(target, inputs).sequences)
-    assert output.speculative_stats.num_drafted == 11 * int((output.speculative_stats.acceptance_lengths > 0).sum())
+    drafter = VLMDrafter(make_draft_model("llava"), tree_config=TreeConfig(12, 5, 3, gate=False, ngrams=False))
+    # Nodes cost nothing with one prompt, and a lot with two.
+    inputs, measured = make_inputs("llava", (1, 1)), [costs(0.0, node=0.0), costs(0.0, node=3.0, batch_size=2)]
+    for saved, num_drafted in ((None, 11), (measured[:1], 11), (measured, 1)):
+        if saved is not None:
+            save_costs(saved, [*drafter.models], target)
+        output = generate(target, inputs, do_sample=do_sample, assistant_model=drafter)
+        assert torch.equal(output.sequences, generate(target, inputs, do_sample=do_sample).sequences)
+        num_row_rounds = int((output.speculative_stats.acceptance_lengths > 0).sum())
+        assert output.speculative_stats.num_drafted == num_drafted * num_row_rounds
+
+
+def test_costs_of_a_batch_are_those_of_its_rounds():
+    measured = [costs(0.5), replace(costs(0.2, node=0.8, batch_size=5), step=2.0, num_nodes=[3, 16])]
+    blended = costs_of_batch(measured, 3)
+    for num_nodes, depth in ((1, 0), (2, 2), (5, 3), (10, 6), (30, 1)):
+        expected = round_cost(measured, 3, num_nodes, depth)
+        assert blended.round(num_nodes, depth) == pytest.approx(expected)
+
+
+def test_prompts_of_a_batch_count_alike():
+    sizing = Sizing([costs(level=0.5, node=0.6)])
+    sizing.settle([0.9, 0.9], depth=2, most=9)
+    sizing.observe([1, 0, 9])  # the last has caught up after a rest
+    assert sizing._accepted / sizing._expected == pytest.approx((Sizing.PRIOR + 0.5) / (Sizing.PRIOR + 1.8))
 
 
 @pytest.fixture

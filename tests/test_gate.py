@@ -36,7 +36,9 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("architecture", "num_images", "do_sample"), CELLS)
-def test_bad_draft_rests_and_the_tokens_are_equal(architecture, num_images, do_sample):
+def test_bad_draft_rests_and_the_tokens_are_equal(architecture, num_images, do_sample, monkeypatch):
+    # Trees of one or two tokens may pay even here.
+    monkeypatch.setattr("transformers_msd.drafters.base.TreeCandidateGenerator.follow_costs", lambda *_: None)
     target = make_target(architecture)
     inputs = make_inputs(architecture, num_images)
     plain = generate(target, inputs, do_sample=do_sample)

@@ -65,9 +65,18 @@ def round_cost(measured: Sequence[Costs], batch_size: int, num_nodes: int, depth
     return seconds / _linear(batch_size, sizes, [costs.step for costs in measured])
 
 
-def assumed_costs(draft: float, level: float, device_type: str) -> Costs:
+def costs_of_batch(measured: Sequence[Costs], batch_size: int) -> Costs:
+    """Tell what rounds with a batch of some size cost, as [`round_cost`] does, for all trees, in plain steps."""
+    num_nodes = sorted({number for costs in measured for number in costs.num_nodes})
+    depth = measured[0].depth
+    rounds = [round_cost(measured, batch_size, number, depth) for number in num_nodes]
+    level = round_cost(measured, batch_size, num_nodes[0], depth + 1) - rounds[0]
+    return Costs(step=1.0, num_nodes=num_nodes, rounds=rounds, level=level, depth=depth, batch_size=batch_size)
+
+
+def assumed_costs(draft: float, level: float, device_type: str, batch_size: int = 1) -> Costs:
     """
-    Tell what rounds with one prompt are taken to cost, in plain steps, where it was not measured.
+    Tell what rounds are taken to cost, in plain steps, where it was not measured.
 
     Args:
         draft (`float`):
@@ -76,10 +85,13 @@ def assumed_costs(draft: float, level: float, device_type: str) -> Costs:
             A level of a tree.
         device_type (`str`):
             Where the target runs.
+        batch_size (`int`, *optional*, defaults to 1):
+            Prompts that are answered together.
     """
     num_nodes = CPU_FORWARD[0]
-    rounds = [draft + forward_cost(number, device_type) for number in num_nodes]
-    return Costs(step=1.0, num_nodes=num_nodes, rounds=rounds, level=level, depth=0)
+    step = forward_cost(batch_size, device_type)
+    rounds = [draft + forward_cost(batch_size * number, device_type) / step for number in num_nodes]
+    return Costs(step=1.0, num_nodes=num_nodes, rounds=rounds, level=level, depth=0, batch_size=batch_size)
 
 
 def forward_cost(num_tokens: int, device_type: str) -> float:

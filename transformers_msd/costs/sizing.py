@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from transformers_msd.costs.rounds import Costs
+from transformers_msd.costs.rounds import Costs, costs_of_batch
 
 
 class Sizing:
@@ -10,7 +10,7 @@ class Sizing:
     Chooses depth and size of the trees of one call, so that the most tokens are expected for each second.
 
     The tokens expected of a tree are 1 and the sum of the probabilities that the draft gives to its paths, scaled by
-    how these turned out so far.
+    how these turned out so far. The trees of a batch have one size, by what is likely in the mean of its prompts.
 
     Args:
         measured (`Sequence[Costs]`):
@@ -23,17 +23,26 @@ class Sizing:
     def __init__(self, measured: Sequence[Costs]) -> None:
         self.measured = measured
         self.costs = measured[0]
+        self._by_size = {1: measured[0]}
         self._expected = self._accepted = self.PRIOR
         # Of the last tree: tokens expected, and its depth.
         self._last, self._depth = 0.0, 0
         self._planned: int | None = None
 
-    def observe(self, num_accepted: int) -> None:
-        """Learn how many tokens were accepted since the last tree; more than it was deep were not drafted."""
-        if num_accepted <= self._depth:
+    def observe(self, num_accepted: Sequence[int]) -> None:
+        """
+        Learn how many tokens each prompt accepted of the last trees, more than they were deep were not drafted, and
+        how many prompts are left.
+        """
+        drafted = [number for number in num_accepted if number <= self._depth]
+        if drafted:
             self._expected += self._last
-            self._accepted += num_accepted
+            self._accepted += sum(drafted) / len(drafted)
         self._last, self._depth = 0.0, 0
+        batch_size = len(num_accepted)
+        if batch_size not in self._by_size:
+            self._by_size[batch_size] = costs_of_batch(self.measured, batch_size)
+        self.costs = self._by_size[batch_size]
 
     def choose(self, probabilities: list[float], depth: int, most: int) -> tuple[int, float]:
         """

@@ -23,6 +23,9 @@ from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 logger = logging.get_logger(__name__)
 
+# Batches for which costs are assumed; between them they are linear.
+ASSUMED_SIZES = (1, 4, 16)
+
 
 @dataclass(frozen=True)
 class CallInputs:
@@ -85,8 +88,11 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         if measured is not None:
             self.sizing = Sizing(measured)
         elif tree_config.gate and not has_to_wait(device):
-            draft, deeper = (self.assumed_draft_cost(1, depth, device.type) for depth in (0, 1))
-            self.sizing = Sizing([assumed_costs(draft, deeper - draft, device.type)])
+            assumed = []
+            for batch_size in ASSUMED_SIZES:
+                draft, deeper = (self.assumed_draft_cost(batch_size, depth, device.type) for depth in (0, 1))
+                assumed.append(assumed_costs(draft, deeper - draft, device.type, batch_size))
+            self.sizing = Sizing(assumed)
 
     def keep_sequences(self, kept: list[bool]) -> bool:
         """
@@ -128,10 +134,9 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         return max(round_cost(self.measured, batch_size, num_nodes, 0), 1.0)
 
     def sizing_for(self, committed: Committed) -> Sizing | None:
-        """Let the sizing learn from what has come to stand, and return it; there is none for several prompts."""
-        if self.sizing is None or len(committed.lengths) > 1:
-            return None
-        self.sizing.observe(committed.host_lengths[0] - 1)
+        """Let the sizing learn from what has come to stand, and return it."""
+        if self.sizing is not None:
+            self.sizing.observe([length - 1 for length in committed.host_lengths])
         return self.sizing
 
     def carry(self, committed: Committed, target: Target) -> Any | None:

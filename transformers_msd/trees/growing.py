@@ -39,7 +39,7 @@ def grow_tree(
             each node sees, of shape `(batch_size, frontier, rows)`; returns log-probabilities of shape
             `(batch_size, frontier, vocab_size)`.
         sizing ([`Sizing`], *optional*):
-            Chooses depth and size within the settings, for a batch of one.
+            Chooses depth and size within the settings.
         fixed (`bool`, *optional*, defaults to `False`):
             Whether the device is asked nothing at all and all shapes follow from the settings: every level is grown,
             and what is too unlikely to be verified becomes fillers behind the other nodes.
@@ -79,7 +79,7 @@ def grow_tree(
             frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
             frontier, slots = frontier[:, :width], slots[:, :width]
         if asks and sizing is not None:
-            path, open_path = (scores.exp()[0].tolist() for scores in (_ranked(all_scores), frontier_scores))
+            path, open_path = (scores.exp().mean(0).tolist() for scores in (_ranked(all_scores), frontier_scores))
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
         width = frontier.shape[1]
@@ -104,7 +104,7 @@ def grow_tree(
         num_kept = sizing.settle_whole(_sure_paths(all_scores, config.min_probability), top_k, num_kept)
     else:
         if sizing is not None:
-            num_kept = sizing.settle(_ranked(all_scores).exp()[0].tolist(), depth, num_kept)
+            num_kept = sizing.settle(_ranked(all_scores).exp().mean(0).tolist(), depth, num_kept)
         if config.min_probability and not fixed:
             is_sure = torch.cat(all_scores, dim=1) >= math.log(config.min_probability)
             num_kept = min(num_kept, int(is_sure.sum(-1).max()))
@@ -130,7 +130,9 @@ def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
 
 def _sure_paths(scores: list[torch.Tensor], min_probability: float) -> list[list[float]]:
     """Ask for the probabilities of the paths to the candidates of each level, those that are likely enough."""
-    paths = iter(torch.cat(scores, dim=1).exp()[0].tolist())
+    if len(scores[0]) > 1:  # the likeliest of all prompts count as one
+        scores = [level.sort(descending=True).values for level in scores]
+    paths = iter(torch.cat(scores, dim=1).exp().mean(0).tolist())
     levels = [[next(paths) for _ in range(level.shape[1])] for level in scores]
     return [[path for path in level if path >= min_probability] for level in levels]
 
