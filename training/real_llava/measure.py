@@ -6,9 +6,9 @@ What drafts of the real LLaVA are worth, by kind of prompt.
 FOLDER holds prompts as EAGLE and Spec-Bench have them, JSONL files of `turns`: mt_bench, gsm8k, humaneval, qa, sum.
 Beside these stand prompts of the tiny world with one picture and with two, and second turns of both. Each prompt is
 answered in turn by plain `generate`, prompt lookup, Transformers' assisted generation and every draft, greedily and at
-temperature 1. Trees are of 16 nodes, or as `--trees` says, and drafted in every round, so that τ is the draft's: with
-a gate drafting rests where it does not pay. `--ngrams` answers with n-gram branches in them, too, in turn. A run that
-is broken off goes on where it stopped.
+temperature 1. Trees are of 16 nodes, or as `--trees` says, and drafted whole in every round, so that τ is the draft's.
+`--gated` answers as a call does by default, too, where trees are as large as pays and drafting rests where none does,
+and `--ngrams` with n-gram branches in the trees, in turn. A run that is broken off goes on where it stopped.
 """
 
 import argparse
@@ -88,11 +88,11 @@ def prompts_of(
     return [encode_prompts(processor, [row]) for row in rows]
 
 
-def with_ngrams(method: Method) -> Method:
-    """Make a way that drafts the same trees, n-gram branches in them."""
+def variant(method: Method, name: str, **tree: bool) -> Method:
+    """Make a way that differs in the tree's settings."""
     assistant = copy.copy(method.call["assistant_model"])
-    assistant.tree_config = replace(assistant.tree_config, ngrams=True)
-    return replace(method, name=f"{method.name}, n-grams", call=method.call | {"assistant_model": assistant})
+    assistant.tree_config = replace(assistant.tree_config, **tree)
+    return replace(method, name=f"{method.name}, {name}", call=method.call | {"assistant_model": assistant})
 
 
 def measure(
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--trees", nargs="+", default=[TREE], help="nodes,depth,top_k")
+    parser.add_argument("--gated", action="store_true", help="also with trees as large as pays, and rests")
     parser.add_argument("--ngrams", action="store_true", help="also with n-gram branches in the trees")
     parser.add_argument("--kinds", nargs="+", default=[*TEXTS, SECOND_TURN, *PICTURES])
     parser.add_argument("--modes", nargs="+", default=[*MODES])
@@ -194,8 +195,10 @@ def main() -> None:
     ours = [method for method in methods if method.drafts_trees]
     for assistant in (method.call["assistant_model"] for method in ours):
         assistant.tree_config = replace(assistant.tree_config, gate=False, ngrams=False)
+    more = [variant(method, "gated", gate=True) for method in ours] if arguments.gated else []
     if arguments.ngrams:
-        methods += map(with_ngrams, ours)
+        more += [variant(method, "n-grams", ngrams=True) for method in (*ours, *more)]
+    methods += more
 
     def run(mode: str, kind: str) -> dict[str, Any]:
         prompts = prompts_of(
