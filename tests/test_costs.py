@@ -146,9 +146,9 @@ def test_probabilities_are_scaled_by_how_they_turned_out():
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 3
     for _ in range(20):
         sizing.settle([0.9, 0.5, 0.4], depth=3, most=3)
-        sizing.observe([0])
+        sizing.observe([0], [True])
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 1
-    sizing.observe([7])  # more than the tree was deep: it rested since, and nothing is learned
+    sizing.observe([7], [True])  # more than the tree was deep: it rested since, and nothing is learned
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 1
 
 
@@ -243,7 +243,8 @@ def test_costs_of_a_batch_are_those_of_its_rounds():
 def test_prompts_of_a_batch_count_alike():
     sizing = Sizing([costs(level=0.5, node=0.6)])
     sizing.settle([0.9, 0.9], depth=2, most=9)
-    sizing.observe([1, 0, 9])  # the last has caught up after a rest
+    sizing.observe([1, 0, 9, 2], [True, True, True, False])  # one has caught up after a rest, one has ended
+    assert sizing.going_on == [True, True, True, False]
     assert sizing._accepted / sizing._expected == pytest.approx((Sizing.PRIOR + 0.5) / (Sizing.PRIOR + 1.8))
 
 

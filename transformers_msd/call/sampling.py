@@ -156,6 +156,12 @@ class Sampler:
                 goes_on = walk.goes_on.tolist()
         return walk.choices.to(tree.token_ids.device), walk.scores
 
+    @property
+    def going_on(self) -> list[bool]:
+        """Which rows of the batch have not ended."""
+        emission, pad_rows = self._emission, self._emission.pad_rows
+        return [emission.needs_more(row, emission.tokens[row]) and not pad_rows[row] for row in emission.rows]
+
     def rank(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
         """
         Turn draft logits into the log-probabilities by which candidates are ranked.

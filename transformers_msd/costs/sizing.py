@@ -1,6 +1,7 @@
 """The trees that pay most by what rounds cost."""
 
 from collections.abc import Sequence
+from itertools import compress
 
 from transformers_msd.costs.rounds import Costs, costs_of_batch
 
@@ -24,17 +25,25 @@ class Sizing:
         self.measured = measured
         self.costs = measured[0]
         self._by_size = {1: measured[0]}
+        # Of the prompts of the batch, whether each still counts.
+        self.going_on = [True]
         self._expected = self._accepted = self.PRIOR
         # Of the last tree: tokens expected, and its depth.
         self._last, self._depth = 0.0, 0
         self._planned: int | None = None
 
-    def observe(self, num_accepted: Sequence[int]) -> None:
+    def observe(self, num_accepted: Sequence[int], going_on: list[bool]) -> None:
         """
-        Learn how many tokens each prompt accepted of the last trees, more than they were deep were not drafted, and
-        how many prompts are left.
+        Learn how the last trees turned out, and how many prompts are left.
+
+        Args:
+            num_accepted (`Sequence[int]`):
+                Tokens that each prompt accepted; more than the trees were deep were not drafted.
+            going_on (`list[bool]`):
+                Whether each has not ended; what has is padded, and tells nothing.
         """
-        drafted = [number for number in num_accepted if number <= self._depth]
+        self.going_on = going_on if any(going_on) else [True] * len(going_on)
+        drafted = [number for number in compress(num_accepted, going_on) if number <= self._depth]
         if drafted:
             self._expected += self._last
             self._accepted += sum(drafted) / len(drafted)

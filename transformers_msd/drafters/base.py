@@ -133,10 +133,10 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
             return forward_cost(batch_size * num_nodes, device_type) / forward_cost(batch_size, device_type)
         return max(round_cost(self.measured, batch_size, num_nodes, 0), 1.0)
 
-    def sizing_for(self, committed: Committed) -> Sizing | None:
+    def sizing_for(self, committed: Committed, sampler: Sampler) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it."""
         if self.sizing is not None:
-            self.sizing.observe([length - 1 for length in committed.host_lengths])
+            self.sizing.observe([length - 1 for length in committed.host_lengths], sampler.going_on)
         return self.sizing
 
     def carry(self, committed: Committed, target: Target) -> Any | None:

@@ -173,7 +173,7 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         return logits[0]
 
     def draft(self, committed: Committed) -> TokenTree:
-        sizing = self.sizing_for(committed)
+        sizing = self.sizing_for(committed, self._sampler)
         roots = committed.root_token_ids
         log_probs = self._sampler.rank(self._advance(committed), 0)[:, 0]
         depth = 0

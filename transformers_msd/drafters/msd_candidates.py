@@ -85,7 +85,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
                 self._open_room(carried.lengths, carried.lengths.tolist())
 
     def draft(self, committed: Committed) -> TokenTree:
-        sizing = self.sizing_for(committed)
+        sizing = self.sizing_for(committed, self._sampler)
         # Visual rows stand in the prompt alone, which comes with the first rows of a call.
         is_prompt = self._room is None or self._pending is not None
         if self._pending is not None:

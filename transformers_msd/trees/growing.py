@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from transformers_msd.costs.sizing import Sizing
-from transformers_msd.trees.host import has_to_wait
+from transformers_msd.trees.host import has_to_wait, to_device
 from transformers_msd.trees.masks import take_rows
 from transformers_msd.trees.topology import best_tokens, grow_topology
 from transformers_msd.trees.tree import TokenTree, TreeConfig
@@ -79,7 +79,7 @@ def grow_tree(
             frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
             frontier, slots = frontier[:, :width], slots[:, :width]
         if asks and sizing is not None:
-            path, open_path = (scores.exp().mean(0).tolist() for scores in (_ranked(all_scores), frontier_scores))
+            path, open_path = (_mean_paths(own, sizing).tolist() for own in (_ranked(all_scores), frontier_scores))
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
         width = frontier.shape[1]
@@ -101,10 +101,10 @@ def grow_tree(
         depth += 1
     num_kept = config.num_nodes - 1
     if sizing is not None and not asks:
-        num_kept = sizing.settle_whole(_sure_paths(all_scores, config.min_probability), top_k, num_kept)
+        num_kept = sizing.settle_whole(_sure_paths(all_scores, config.min_probability, sizing), top_k, num_kept)
     else:
         if sizing is not None:
-            num_kept = sizing.settle(_ranked(all_scores).exp().mean(0).tolist(), depth, num_kept)
+            num_kept = sizing.settle(_mean_paths(_ranked(all_scores), sizing).tolist(), depth, num_kept)
         if config.min_probability and not fixed:
             is_sure = torch.cat(all_scores, dim=1) >= math.log(config.min_probability)
             num_kept = min(num_kept, int(is_sure.sum(-1).max()))
@@ -128,11 +128,20 @@ def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(scores, dim=1).sort(descending=True).values
 
 
-def _sure_paths(scores: list[torch.Tensor], min_probability: float) -> list[list[float]]:
+def _mean_paths(scores: torch.Tensor, sizing: Sizing) -> torch.Tensor:
+    """Probabilities of paths in the mean of the prompts that have not ended, rank by rank."""
+    probabilities = scores.exp()
+    if all(sizing.going_on):
+        return probabilities.mean(0)
+    weights = to_device(sizing.going_on, scores.device, torch.float32)[:, None]
+    return (probabilities * weights).sum(0) / weights.sum()
+
+
+def _sure_paths(scores: list[torch.Tensor], min_probability: float, sizing: Sizing) -> list[list[float]]:
     """Ask for the probabilities of the paths to the candidates of each level, those that are likely enough."""
     if len(scores[0]) > 1:  # the likeliest of all prompts count as one
         scores = [level.sort(descending=True).values for level in scores]
-    paths = iter(torch.cat(scores, dim=1).exp().mean(0).tolist())
+    paths = iter(_mean_paths(torch.cat(scores, dim=1), sizing).tolist())
     levels = [[next(paths) for _ in range(level.shape[1])] for level in scores]
     return [[path for path in level if path >= min_probability] for level in levels]
 
