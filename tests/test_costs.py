@@ -33,6 +33,7 @@ from transformers_msd.costs.settling import uncertainty
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.target import Target
+from transformers_msd.traits.sizes import num_bytes_per_draft
 from transformers_msd.tuning import measure_costs
 
 
@@ -177,6 +178,30 @@ def test_tokens_are_equal_and_trees_follow_the_costs(kind, do_sample):
     assert drafted[:2] == [11, 11]  # what costs nothing is always worth it
     assert drafted[2] <= 3  # one level
     assert drafted[3] < 2
+
+
+def test_a_level_costs_what_the_draft_reads_of_the_weights():
+    target = make_target("llama")
+    layers = sum(weight.nbytes for weight in target.model.layers.parameters()) + target.model.norm.weight.nbytes
+    head = target.get_output_embeddings().weight.nbytes
+    costs = {}
+    for name, settings in (("the target's head", {}), ("of its own", {"draft_vocab_size": 8})):
+        draft = MSDDraftModel(MSDConfig.from_target(target.config, **settings)).eval()
+        own = sum(weight.nbytes for weight in draft.parameters())
+        read = num_bytes_per_draft(draft, target)
+        assert read == own + (head if name == "the target's head" else 0)
+        if name == "of its own":
+            draft.choose_tokens(torch.arange(target.config.vocab_size).float(), target.get_output_embeddings())
+        drafter = Ungated(draft)
+        made = []
+        make = drafter.assistant.candidate_generator
+        drafter.assistant.candidate_generator = lambda *args, make=make, made=made: (
+            made.append(make(*args)) or made[-1]
+        )
+        generate(target, make_inputs("llama", (0,), lengths=(7,)), assistant_model=drafter)
+        costs[name] = made[0].assumed_draft_cost(1, 3, "cpu")
+        assert costs[name] == pytest.approx(3 * max(0.17, read / (layers + head)))
+    assert costs["the target's head"] > costs["of its own"] > 3 * 0.17
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

@@ -40,7 +40,7 @@ from transformers_msd.drafters.base import models_of
 from transformers_msd.drafters.msd import MSDDrafter
 from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.trainer.loading import load_processor
-from transformers_msd.traits.sizes import num_bytes_per_step
+from transformers_msd.traits.sizes import num_bytes_per_draft, num_bytes_per_step
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -146,8 +146,7 @@ def floor(target: PreTrainedModel, drafter: MSDDrafter | VLMDrafter) -> float:
     (draft,) = models_of(drafter)
     num_forwards = drafter.tree_config.depth
     if isinstance(draft, FeatureDraftModel):
-        read = sum(weight.nbytes for name, weight in draft.named_parameters() if not name.startswith("edge_"))
-        read += 0 if draft.config.draft_vocab_size else target.get_output_embeddings().weight.nbytes
+        read = num_bytes_per_draft(draft, target)
         num_forwards = 1 if draft.most_levels else num_forwards
     else:
         read = num_bytes_per_step(draft)

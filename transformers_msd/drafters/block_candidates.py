@@ -131,7 +131,7 @@ class BlockCandidateGenerator(MSDCandidateGenerator):
         # Its layers are read once, by all rows of the block.
         num_rows = batch_size * self._draft.config.block_size
         rows_cost = forward_cost(num_rows, device_type) / forward_cost(batch_size, device_type)
-        return num_layers * self.assumed_level(device_type) * rows_cost
+        return max(num_layers * self.assumed_level(device_type), self._least_level) * rows_cost
 
 
 def _block(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.target.axes import with_carried
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
+from transformers_msd.traits.sizes import num_bytes_per_draft, num_bytes_per_step
 from transformers_msd.trees.growing import grow_tree
 from transformers_msd.trees.masks import causal_mask, take_rows
 from transformers_msd.trees.tree import TokenTree, TreeConfig
@@ -83,6 +84,14 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
                 self._positions = with_carried(target.axes, carried.axes, carried.pending)
             if self._cache.get_seq_length():
                 self._open_room(carried.lengths, carried.lengths.tolist())
+
+    @cached_property
+    def _least_level(self) -> float:
+        """What a level costs at the least, in plain steps, for the share that it reads of their weights."""
+        return num_bytes_per_draft(self._draft, self._target.model) / num_bytes_per_step(self._target.model)
+
+    def assumed_draft_cost(self, batch_size: int, depth: int, device_type: str) -> float:
+        return depth * max(self.assumed_level(device_type), self._least_level)
 
     def draft(self, committed: Committed) -> TokenTree:
         sizing = self.sizing_for(committed, self._sampler)

@@ -1,6 +1,7 @@
 """Bytes of weights that a forward reads."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -12,3 +13,15 @@ def num_bytes_per_step(target: PreTrainedModel) -> int:
     embeddings = target.get_input_embeddings().weight
     read: set[torch.Tensor] = {weight for weight in target.get_decoder().parameters() if weight is not embeddings}
     return sum(weight.nbytes for weight in read | {target.get_output_embeddings().weight})
+
+
+def num_bytes_per_draft(draft: PreTrainedModel, target: PreTrainedModel) -> int:
+    """
+    Count the bytes of weights that a forward of a draft on features reads: all but tables, of which it reads rows, and
+    the target's head, where it has none.
+    """
+    tables = {module.weight for module in draft.modules() if isinstance(module, nn.Embedding)}
+    read = {weight for name, weight in draft.named_parameters() if not name.startswith("edge_")} - tables
+    if draft.head is None:
+        read.add(target.get_output_embeddings().weight)
+    return sum(weight.nbytes for weight in read)
