@@ -26,7 +26,7 @@ from transformers_msd.target.target import Target
 from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
-# Batch sizes, and the trees that are measured with each; single prompts choose their trees by these.
+# Batch sizes, and the trees that are measured with each.
 SIZES = {1: (2, 4, 8, 16, 32, 64), 4: (4, 16, 64), 16: (4, 16, 64)}
 SHALLOW, DEEP = 2, 6
 NUM_ROUNDS, NUM_PASSES, MAX_PASSES = 12, LEAST_PASSES, 24
