@@ -207,7 +207,7 @@ def test_a_level_costs_what_the_draft_reads_of_the_weights():
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("drafter", [VLMDrafter, EnsembleDrafter])
 def test_trees_follow_assumed_costs_where_none_were_measured(drafter, do_sample):
-    target = make_target("llama")
+    target = copy.deepcopy(make_target("llama"))
     with torch.no_grad():
         target.get_output_embeddings().weight.mul_(100.0)  # sure of every token
     inputs = make_inputs("llama", (0,), lengths=(7,))

@@ -28,8 +28,8 @@ from transformers_msd.drafters.prompts import prompt_of
 from transformers_msd.traits.refusal import Refusal
 
 
-TREE = TreeConfig(num_nodes=9, depth=4, top_k=2, ngrams=False)
-CHAIN = TreeConfig(num_nodes=5, depth=4, top_k=1, ngrams=False)
+TREE = TreeConfig(num_nodes=9, depth=4, top_k=2, gate=False, ngrams=False)
+CHAIN = TreeConfig(num_nodes=5, depth=4, top_k=1, gate=False, ngrams=False)
 LLAVAS = ("llava", "llava_next", "llava_onevision")
 ALL_VIEWS = (Multimodal(), TextOnly((7,)), Pooled(1, 2), Caption((8, 9, 10)))
 

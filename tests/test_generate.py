@@ -425,6 +425,7 @@ def test_ended_rows_cost_no_rounds() -> None:
 def test_a_prompt_is_run_once_its_picture_encoded_once_and_logits_made_of_its_end_alone() -> None:
     target, call, *_ = make_case()
     draft = make_draft(target)
+    draft.tree_config = TreeConfig(num_nodes=8, depth=3, top_k=3, gate=False)
     num_pictures, num_logits, num_rows = [], [], []
     hooks = [
         target.model.vision_tower.register_forward_hook(lambda module, args, outputs: num_pictures.append(1)),

@@ -236,6 +236,7 @@ def test_conversations_of_two_turns_with_pictures_equal_plain_ones(pair, visual_
     target, processor, draft = pair
     draft = copy.deepcopy(draft)
     draft.config.visual_pool_size = visual_pool_size
+    draft.tree_config = replace(draft.tree_config, gate=False)
     prompts = evaluation_prompts(3)
     inputs = encode_prompts(processor, [prompts[6], prompts[0], prompts[3]])  # two pictures, none, one
     news = encode_prompts(processor, [prompts[4]])
