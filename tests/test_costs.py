@@ -109,7 +109,7 @@ def test_gate_closes_for_a_batch_that_does_not_pay(tree, measured):
 
 
 def test_most_tokens_for_each_second_by_hand():
-    sizing = Sizing([costs(level=0.5)])
+    sizing = Sizing(costs(level=0.5))
     probabilities = [0.9, 0.5, 0.1, 0.05]
     # 1.9 tokens in 2.2 s, 2.4 in 2.3, 2.5 in 2.4, 2.55 in 2.5: two nodes are best.
     number, rate = sizing.choose(probabilities, depth=2, most=4)
@@ -123,7 +123,7 @@ def test_most_tokens_for_each_second_by_hand():
 
 def test_levels_that_pay_together_are_grown_though_the_first_of_them_does_not():
     # A third token in a forward costs much, and further ones hardly anything.
-    sizing = Sizing([Costs(step=1.0, num_nodes=[1, 2, 3, 20], rounds=[1.0, 1.1, 3.0, 3.1], level=0.1, depth=0)])
+    sizing = Sizing(Costs(step=1.0, num_nodes=[1, 2, 3, 20], rounds=[1.0, 1.1, 3.0, 3.1], level=0.1, depth=0))
     # 1.9 tokens in 1.2 s, and with further levels of 0.81, 0.73, 0.66 tokens and so on 2.71 in 3.2 s, 5.70 in 3.73 and
     # 6.13 in 3.84.
     assert [sizing.goes_on([0.9], [0.9], depth=1, most=30, further=levels) for levels in (1, 5, 6)] == [False] * 3
@@ -131,7 +131,7 @@ def test_levels_that_pay_together_are_grown_though_the_first_of_them_does_not():
 
 
 def test_trees_that_were_grown_without_asking_are_as_deep_as_the_last_one_should_have_been():
-    sizing = Sizing([costs(level=0.5)])
+    sizing = Sizing(costs(level=0.5))
     assert sizing.plan(6) == 6  # nothing is known yet
     # A level costs 0.5 s. 0.9 and 0.5 could pass on 1.4 tokens, 0.2 and 0.1 only 0.3.
     levels = [[0.9, 0.05], [0.5, 0.9, 0.0, 0.0], [0.2, 0.1], [0.01]]
@@ -143,7 +143,7 @@ def test_trees_that_were_grown_without_asking_are_as_deep_as_the_last_one_should
 
 
 def test_probabilities_are_scaled_by_how_they_turned_out():
-    sizing = Sizing([costs(level=0.5, node=0.6)])
+    sizing = Sizing(costs(level=0.5, node=0.6))
     assert sizing.settle([0.9, 0.5, 0.4], depth=3, most=3) == 3
     for _ in range(20):
         sizing.settle([0.9, 0.5, 0.4], depth=3, most=3)
@@ -202,6 +202,37 @@ def test_a_level_costs_what_the_draft_reads_of_the_weights():
         costs[name] = made[0].assumed_draft_cost(1, 3, "cpu")
         assert costs[name] == pytest.approx(3 * max(0.17, read / (layers + head)))
     assert costs["the target's head"] > costs["of its own"] > 3 * 0.17
+
+
+@pytest.mark.parametrize("has_own_head", [False, True])
+@pytest.mark.parametrize("kept", ["inside another module", "where nobody says", "where nothing shows them"])
+def test_weights_that_can_not_be_counted_are_no_obstacle(kept, has_own_head):
+    target = copy.deepcopy(make_target("llama"))
+    draft = MSDDraftModel(MSDConfig.from_target(target.config, draft_vocab_size=8 if has_own_head else None)).eval()
+    if has_own_head:
+        draft.choose_tokens(torch.arange(target.config.vocab_size).float(), target.get_output_embeddings())
+    if kept == "inside another module":
+        target.lm_head = torch.nn.Sequential(target.lm_head)
+    elif kept == "where nothing shows them":
+        target.model.layers.parameters = lambda *args, **kwargs: iter(())
+        target.get_decoder = lambda: target.model.layers
+        target.lm_head.parameters = lambda *args, **kwargs: iter(())
+    elif has_own_head:
+        target.get_output_embeddings = lambda: None
+    inputs = make_inputs("llama", (0,), lengths=(7,))
+    drafted = generate(target, inputs, assistant_model=draft)
+    assert torch.equal(drafted.sequences, generate(target, inputs).sequences)
+
+
+def test_assumed_costs_are_those_of_the_batch():
+    target = make_target("llama")
+    drafter = VLMDrafter(make_draft_model("llama"))
+    made, make = [], drafter.candidate_generator
+    drafter.candidate_generator = lambda *args: made.append(make(*args)) or made[-1]
+    generate(target, make_inputs("llama", (0,) * 7, lengths=(7,) * 7), assistant_model=drafter, eos_token_id=10**6)
+    tokens = torch.zeros(7, 6, dtype=torch.long)
+    tree = TokenTree(tokens, tokens, tokens, 3)
+    assert made[0].sizing.costs.round(6, 3) == pytest.approx(made[0].round_cost(tree), rel=0.05)
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -266,7 +297,7 @@ def test_costs_of_a_batch_are_those_of_its_rounds():
 
 
 def test_prompts_of_a_batch_count_alike():
-    sizing = Sizing([costs(level=0.5, node=0.6)])
+    sizing = Sizing(costs(level=0.5, node=0.6))
     sizing.settle([0.9, 0.9], depth=2, most=9)
     sizing.observe([1, 0, 9, 2], [True, True, True, False])  # one has caught up after a rest, one has ended
     assert sizing.going_on == [True, True, True, False]

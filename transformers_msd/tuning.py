@@ -43,7 +43,7 @@ class _Whole(Sizing):
     """Asks the device what the rounds of a measured pair ask, and keeps the trees as they are."""
 
     def __init__(self) -> None:
-        super().__init__([Costs(step=1.0, num_nodes=[1], rounds=[1.0], level=0.0, depth=0)])
+        super().__init__(Costs(step=1.0, num_nodes=[1], rounds=[1.0], level=0.0, depth=0))
 
     def goes_on(self, probabilities: list[float], frontier: list[float], depth: int, most: int, further: int) -> bool:
         super().goes_on(probabilities, frontier, depth, most, further)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import compress
 
-from transformers_msd.costs.rounds import Costs, costs_of_batch
+from transformers_msd.costs.rounds import Costs
 
 
 class Sizing:
@@ -14,17 +14,15 @@ class Sizing:
     how these turned out so far. The trees of a batch have one size, by what is likely in the mean of its prompts.
 
     Args:
-        measured (`Sequence[Costs]`):
-            What rounds cost: with one prompt, and with larger batches.
+        costs ([`Costs`]):
+            What rounds cost, with batches of the size that there is.
     """
 
     # Tokens by which the scale is held at 1 in the beginning.
     PRIOR = 8.0
 
-    def __init__(self, measured: Sequence[Costs]) -> None:
-        self.measured = measured
-        self.costs = measured[0]
-        self._by_size = {1: measured[0]}
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
         # Of the prompts of the batch, whether each still counts.
         self.going_on = [True]
         self._expected = self._accepted = self.PRIOR
@@ -34,7 +32,7 @@ class Sizing:
 
     def observe(self, num_accepted: Sequence[int], going_on: list[bool]) -> None:
         """
-        Learn how the last trees turned out, and how many prompts are left.
+        Learn how the last trees turned out, and which prompts are left.
 
         Args:
             num_accepted (`Sequence[int]`):
@@ -48,10 +46,6 @@ class Sizing:
             self._expected += self._last
             self._accepted += sum(drafted) / len(drafted)
         self._last, self._depth = 0.0, 0
-        batch_size = len(num_accepted)
-        if batch_size not in self._by_size:
-            self._by_size[batch_size] = costs_of_batch(self.measured, batch_size)
-        self.costs = self._by_size[batch_size]
 
     def choose(self, probabilities: list[float], depth: int, most: int) -> tuple[int, float]:
         """

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from transformers_msd.caches.captures import Captures
 from transformers_msd.call.sampling import Sampler
-from transformers_msd.costs.rounds import Costs, assumed_costs, forward_cost, round_cost
+from transformers_msd.costs.rounds import Costs, assumed_costs, costs_of_batch, forward_cost, round_cost
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.target import Target
@@ -22,9 +22,6 @@ from transformers_msd.trees.tree import TokenTree, TreeConfig
 
 
 logger = logging.get_logger(__name__)
-
-# Batches for which costs are assumed; between them they are linear.
-ASSUMED_SIZES = (1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,15 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
                 Where trees grow.
         """
         self.measured = measured
-        if measured is not None:
-            self.sizing = Sizing(measured)
-        elif tree_config.gate and not has_to_wait(device):
-            assumed = []
-            for batch_size in ASSUMED_SIZES:
-                draft, deeper = (self.assumed_draft_cost(batch_size, depth, device.type) for depth in (0, 1))
-                assumed.append(assumed_costs(draft, deeper - draft, device.type, batch_size))
-            self.sizing = Sizing(assumed)
+        if measured is not None or (tree_config.gate and not has_to_wait(device)):
+            self.sizing = Sizing(self._costs(1, device.type))
+
+    def _costs(self, batch_size: int, device_type: str) -> Costs:
+        """What rounds with a batch cost, in plain steps: as measured, or as assumed."""
+        if self.measured is not None:
+            return costs_of_batch(self.measured, batch_size)
+        draft, deeper = (self.assumed_draft_cost(batch_size, depth, device_type) for depth in (0, 1))
+        return assumed_costs(draft, deeper - draft, device_type, batch_size)
 
     def keep_sequences(self, kept: list[bool]) -> bool:
         """
@@ -136,6 +134,9 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
     def sizing_for(self, committed: Committed, sampler: Sampler) -> Sizing | None:
         """Let the sizing learn from what has come to stand, and return it."""
         if self.sizing is not None:
+            batch_size = len(committed.lengths)
+            if self.sizing.costs.batch_size != batch_size:
+                self.sizing.costs = self._costs(batch_size, committed.token_ids.device.type)
             self.sizing.observe([length - 1 for length in committed.host_lengths], sampler.going_on)
         return self.sizing
 

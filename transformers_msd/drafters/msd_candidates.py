@@ -87,8 +87,13 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
 
     @cached_property
     def _least_level(self) -> float:
-        """What a level costs at the least, in plain steps, for the share that it reads of their weights."""
-        return num_bytes_per_draft(self._draft, self._target.model) / num_bytes_per_step(self._target.model)
+        """
+        What a level costs at the least, in plain steps, for the share that it reads of their weights; nothing where
+        these are kept so that they can't be counted.
+        """
+        step = num_bytes_per_step(self._target.model)
+        share = num_bytes_per_draft(self._draft, self._target.model) / step if step else 1.0
+        return share if share < 1 else 0.0
 
     def assumed_draft_cost(self, batch_size: int, depth: int, device_type: str) -> float:
         return depth * max(self.assumed_level(device_type), self._least_level)
