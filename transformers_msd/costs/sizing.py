@@ -88,16 +88,18 @@ class Sizing:
             further (`int`):
                 Most levels to come.
         """
-        number, rate = self.choose(probabilities, depth, most)
+        kept, rate = self.choose(probabilities, depth, most)
         scale = self._accepted / self._expected
-        total, passed = 1 + scale * sum(probabilities[:number]), sum(frontier)
-        share = min(passed, 1.0) ** (1 / depth)
-        for level in range(1, further + 1):
-            passed *= share
-            total += scale * passed
-            number += len(frontier)
-            if total / self.costs.round(min(number, most) + 1, depth + level) > rate:
-                return True
+        # With several prompts nodes cost as much as levels do, and where all of them don't pay the likeliest one may.
+        for width in (len(frontier), *([1] if self.costs.batch_size > 1 else [])):
+            number, total, passed = kept, 1 + scale * sum(probabilities[:kept]), sum(frontier[:width])
+            share = min(passed, 1.0) ** (1 / depth)
+            for level in range(1, further + 1):
+                passed *= share
+                total += scale * passed
+                number += width
+                if total / self.costs.round(min(number, most) + 1, depth + level) > rate:
+                    return True
         return False
 
     def settle(self, probabilities: list[float], depth: int, most: int) -> int:
