@@ -141,6 +141,10 @@ class Emission:
             return False
         return not tokens or tokens[-1] not in self.eos_token_ids or self.pad_rows[row]
 
+    def goes_on(self, row: int) -> bool:
+        """Whether a row has not ended."""
+        return self.needs_more(row, self.tokens[row]) and not self.pad_rows[row]
+
     def tail(self, num_steps: int) -> torch.Tensor:
         """
         Give the first generated tokens of all rows, those of rows that have not come so far filled up with pad tokens.

@@ -159,8 +159,7 @@ class Sampler:
     @property
     def going_on(self) -> list[bool]:
         """Which rows of the batch have not ended."""
-        emission, pad_rows = self._emission, self._emission.pad_rows
-        return [emission.needs_more(row, emission.tokens[row]) and not pad_rows[row] for row in emission.rows]
+        return [self._emission.goes_on(row) for row in self._emission.rows]
 
     def rank(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
         """

@@ -67,7 +67,9 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
                 All tokens that have come to stand since the call before, the roots of the new trees last.
         """
 
-    def follow_costs(self, measured: Sequence[Costs] | None, tree_config: TreeConfig, device: torch.device) -> None:
+    def follow_costs(
+        self, measured: Sequence[Costs] | None, tree_config: TreeConfig, devices: Sequence[torch.device]
+    ) -> None:
         """
         Let trees be as large as pays by what rounds cost: as measured, or else as assumed, unless they are drafted
         whether they pay or not. A device that the host would wait for is not asked for the sake of an assumption: a
@@ -78,12 +80,12 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
                 What was measured, with one prompt and with larger batches.
             tree_config ([`TreeConfig`]):
                 Size and shape of the largest trees.
-            device (`torch.device`):
-                Where trees grow.
+            devices (`Sequence[torch.device]`):
+                Those of target and draft.
         """
         self.measured = measured
-        if measured is not None or (tree_config.gate and not has_to_wait(device)):
-            self.sizing = Sizing(self._costs(1, device.type))
+        if measured is not None or (tree_config.gate and not any(map(has_to_wait, devices))):
+            self.sizing = Sizing(self._costs(1, devices[0].type))
 
     def _costs(self, batch_size: int, device_type: str) -> Costs:
         """What rounds with a batch cost, in plain steps: as measured, or as assumed."""

@@ -128,9 +128,9 @@ class ModelCandidateGenerator(TreeCandidateGenerator):
         self._drafter = drafter
         self._owner = Owner(drafter.models, tuple(views))
         if inputs.captures is None:  # compiled rounds have fixed shapes, and other costs
-            self.follow_costs(load_costs(drafter.models, target.model), drafter.tree_config, drafter.models[0].device)
-        self._target, self._inputs = target, inputs
-        self._sampler = inputs.sampler
+            devices = [target.device, *(model.device for model in drafter.models)]
+            self.follow_costs(load_costs(drafter.models, target.model), drafter.tree_config, devices)
+        self._target, self._inputs, self._sampler = target, inputs, inputs.sampler
         self._vocab_size = target.model.config.get_text_config().vocab_size
         self._drafts: list[DraftModel] = []
         # How many more columns a draft has settled than the target has real rows.

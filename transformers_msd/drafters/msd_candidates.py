@@ -70,7 +70,7 @@ class MSDCandidateGenerator(TreeCandidateGenerator):
         # Draft and target are captured together.
         self._captures = inputs.captures if self._device == target.device else None
         if self._captures is None:  # compiled rounds have fixed shapes, and other costs
-            self.follow_costs(load_costs([draft], target.model), tree_config, target.device)
+            self.follow_costs(load_costs([draft], target.model), tree_config, (target.device, self._device))
         self._cache = DynamicCache(config=draft.config.get_text_config())
         self._room: Room | None = None
         self._pending: Committed | None = None

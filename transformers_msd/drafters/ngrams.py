@@ -174,13 +174,12 @@ class NgramBranches:
         """Take what has come to stand since the round before, in sequences that go on."""
         for row in self._emission.rows:
             text, tokens = self._texts[row], self._emission.tokens[row]
-            if self._emission.needs_more(row, tokens) and not self._emission.pad_rows[row]:
+            if self._emission.goes_on(row):
                 text.extend(tokens[len(text) - len(self._prompts[row]) :])
 
     def _guess(self, row: int) -> tuple[list[int], list[float]]:
         """Guess how a sequence goes on: tokens, and how likely each is after those before it."""
-        tokens = self._emission.tokens[row]
-        if not self._emission.needs_more(row, tokens) or self._emission.pad_rows[row]:
+        if not self._emission.goes_on(row):
             return [], []
         num_matched, token_ids = self._texts[row].guess(self._config.depth)
         wrong = (place for place, each in enumerate(token_ids) if each in self._unfit or each >= self._vocab_size)

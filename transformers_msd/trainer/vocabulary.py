@@ -11,7 +11,7 @@ from transformers_msd.models.base import FeatureDraftModel
 from transformers_msd.models.weights import read_head, shapes_of
 from transformers_msd.trainer.dataset import answer_counts, check_messages, with_ends
 from transformers_msd.trainer.loading import load_processor
-from transformers_msd.traits.sizes import num_bytes_per_step
+from transformers_msd.traits.sizes import num_bytes_per_draft, num_bytes_per_step
 
 
 def cut_vocabulary(
@@ -68,10 +68,11 @@ def cut_vocabulary(
             f"`draft_vocab_size` must be at most the {num_counted} different tokens that the answers hold, got "
             f"{draft_vocab_size}. Count more rows, or choose fewer tokens."
         )
+    full_head = target.get_output_embeddings().weight.nbytes
     cut = VocabularyCut(
         step=num_bytes_per_step(target),
-        layers=sum(weight.nbytes for name, weight in draft.named_parameters() if not name.startswith("edge_")),
-        full_head=target.get_output_embeddings().weight.nbytes,
+        layers=num_bytes_per_draft(draft, target) - full_head,
+        full_head=full_head,
         own_head=draft_vocab_size * text_config.hidden_size * draft.dtype.itemsize,
         depth=draft.tree_config.depth,
         num_forwards=1 if draft.most_levels else draft.tree_config.depth,
