@@ -102,6 +102,8 @@ class Room:
         """
         visible = visible.to(self.lengths.device)
         first = self._first.get(window, 0)
+        if self.is_real is None and window is None and self.is_even:
+            return tree_attention_mask(self.num_columns - first, visible, dtype)
         places = torch.arange(first, self.num_columns, device=self.lengths.device)
         columns = places < self.lengths[:, None]
         if self.is_real is not None:

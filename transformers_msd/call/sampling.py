@@ -81,6 +81,8 @@ class Sampler:
         self.draft_warpers = tuple(processor for processor in processors if type(processor) in DRAFT_WARPERS)
         self._emission = emission
         self._noise = noise
+        # Noise of the last round that was asked for, and where its sequences stood.
+        self._round: tuple[dict[int, int], torch.Tensor] | None = None
 
     def choose(self, tree: TokenTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -191,12 +193,20 @@ class Sampler:
         """
         if self._noise is None:
             return None
-        return torch.stack([self._noise_after(level) for level in range(depth + 1)], dim=1)
+        steps = self._steps
+        if self._round is None or self._round[0] != steps or self._round[1].shape[1] <= depth:
+            self._round = steps, torch.stack([self._noise_after(level) for level in range(depth + 1)], dim=1)
+        return self._round[1][:, : depth + 1]
 
     def _noise_after(self, depth: int) -> torch.Tensor:
         """Noise by which the token after nodes of a depth is picked, of shape `(batch_size, vocab_size)`."""
+        return self._noise.rows_at({row: step + depth for row, step in self._steps.items()})
+
+    @property
+    def _steps(self) -> dict[int, int]:
+        """Where the sequences of the round stand."""
         lengths = self._emission.lengths
-        return self._noise.rows_at({row: lengths[row] + depth for row in self._emission.rows})
+        return {row: lengths[row] for row in self._emission.rows}
 
 
 def coupled_log_probs(
@@ -217,7 +227,7 @@ def coupled_log_probs(
     if noise is None:
         return scores.log_softmax(-1)
     scores = _warped(scores.flatten(0, 1), warpers).view_as(scores)
-    return (scores.log_softmax(-1) - noise.to(scores.device)[:, None].log()).log_softmax(-1)
+    return (scores - noise.to(scores.device)[:, None].log()).log_softmax(-1)
 
 
 def _warped(scores: torch.Tensor, warpers: tuple[LogitsProcessor, ...]) -> torch.Tensor:

@@ -22,13 +22,25 @@ class Sizing:
     PRIOR = 8.0
 
     def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+        self.follow(costs)
         # Of the prompts of the batch, whether each still counts.
         self.going_on = [True]
         self._expected = self._accepted = self.PRIOR
         # Of the last tree: tokens expected, and its depth.
         self._last, self._depth = 0.0, 0
         self._planned: int | None = None
+
+    def follow(self, costs: Costs) -> None:
+        """Take what rounds cost from now on."""
+        self.costs = costs
+        # Of rounds without a level, by the nodes of their trees.
+        self._rounds: list[float] = []
+
+    def _round(self, num_nodes: int, depth: int) -> float:
+        """What a round costs, looked up once for each number of nodes."""
+        while len(self._rounds) <= num_nodes:
+            self._rounds.append(self.costs.round(len(self._rounds), 0))
+        return self._rounds[num_nodes] + depth * self.costs.level
 
     def observe(self, num_accepted: Sequence[int], going_on: list[bool]) -> None:
         """
@@ -66,7 +78,7 @@ class Sizing:
         best, best_rate, total = 1, 0.0, 0.0
         for number, probability in enumerate(probabilities[:most], 1):
             total += probability
-            rate = (1 + scale * total) / self.costs.round(number + 1, depth)
+            rate = (1 + scale * total) / self._round(number + 1, depth)
             if rate > best_rate:
                 best, best_rate = number, rate
         return best, best_rate
@@ -98,7 +110,7 @@ class Sizing:
                 passed *= share
                 total += scale * passed
                 number += width
-                if total / self.costs.round(min(number, most) + 1, depth + level) > rate:
+                if total / self._round(min(number, most) + 1, depth + level) > rate:
                     return True
         return False
 

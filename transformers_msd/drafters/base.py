@@ -138,7 +138,7 @@ class TreeCandidateGenerator(CandidateGenerator, ABC):
         if self.sizing is not None:
             batch_size = len(committed.lengths)
             if self.sizing.costs.batch_size != batch_size:
-                self.sizing.costs = self._costs(batch_size, committed.token_ids.device.type)
+                self.sizing.follow(self._costs(batch_size, committed.token_ids.device.type))
             self.sizing.observe([length - 1 for length in committed.host_lengths], sampler.going_on)
         return self.sizing
 

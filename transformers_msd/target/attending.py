@@ -65,10 +65,10 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     group = getattr(module, "num_key_value_groups", 1)
     is_shared = group > 1 and num_rows <= _MOST_ROWS and group * key.shape[1] == num_heads
-    is_plain = not any(kwargs.get(name) is not None for name in OTHERS)
+    is_plain = is_shared and not any(kwargs.get(name) is not None for name in OTHERS)
     is_masked = attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == 1
     is_ours = not torch.compiler.is_compiling() and _is_inside.get()
-    if not (is_ours and is_shared and is_plain and is_masked and query.device.type in _DEVICES):
+    if not (is_ours and is_plain and is_masked and query.device.type in _DEVICES):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query = query.unflatten(1, (-1, group)).flatten(2, 3)
     shape = (len(attention_mask), 1, group, *attention_mask.shape[2:])

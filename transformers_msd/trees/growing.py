@@ -131,6 +131,8 @@ def _ranked(scores: list[torch.Tensor]) -> torch.Tensor:
 def _mean_paths(scores: torch.Tensor, sizing: Sizing) -> torch.Tensor:
     """Probabilities of paths in the mean of the prompts that have not ended, rank by rank."""
     probabilities = scores.exp()
+    if len(scores) == 1:
+        return probabilities[0]
     if all(sizing.going_on):
         return probabilities.mean(0)
     weights = to_device(sizing.going_on, scores.device, torch.float32)[:, None]

@@ -6,13 +6,13 @@ import torch
 ALIGNMENT = 8
 
 
-def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def tree_attention_mask(columns: torch.Tensor | int, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     Lay tree nodes flat behind a cache: an additive mask by which each node sees the cache and its own ancestors.
 
     Args:
-        columns (`torch.Tensor` of shape `(batch_size, nodes or 1, past_length)`):
-            Whether each node sees each column of the cache.
+        columns (`torch.Tensor` of shape `(batch_size, nodes or 1, past_length)`, or `int`):
+            Whether each node sees each column of the cache, or how many there are where all nodes see all of them.
         visible (`torch.Tensor` of shape `(batch_size, nodes, rows)`):
             Whether each node sees each of the rows behind the cache.
         dtype (`torch.dtype`):
@@ -21,10 +21,14 @@ def tree_attention_mask(columns: torch.Tensor, visible: torch.Tensor, dtype: tor
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, nodes, past_length + rows)`.
     """
-    seen = torch.cat([columns.expand(-1, visible.shape[1], -1), visible], dim=-1)
+    past_length = columns if isinstance(columns, int) else columns.shape[-1]
+    if not isinstance(columns, int):
+        visible = torch.cat([columns.expand(-1, visible.shape[1], -1), visible], dim=-1)
     # Not a bool mask: eager attention adds it to the scores as it is.
-    mask = aligned_mask((len(seen), 1, *seen.shape[1:]), dtype, seen.device)
-    return mask.zero_().masked_fill_(~seen[:, None], torch.finfo(dtype).min)
+    shape = (len(visible), 1, visible.shape[1], visible.shape[2] + (past_length if isinstance(columns, int) else 0))
+    mask = aligned_mask(shape, dtype, visible.device).zero_()
+    mask[..., shape[-1] - visible.shape[2] :].masked_fill_(~visible[:, None], torch.finfo(dtype).min)
+    return mask
 
 
 def aligned_mask(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -184,7 +184,7 @@ class MSDDraftModel(FeatureDraftModel):
         visual_mask: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
     ) -> None:
-        hidden_size = self.config.get_text_config().hidden_size
+        hidden_size = self.fc.out_features
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != hidden_size:
             raise ValueError(
                 f"`inputs_embeds` must have shape `(batch_size, sequence_length, {hidden_size})`, got "
