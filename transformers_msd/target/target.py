@@ -52,8 +52,7 @@ class Target:
         feature_layers: tuple[int, ...] = (-1,),
     ) -> None:
         self.model, self.feature_layers = model, feature_layers
-        self.cache = model_kwargs[CACHE]
-        self._table, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.cache, self._table = model_kwargs[CACHE], model.get_input_embeddings()
         self._dtype = dtype_of(model)
         # What it does to embeddings and to logits. Kept here: compiled code must not look into a table of all models.
         self.scales = scales_of(model)
@@ -72,7 +71,7 @@ class Target:
 
     def logits(self, features: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
         """Logits `(..., vocab_size)` of features, with its own scales or others, on the device of its features."""
-        logits = self._head(features.to(self.device, self._dtype))
+        logits = self.model.get_output_embeddings()(features.to(self.device, self._dtype))
         return (scales or self.scales).of_logits(logits).to(self.device)
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[TokenTree, ModelOutput]:
@@ -113,9 +112,10 @@ class Target:
             mask = torch.ones(batch_size, num_columns, dtype=torch.long)
         self._prompt_mask = mask.to(device).bool()
         self._num_real = self._prompt_mask.sum(-1)
-        lengths = torch.full_like(self._num_real, num_columns)
-        is_real = None if self._is_unpadded else self._prompt_mask
-        place = (self.cache, lengths, [num_columns] * batch_size, is_real, self._windows)
+        self._open_room(torch.full_like(self._num_real, num_columns), [num_columns] * batch_size)
+
+    def _open_room(self, lengths: torch.Tensor, host_lengths: list[int]) -> None:
+        place = (self.cache, lengths, host_lengths, None if self._is_unpadded else self._prompt_mask, self._windows)
         self.room = Room(*place) if self._captures is None else self._captures.room(self.model, *place)
         self.room.open()
 
