@@ -114,6 +114,20 @@ class Sizing:
                     return True
         return False
 
+    def width(self, probabilities: list[float], frontier: list[float], depth: int, most: int) -> int:
+        """
+        Tell how many nodes to expand: those of which a child could be kept, were it as likely as the node itself.
+
+        Args:
+            As [`Sizing.goes_on`] has them.
+        """
+        _, rate = self.choose(probabilities, depth, most)
+        cost = (self._round(most + 1, 0) - self._round(2, 0)) / max(most - 1, 1)  # of a further node
+        least = rate * cost * self._expected / self._accepted
+        if len(probabilities) >= most:
+            least = max(least, probabilities[most - 1])
+        return max(sum(path > least for path in frontier), 1)
+
     def settle(self, probabilities: list[float], depth: int, most: int) -> int:
         """Choose how many nodes to keep of a grown tree, and remember what is expected of it."""
         number, _ = self.choose(probabilities, depth, most)

@@ -71,18 +71,20 @@ def grow_tree(
     asks = not fixed and not has_to_wait(log_probs.device)
     num_levels = config.depth if asks or sizing is None else sizing.plan(config.depth)
     while depth < num_levels:
+        width = frontier.shape[1]
         if asks and config.min_probability:
             # The best come first: of all rows the one that is surest tells how many are open.
             width = int((frontier_scores >= math.log(config.min_probability)).sum(-1).max())
             if width == 0:
                 break
-            frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
-            frontier, slots = frontier[:, :width], slots[:, :width]
         if asks and sizing is not None:
-            path, open_path = (_mean_paths(own, sizing).tolist() for own in (_ranked(all_scores), frontier_scores))
+            open_scores = frontier_scores[:, :width]
+            path, open_path = (_mean_paths(own, sizing).tolist() for own in (_ranked(all_scores), open_scores))
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
-        width = frontier.shape[1]
+            width = sizing.width(path, open_path, depth, config.num_nodes - 1)
+        frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
+        frontier, slots = frontier[:, :width], slots[:, :width]
         if known is None:
             visible = take_rows(visible, slots) if depth > 1 else visible[:, :width]
             visible = torch.cat([visible, identity[:, :width, :width]], dim=-1)
