@@ -28,7 +28,14 @@ from transformers_msd import (
 from transformers_msd.bench.models import load_model
 from transformers_msd.cli import main
 from transformers_msd.costs.calibration import costs_path, load_costs, save_costs
-from transformers_msd.costs.rounds import Costs, assumed_costs, costs_of_batch, forward_cost, round_cost
+from transformers_msd.costs.rounds import (
+    Costs,
+    assumed_costs,
+    costs_of_batch,
+    forward_cost,
+    round_cost,
+    with_full_fours,
+)
 from transformers_msd.costs.settling import uncertainty
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.drafters.wrapped import Ungated
@@ -119,6 +126,56 @@ def test_most_tokens_for_each_second_by_hand():
     # A level more costs 0.5 s, and can give what its nodes have: 0.9 + 0.5 tokens, but not 0.1.
     assert sizing.goes_on(probabilities, [0.9, 0.5], depth=2, most=9, further=1)
     assert not sizing.goes_on(probabilities, [0.1], depth=2, most=9, further=5)
+
+
+def test_nodes_are_expanded_whose_children_could_be_kept():
+    sizing = Sizing(costs(level=0.5))
+    probabilities, frontier = [0.9, 0.5, 0.1, 0.05], [0.5, 0.2, 0.11, 0.1, 0.05]
+    # Two nodes are best, 2.4 tokens in 2.3 s, and a further one costs 0.1 s: a child must bring 0.104 tokens.
+    assert sizing.width(probabilities, frontier, depth=2, most=9) == 3
+    assert sizing.width(probabilities, [0.01], depth=2, most=9) == 1  # the likeliest in any case
+    # There is room for two nodes, and two as likely as 0.5 are known.
+    assert sizing.width(probabilities, [0.6, *frontier], depth=2, most=2) == 1
+    for _ in range(20):
+        sizing.settle(probabilities, depth=2, most=9)
+        sizing.observe([0], [True])
+    assert sizing.width(probabilities, frontier, depth=2, most=9) == 1  # they don't turn out as likely
+
+
+@pytest.mark.parametrize("drafter", [VLMDrafter, EnsembleDrafter])
+def test_levels_are_as_wide_as_pays(drafter):
+    target = copy.deepcopy(make_target("llama"))
+    with torch.no_grad():
+        target.get_output_embeddings().weight.mul_(100.0)  # sure of every token
+    inputs = make_inputs("llama", (0,), lengths=(7,))
+    draft, widths = copy.deepcopy(target), []
+    draft.register_forward_hook(lambda module, inputs, output: widths.append(output.logits.shape[1]))
+    assistant = drafter(draft, tree_config=TreeConfig(num_nodes=12, depth=5, top_k=4, ngrams=False))
+    found = []
+    for own in (assistant, Ungated(assistant)):
+        widths.clear()
+        assert torch.equal(generate(target, inputs, assistant_model=own).sequences, generate(target, inputs).sequences)
+        found.append(sorted(widths)[len(widths) // 2])
+    assert found == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_rows", "batch_size"), [(2, 2, 1), (3, 4, 1), (4, 4, 1), (7, 8, 1), (8, 8, 1), (7, 7, 2)]
+)
+def test_forwards_of_one_row_less_than_fours_get_it(num_nodes, num_rows, batch_size):
+    target = copy.deepcopy(make_target("llama"))
+    inputs = make_inputs("llama", (0,) * batch_size, lengths=(7,) * batch_size)
+    plain, rows = generate(target, inputs), []
+    target.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    tree = TreeConfig(num_nodes=num_nodes, depth=num_nodes - 1, top_k=1, gate=False, ngrams=False)
+    output = generate(target, inputs, assistant_model=VLMDrafter(make_draft_model("llama"), tree_config=tree))
+    assert torch.equal(output.sequences, plain.sequences)
+    assert set(rows[1:]) == {num_rows}
+    stats = output.speculative_stats
+    assert stats.num_drafted <= batch_size * (num_nodes - 1) * stats.num_rounds  # what is filled up is not counted
+    assert with_full_fours(num_nodes, batch_size, "cuda") == num_nodes
 
 
 def test_levels_that_pay_together_are_grown_though_the_first_of_them_does_not():

@@ -65,7 +65,8 @@ class StatefulTarget(Target):
         return [self._prompt_length + sequence.standing for sequence in self._sequences]
 
     def fit(self, tree: TokenTree) -> TokenTree:
-        return super().fit(tree.chain())
+        # A filler would keep states from going on to the end of a chain.
+        return super().fit(tree.chain()) if self._captures is not None else tree.chain().to(self.device)
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         behind = [own.num_behind for own in self._sequences]

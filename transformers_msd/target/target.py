@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 from transformers_msd.caches.captures import Captures
 from transformers_msd.caches.room import Room
 from transformers_msd.compat import CACHE, CACHE_NAMES
+from transformers_msd.costs.rounds import with_full_fours
 from transformers_msd.target.axes import axis_positions
 from transformers_msd.target.committed import Committed
 from transformers_msd.target.recording import Recorder, side_by_side, with_layers
@@ -51,16 +52,14 @@ class Target:
         captures: Captures | None = None,
         feature_layers: tuple[int, ...] = (-1,),
     ) -> None:
-        self.model, self.feature_layers = model, feature_layers
+        self.model, self.feature_layers, self._dtype = model, feature_layers, dtype_of(model)
         self.cache, self._table = model_kwargs[CACHE], model.get_input_embeddings()
-        self._dtype = dtype_of(model)
         # What it does to embeddings and to logits. Kept here: compiled code must not look into a table of all models.
         self.scales = scales_of(model)
         self._layer_types, self._windows = zip(*layer_windows(model.config), strict=True)
-        self._generation_config = generation_config
         wanted = with_layers(generation_config.output_hidden_states, feature_layers)
         self._model_kwargs = model_kwargs | {"output_hidden_states": wanted}
-        self._captures = captures
+        self._captures, self._generation_config = captures, generation_config
         self.room: Room | None = None
         self.max_steps: int | None = None  # new tokens of the call, where it has an end
         self.num_repeated = 0  # accepted tokens that ran again
@@ -149,9 +148,10 @@ class Target:
         return Committed(token_ids, inputs_embeds, features, position_ids, visual_mask, real.sum(-1), []).pack(real)
 
     def fit(self, tree: TokenTree) -> TokenTree:
-        """Bring trees to where the target is, filled up to a size that forwards are compiled for, where any are."""
+        """Bring trees to where the target is, filled up to a size that forwards are compiled for, or fast with."""
         tree = tree.to(self.device)
-        return tree if self._captures is None else tree.widen(self._captures.num_nodes(tree))
+        full = with_full_fours(tree.num_nodes, len(tree.token_ids), self.device.type)
+        return tree.widen(full if self._captures is None else self._captures.num_nodes(tree))
 
     def forward_tree(self, tree: TokenTree) -> ModelOutput:
         """Run all nodes of the trees in one forward; their rows lie behind the cache until `commit`."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from transformers_msd.costs.rounds import with_full_fours
 from transformers_msd.costs.sizing import Sizing
 from transformers_msd.trees.host import has_to_wait, to_device
 from transformers_msd.trees.masks import take_rows
@@ -83,6 +84,7 @@ def grow_tree(
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
             width = sizing.width(path, open_path, depth, config.num_nodes - 1)
+            width = with_full_fours(width, len(token_ids), token_ids.device.type)
         frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
         frontier, slots = frontier[:, :width], slots[:, :width]
         if known is None:
