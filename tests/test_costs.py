@@ -41,6 +41,7 @@ from transformers_msd.costs.sizing import Sizing
 from transformers_msd.drafters.wrapped import Ungated
 from transformers_msd.target.target import Target
 from transformers_msd.traits.sizes import num_bytes_per_draft
+from transformers_msd.trees.growing import grow_tree
 from transformers_msd.tuning import measure_costs
 
 
@@ -140,6 +141,19 @@ def test_nodes_are_expanded_whose_children_could_be_kept():
         sizing.settle(probabilities, depth=2, most=9)
         sizing.observe([0], [True])
     assert sizing.width(probabilities, frontier, depth=2, most=9) == 1  # they don't turn out as likely
+
+
+@pytest.mark.parametrize(("min_probability", "width"), [(0.0, 5), (0.1, 3), (0.25, 2), (0.5, None)])
+def test_what_is_too_unlikely_is_not_expanded_whatever_it_costs(min_probability, width):
+    log_probs, widths = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]]).log(), []
+
+    def expand(token_ids, slots, visible):
+        widths.append(token_ids.shape[1])
+        return log_probs[:, None].expand(-1, token_ids.shape[1], -1)
+
+    tree = TreeConfig(num_nodes=30, depth=2, top_k=5, min_probability=min_probability)
+    grow_tree(tree, torch.tensor([7]), log_probs, expand, Sizing(costs(level=0.0, node=0.0)))
+    assert widths == ([] if width is None else [width])
 
 
 @pytest.mark.parametrize("drafter", [VLMDrafter, EnsembleDrafter])

@@ -84,7 +84,7 @@ def grow_tree(
             if not sizing.goes_on(path, open_path, depth, config.num_nodes - 1, num_levels - depth):
                 break
             width = sizing.width(path, open_path, depth, config.num_nodes - 1)
-            width = with_full_fours(width, len(token_ids), token_ids.device.type)
+            width = min(with_full_fours(width, len(token_ids), token_ids.device.type), len(open_path))
         frontier_scores, frontier_ids = frontier_scores[:, :width], frontier_ids[:, :width]
         frontier, slots = frontier[:, :width], slots[:, :width]
         if known is None:
