@@ -21,13 +21,13 @@ def tree_attention_mask(columns: torch.Tensor | int, visible: torch.Tensor, dtyp
     Returns:
         `torch.Tensor` of shape `(batch_size, 1, nodes, past_length + rows)`.
     """
-    past_length = columns if isinstance(columns, int) else columns.shape[-1]
+    num_open = columns if isinstance(columns, int) else 0  # columns that need no mask
     if not isinstance(columns, int):
         visible = torch.cat([columns.expand(-1, visible.shape[1], -1), visible], dim=-1)
+    batch_size, num_nodes, num_masked = visible.shape
     # Not a bool mask: eager attention adds it to the scores as it is.
-    shape = (len(visible), 1, visible.shape[1], visible.shape[2] + (past_length if isinstance(columns, int) else 0))
-    mask = aligned_mask(shape, dtype, visible.device).zero_()
-    mask[..., shape[-1] - visible.shape[2] :].masked_fill_(~visible[:, None], torch.finfo(dtype).min)
+    mask = aligned_mask((batch_size, 1, num_nodes, num_open + num_masked), dtype, visible.device).zero_()
+    mask[..., num_open:].masked_fill_(~visible[:, None], torch.finfo(dtype).min)
     return mask
 
 
